@@ -1,0 +1,23 @@
+"""Errors that a user can act on: each message says what came, what was expected and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class BrixelError(ValueError):
+    """Base of the errors below; the command line prints one as a single line."""
+
+
+class ImageError(BrixelError):
+    """A picture that cannot be read or used: wrong type, shape, range, or a damaged file."""
+
+
+class CheckpointError(BrixelError):
+    """A weight file, a configuration or a folder of either that does not fit."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause to append to "unknown ...": the nearest known name, or all of them where none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
