@@ -1,1 +1,26 @@
-"""brixel: dense feature maps from frozen vision transformers, at four times their grid."""
+"""brixel: dense feature maps from frozen vision transformers, at four times their grid.
+
+>>> from brixel import BrixelFeatures
+>>> model = BrixelFeatures.from_pretrained("folder")
+>>> feature_map = model.extract("photo.jpg")
+"""
+
+from importlib.metadata import version
+
+from brixel.backbones.vit import ViTConfig
+from brixel.errors import BrixelError, CheckpointError, ImageError
+from brixel.feature_map import FeatureMap
+from brixel.features import BrixelFeatures
+from brixel.pca import PcaBasis
+
+__version__ = version("brixel")
+__all__ = [
+    "BrixelError",
+    "BrixelFeatures",
+    "CheckpointError",
+    "FeatureMap",
+    "ImageError",
+    "PcaBasis",
+    "ViTConfig",
+    "__version__",
+]

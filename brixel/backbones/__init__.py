@@ -1,0 +1,1 @@
+"""Frozen backbones: the ViT itself, the formats its weights come in, reading them."""

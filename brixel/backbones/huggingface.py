@@ -1,0 +1,85 @@
+"""Reading the `config.json` and `preprocessor_config.json` beside a Hugging Face or timm checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from brixel.backbones.vit import ViTConfig
+from brixel.errors import CheckpointError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; an empty one where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def vit_config(folder: Path) -> ViTConfig | None:
+    """The architecture that a folder's `config.json` describes; None where it has none in Hugging Face's terms."""
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind is None:
+        return None
+    readers = {"dinov3_vit": _dinov3, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}
+    if kind not in readers:
+        raise CheckpointError(f"{folder / 'config.json'}: model_type {kind!r}; we read {', '.join(readers)}")
+    try:
+        return readers[kind](config)
+    except KeyError as error:
+        raise CheckpointError(f"{folder / 'config.json'} lacks {error} of a {kind} model") from error
+
+
+def normalisation(folder: Path) -> dict[str, tuple[float, float, float]]:
+    """``mean`` and ``std`` as the folder states them (Hugging Face's processor or timm's config); else nothing."""
+    stated = read_json(folder / "preprocessor_config.json")
+    timm = read_json(folder / "config.json").get("pretrained_cfg", {})
+    mean = stated.get("image_mean", timm.get("mean"))
+    std = stated.get("image_std", timm.get("std"))
+    return {"mean": tuple(mean), "std": tuple(std)} if mean and std else {}
+
+
+def _dinov3(config: dict[str, Any]) -> ViTConfig:
+    return ViTConfig(
+        width=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        patch_px=config["patch_size"],
+        ffn="swiglu" if config["use_gated_mlp"] else "mlp",
+        ffn_width=config["intermediate_size"],
+        positions="rotary",
+        norm_eps=config["layer_norm_eps"],
+        registers=config["num_register_tokens"],
+        qkv_bias=config["query_bias"] or config["value_bias"],
+        rope_theta=_rope_theta(config),
+    )
+
+
+def _rope_theta(config: dict[str, Any]) -> float:
+    """Written at the top by older versions of transformers, among the rope parameters by newer ones."""
+    nested = config.get("rope_parameters") or {}
+    return float(nested["rope_theta"] if "rope_theta" in nested else config["rope_theta"])
+
+
+def _dinov2(config: dict[str, Any]) -> ViTConfig:
+    width, gated = config["hidden_size"], config["use_swiglu_ffn"]
+    hidden = int(width * config["mlp_ratio"])
+    return ViTConfig(
+        width=width,
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        patch_px=config["patch_size"],
+        ffn="swiglu" if gated else "mlp",
+        ffn_width=(int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
+        positions="learned",
+        norm_eps=config["layer_norm_eps"],
+        registers=config.get("num_register_tokens", 0),
+        qkv_bias=config["qkv_bias"],
+        native_grid=config["image_size"] // config["patch_size"],
+    )

@@ -1,0 +1,224 @@
+"""The checkpoint formats of DINOv3 and DINOv2: Meta's own, Hugging Face's, timm's. Facts: `docs/backbones.md`."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from brixel.errors import CheckpointError
+from brixel.key_map import KeyMap, State
+
+
+def _pairs(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
+    """The entries of one layer with weight and bias."""
+    return {f"{ours}.{part}": (f"{theirs}.{part}",) for part in ("weight", "bias")}
+
+
+def _joined(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
+    """The entries of one layer with weight and bias that is made up of several."""
+    return {f"{ours}.{part}": tuple(f"{each}.{part}" for each in theirs) for part in ("weight", "bias")}
+
+
+def fold_bias_mask(state: State) -> State:
+    """q, k, v biases times their mask. A mask that is absent or NaN (never filled in) stands for 1, 0, 1."""
+    folded = dict(state)
+    for key, bias in state.items():
+        if key.endswith(".attn.qkv.bias"):
+            default = torch.ones_like(bias).unflatten(0, (3, -1))
+            default[1] = 0
+            mask = folded.pop(f"{key}_mask", default.flatten())
+            folded[key] = bias * torch.where(mask.isnan(), default.flatten(), mask).to(bias.dtype)
+    return folded
+
+
+def prepend_class_position(state: State) -> State:
+    """Where there are registers, timm adds the class token's position to the token itself: give it one of zero."""
+    if "reg_token" not in state or "pos_embed" not in state:
+        return state
+    positions: Tensor = state["pos_embed"]
+    return {**state, "pos_embed": torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)}
+
+
+# The parts that Meta's layouts and timm's share.
+_OUTER = {
+    "cls_token": ("cls_token",),
+    "positions": ("pos_embed",),
+    **_pairs("patch_embed", "patch_embed.proj"),
+    **_pairs("norm", "norm"),
+}
+_BLOCK = {
+    **_pairs("blocks.{i}.norm1", "blocks.{i}.norm1"),
+    **_pairs("blocks.{i}.norm2", "blocks.{i}.norm2"),
+    **_pairs("blocks.{i}.attention.qkv", "blocks.{i}.attn.qkv"),
+    **_pairs("blocks.{i}.attention.out", "blocks.{i}.attn.proj"),
+    "blocks.{i}.scale1": ("blocks.{i}.ls1.gamma",),
+    "blocks.{i}.scale2": ("blocks.{i}.ls2.gamma",),
+    **_pairs("blocks.{i}.ffn.up", "blocks.{i}.mlp.fc1"),
+    **_pairs("blocks.{i}.ffn.down", "blocks.{i}.mlp.fc2"),
+}
+_GATED_DOWN = (r"\.mlp\.w3\.", ".mlp.fc2.")  # the gated feed-forward's name for its last layer
+
+DINOV3_META = KeyMap(
+    name="DINOv3 in Meta's layout",
+    marks=("storage_tokens", "blocks.0.ls1.gamma", "blocks.0.attn.qkv.weight"),
+    unmarked=("pos_embed",),
+    tensors={
+        **_OUTER,
+        **_BLOCK,
+        "registers": ("storage_tokens",),
+        **_joined("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.w1", "blocks.{i}.mlp.w2"),
+    },
+    dropped=("mask_token", "rope_embed.periods", "local_cls_norm.weight", "local_cls_norm.bias"),
+    aliases=(_GATED_DOWN,),
+    prepare=fold_bias_mask,
+    options={"rope_rounding": "bfloat16"},  # as the released files' `rope_embed.periods` are
+)
+
+DINOV3_HUGGINGFACE = KeyMap(
+    name="DINOv3 in Hugging Face's layout",
+    marks=("embeddings.register_tokens", "layer.0.attention.q_proj.weight"),
+    unmarked=("embeddings.position_embeddings",),
+    tensors={
+        "cls_token": ("embeddings.cls_token",),
+        "registers": ("embeddings.register_tokens",),
+        **_pairs("patch_embed", "embeddings.patch_embeddings"),
+        **_pairs("norm", "norm"),
+        **_pairs("blocks.{i}.norm1", "layer.{i}.norm1"),
+        **_pairs("blocks.{i}.norm2", "layer.{i}.norm2"),
+        **_joined("blocks.{i}.attention.qkv", *(f"layer.{{i}}.attention.{each}_proj" for each in "qkv")),
+        **_pairs("blocks.{i}.attention.out", "layer.{i}.attention.o_proj"),
+        "blocks.{i}.scale1": ("layer.{i}.layer_scale1.lambda1",),
+        "blocks.{i}.scale2": ("layer.{i}.layer_scale2.lambda1",),
+        **_pairs("blocks.{i}.ffn.up", "layer.{i}.mlp.up_proj"),
+        **_pairs("blocks.{i}.ffn.down", "layer.{i}.mlp.down_proj"),
+        **_joined("blocks.{i}.ffn.gate_up", "layer.{i}.mlp.gate_proj", "layer.{i}.mlp.up_proj"),
+    },
+    zeros=frozenset({"layer.{i}.attention.k_proj.bias"}),
+    dropped=("embeddings.mask_token",),
+    aliases=((r"^model\.layer\.", "layer."),),
+)
+
+DINOV3_TIMM = KeyMap(
+    name="DINOv3 in timm's layout",
+    marks=("reg_token", "blocks.0.gamma_1", "blocks.0.attn.qkv.weight"),
+    unmarked=("pos_embed",),
+    tensors={
+        **_OUTER,
+        **_BLOCK,
+        "registers": ("reg_token",),
+        "blocks.{i}.attention.qkv.bias": tuple(f"blocks.{{i}}.attn.{each}_bias" for each in "qkv"),
+        "blocks.{i}.scale1": ("blocks.{i}.gamma_1",),
+        "blocks.{i}.scale2": ("blocks.{i}.gamma_2",),
+        **_joined("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.fc1_g", "blocks.{i}.mlp.fc1_x"),
+    },
+    zeros=frozenset(f"blocks.{{i}}.attn.{each}_bias" for each in "qkv"),
+)
+
+DINOV2_META = KeyMap(
+    name="DINOv2 in Meta's layout",
+    marks=("pos_embed", "mask_token", "blocks.0.ls1.gamma"),
+    unmarked=("reg_token", "register_tokens"),
+    tensors={
+        **_OUTER,
+        **_BLOCK,
+        "registers": ("register_tokens",),
+        **_pairs("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.w12"),
+    },
+    dropped=("mask_token",),
+    aliases=(_GATED_DOWN,),
+    options={"position_antialias": False, "position_scale_offset": 0.1},
+)
+# the release with registers dropped the offset and brought antialiasing
+DINOV2_META_REGISTERS = replace(
+    DINOV2_META,
+    name="DINOv2 with registers in Meta's layout",
+    marks=(*DINOV2_META.marks, "register_tokens"),
+    unmarked=("reg_token",),
+    options={"position_antialias": True, "position_scale_offset": 0.0},
+)
+
+DINOV2_HUGGINGFACE = KeyMap(
+    name="DINOv2 in Hugging Face's layout",
+    marks=("embeddings.position_embeddings", "encoder.layer.0.attention.attention.query.weight"),
+    unmarked=("embeddings.register_tokens",),
+    tensors={
+        "cls_token": ("embeddings.cls_token",),
+        "positions": ("embeddings.position_embeddings",),
+        "registers": ("embeddings.register_tokens",),
+        **_pairs("patch_embed", "embeddings.patch_embeddings.projection"),
+        **_pairs("norm", "layernorm"),
+        **_pairs("blocks.{i}.norm1", "encoder.layer.{i}.norm1"),
+        **_pairs("blocks.{i}.norm2", "encoder.layer.{i}.norm2"),
+        **_joined(
+            "blocks.{i}.attention.qkv",
+            *(f"encoder.layer.{{i}}.attention.attention.{each}" for each in ("query", "key", "value")),
+        ),
+        **_pairs("blocks.{i}.attention.out", "encoder.layer.{i}.attention.output.dense"),
+        "blocks.{i}.scale1": ("encoder.layer.{i}.layer_scale1.lambda1",),
+        "blocks.{i}.scale2": ("encoder.layer.{i}.layer_scale2.lambda1",),
+        **_pairs("blocks.{i}.ffn.up", "encoder.layer.{i}.mlp.fc1"),
+        **_pairs("blocks.{i}.ffn.down", "encoder.layer.{i}.mlp.fc2"),
+        **_pairs("blocks.{i}.ffn.gate_up", "encoder.layer.{i}.mlp.weights_in"),
+    },
+    dropped=("embeddings.mask_token",),
+    aliases=(
+        (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    ),
+    options={"position_antialias": False, "position_scale_offset": 0.0},
+)
+DINOV2_HUGGINGFACE_REGISTERS = replace(
+    DINOV2_HUGGINGFACE,
+    name="DINOv2 with registers in Hugging Face's layout",
+    marks=(*DINOV2_HUGGINGFACE.marks, "embeddings.register_tokens"),
+    unmarked=(),
+    options={"position_antialias": True, "position_scale_offset": 0.0},
+)
+
+DINOV2_TIMM = KeyMap(
+    name="DINOv2 in timm's layout",
+    marks=("pos_embed", "blocks.0.ls1.gamma", "patch_embed.proj.weight"),
+    unmarked=("mask_token",),
+    tensors={
+        **_OUTER,
+        **_BLOCK,
+        "registers": ("reg_token",),
+        **_pairs("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.fc1"),
+    },
+    prepare=prepend_class_position,
+    options={"position_antialias": True, "position_scale_offset": 0.0},
+)
+
+KEY_MAPS = (
+    DINOV3_META,
+    DINOV3_HUGGINGFACE,
+    DINOV3_TIMM,
+    DINOV2_META,
+    DINOV2_META_REGISTERS,
+    DINOV2_HUGGINGFACE,
+    DINOV2_HUGGINGFACE_REGISTERS,
+    DINOV2_TIMM,
+)
+# what wrappers (DataParallel, a trainer, a bigger model) put before every key
+_PREFIXES = ("module.", "backbone.", "model.")
+
+
+def without_prefix(state: State) -> State:
+    """The state without what a wrapper put before all of its keys, if anything."""
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            return without_prefix({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+    return state
+
+
+def recognise(state: State, where: str) -> KeyMap:
+    """The format of a checkpoint, by its keys. ``where`` names it in the error."""
+    for key_map in KEY_MAPS:
+        if key_map.matches(state):
+            return key_map
+    some = ", ".join(list(state)[:5])
+    known = ", ".join(key_map.name for key_map in KEY_MAPS)
+    raise CheckpointError(f"{where} holds {len(state)} tensors ({some}, ...), no layout that we know; known: {known}")

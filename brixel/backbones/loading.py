@@ -1,0 +1,154 @@
+"""A backbone from what a user has on disk: a folder in Hugging Face or timm layout, or a weight file of any layout."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from brixel.backbones.huggingface import normalisation, vit_config
+from brixel.backbones.key_maps import recognise, without_prefix
+from brixel.backbones.positions import rotary_periods
+from brixel.backbones.vit import ViT, ViTConfig
+from brixel.checkpoints import fit, read_tensors, shapes_of
+from brixel.errors import BrixelError, CheckpointError, did_you_mean
+from brixel.key_map import KeyMap, State, rename
+from brixel.model_table import KNOWN_BACKBONES, KnownBackbone, known_backbone
+
+
+@dataclass(frozen=True)
+class LoadedBackbone:
+    """A backbone with its name in the table of models, where it has one."""
+
+    vit: ViT
+    architecture: str | None
+
+
+def load_backbone(
+    path: Path,
+    *,
+    architecture: str | ViTConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    fields: Mapping[str, object] | None = None,
+) -> LoadedBackbone:
+    """Read a ViT, frozen and in evaluation mode.
+
+    ``architecture``: a name of the table, or a configuration of one's own; where None, the folder's `config.json`
+    tells, or the shapes of the tensors. ``fields``: any fields of :class:`ViTConfig`, over what the file's family implies.
+    Raises CheckpointError where the file fits no architecture, or not the one that was given.
+    """
+    state = without_prefix(read_tensors(path))
+    key_map = recognise(state, str(path))
+    state = key_map.canonical(state)
+    config, name = _architecture(path, state, key_map, architecture)
+    config = _with_fields(config, {**_file_fields(path, state, key_map, config, architecture), **(fields or {})})
+
+    what = f"{path} ({key_map.name}) does not fit {name or 'its configuration'}"
+    ours = rename(state, key_map, shapes_of(lambda: ViT(config)), what=what)
+    vit = fit(lambda: ViT(config), ours, dtype, what=what)
+    return LoadedBackbone(vit.eval().requires_grad_(False), name)
+
+
+def _architecture(
+    path: Path, state: State, key_map: KeyMap, architecture: str | ViTConfig | None
+) -> tuple[ViTConfig, str | None]:
+    """Configuration and name, from what the user said, else the folder's `config.json`, else the shapes."""
+    if isinstance(architecture, ViTConfig):
+        return architecture, None
+    if architecture is not None:
+        return known_backbone(architecture).vit, architecture
+    stated = normalisation(path) if path.is_dir() else {}
+    described = vit_config(path) if path.is_dir() else None
+    if described is not None:
+        config = _with_fields(described, stated)
+        return config, next((row.name for row in KNOWN_BACKBONES.values() if row.vit == config), None)
+    row = _by_shapes(path, state, key_map, stated)
+    return row.vit, row.name
+
+
+def _file_fields(
+    path: Path, state: State, key_map: KeyMap, config: ViTConfig, architecture: str | ViTConfig | None
+) -> dict[str, object]:
+    """The fields that the file's family and the folder imply; a configuration given whole is left alone."""
+    if isinstance(architecture, ViTConfig):
+        return {}
+    fields = dict(key_map.options)
+    if "rope_embed.periods" in state:
+        fields["rope_rounding"] = _rope_rounding(path, state, config)
+    if path.is_dir():
+        fields.update(normalisation(path))
+    return fields
+
+
+def _rope_rounding(path: Path, state: State, config: ViTConfig) -> str:
+    """Whether a file's rotary periods are the exact ones or those rounded to bfloat16."""
+    periods = state["rope_embed.periods"].float()
+    if periods.is_meta:
+        return "bfloat16"
+    for name, rounding in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        ours = rotary_periods(config.width // config.heads, config.rope_theta, rounding)
+        if ours.shape == periods.shape and torch.allclose(ours, periods, rtol=1e-6, atol=0):
+            return name
+    raise CheckpointError(
+        f"{path}: its rotary periods {periods[:3].tolist()}... are not those of head width "
+        f"{config.width // config.heads} and base {config.rope_theta:g}; give the right architecture"
+    )
+
+
+def _with_fields(config: ViTConfig, fields: Mapping[str, object]) -> ViTConfig:
+    known = {field.name for field in dataclasses.fields(ViTConfig)}
+    for name in fields:
+        if name not in known:
+            raise BrixelError(f"a ViT has no setting {name!r}; {did_you_mean(name, known)}")
+    return dataclasses.replace(config, **fields)  # type: ignore[arg-type]
+
+
+def _by_shapes(path: Path, state: State, key_map: KeyMap, stated: Mapping[str, object]) -> KnownBackbone:
+    """The known backbone whose tensors have these shapes; the stated normalisation decides between twins."""
+    try:
+        signature = _signature(state, key_map)
+    except KeyError as error:
+        raise CheckpointError(f"{path} ({key_map.name}) lacks {error}; fetch the file again") from error
+    rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**signature, **stated})]
+    if len(rows) == 1:
+        return rows[0]
+    told = ", ".join(f"{name} {value}" for name, value in signature.items())
+    if not rows:
+        raise CheckpointError(f"{path} ({key_map.name}) fits no known architecture ({told}); give it as a ViTConfig")
+    names = " or ".join(repr(row.name) for row in rows)
+    raise CheckpointError(f"{path} may be {names}, which differ in normalisation alone: say which, as its architecture")
+
+
+def _matches(config: ViTConfig, wanted: Mapping[str, object]) -> bool:
+    return all(getattr(config, name) == value for name, value in wanted.items())
+
+
+def _signature(state: State, key_map: KeyMap) -> dict[str, object]:
+    """What the shapes of a checkpoint tell of its architecture. Raises KeyError with what is missing."""
+
+    def shapes(ours: str) -> list[tuple[int, ...]]:
+        names = [name.replace("{i}", "0") for name in key_map.tensors[ours]]
+        return [tuple(state[name].shape) for name in names if name in state]
+
+    def shape(ours: str) -> tuple[int, ...]:
+        found = shapes(ours)
+        if not found:
+            raise KeyError(key_map.tensors[ours][0])
+        return found[0]
+
+    ffn_width = shape("blocks.{i}.ffn.down.weight")[1]
+    gated = sum(rows for rows, _ in shapes("blocks.{i}.ffn.gate_up.weight")) == 2 * ffn_width
+    block = key_map.tensors["blocks.{i}.norm1.weight"][0]
+    depth = 0
+    while block.replace("{i}", str(depth)) in state:
+        depth += 1
+    return {
+        "positions": "learned" if "positions" in key_map.tensors and shapes("positions") else "rotary",
+        "width": shape("cls_token")[2],
+        "depth": depth,
+        "patch_px": shape("patch_embed.weight")[3],
+        "registers": sum(each[1] for each in shapes("registers")),
+        "ffn": "swiglu" if gated else "mlp",
+        "ffn_width": ffn_width,
+    }

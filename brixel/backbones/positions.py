@@ -1,0 +1,59 @@
+"""How a ViT knows where a patch lies: rotary angles (DINOv3) and interpolated learned positions (DINOv2).
+
+Both work for any grid h x w >= 1 and are computed in float32 whatever the model's dtype.
+Facts: `docs/backbones.md`. Shapes: N = prefix tokens + h*w patches, E = channels of one attention head.
+"""
+
+import torch
+from torch import Tensor
+
+# Side of the rotary coordinates: patch centres run from -1 to 1 on each axis, whatever the grid.
+_TURN = 2 * torch.pi
+
+
+def rotary_periods(head_width: int, theta: float, rounding: torch.dtype) -> Tensor:
+    """The E/4 periods theta^(4k/E), rounded to ``rounding`` as some checkpoints store them, as float32."""
+    exponents = torch.arange(head_width // 4, dtype=torch.float32) * (4 / head_width)
+    return (theta**exponents).to(rounding).float()
+
+
+def rotary_table(grid_hw: tuple[int, int], periods: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines (N, E) such that ``x * cos + x.roll(E/2) * sin`` rotates the tokens ``x``.
+
+    Channel d turns with d + E/2; the angles are [y, x] of the patch centre over each period. Prefix tokens
+    (class, registers) get angle zero: they are left as they are.
+    """
+    height, width = grid_hw
+    y = (torch.arange(height, device=periods.device) + 0.5) * (2 / height) - 1
+    x = (torch.arange(width, device=periods.device) + 0.5) * (2 / width) - 1
+    rows = (_TURN * y[:, None] / periods)[:, None].expand(height, width, -1)  # h w E/4
+    columns = (_TURN * x[:, None] / periods)[None].expand(height, width, -1)  # h w E/4
+    angles = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # h*w E/2
+    angles = torch.cat([angles.new_zeros(prefix, angles.shape[1]), angles])  # N E/2
+    sine = angles.sin()
+    return angles.cos().repeat(1, 2), torch.cat([-sine, sine], dim=-1)  # N E
+
+
+def rotate(x: Tensor, cosine: Tensor, signed_sine: Tensor) -> Tensor:
+    """Turn the channel pairs (d, d + E/2) of ``x`` (..., E) by the angles of :func:`rotary_table`."""
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, dims=-1), signed_sine)
+
+
+def interpolate_positions(
+    positions: Tensor, grid_hw: tuple[int, int], *, antialias: bool, scale_offset: float
+) -> Tensor:
+    """Learned positions (1, D, h0, w0) on another grid, bicubic: (1, D, h, w).
+
+    ``scale_offset``: added to h and w before the scale is formed; 0.1 in the first DINOv2 release, whose sampling
+    grid is therefore a little off. On the grid of the positions themselves nothing is changed.
+    """
+    height, width = grid_hw
+    native_hw = (positions.shape[2], positions.shape[3])
+    scales: tuple[float | None, float | None] = (None, None)
+    if scale_offset:
+        if grid_hw == native_hw:
+            return positions
+        scales = ((height + scale_offset) / native_hw[0], (width + scale_offset) / native_hw[1])
+    resize = torch.ops.aten._upsample_bicubic2d_aa if antialias else torch.ops.aten.upsample_bicubic2d
+    resized: Tensor = resize.default(positions, [height, width], False, *scales)
+    return resized

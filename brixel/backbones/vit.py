@@ -1,0 +1,223 @@
+"""The Vision Transformer of DINOv3 and DINOv2, at inference: pictures in, normalised patch maps of any blocks out.
+
+One model for both families; they differ only in the fields of :class:`ViTConfig`. Left out on purpose: masking, drop
+path, the random rescaling of rotary positions in training (the backbone is frozen), pooling heads.
+Papers: DINOv3 arXiv 2508.10104, DINOv2 arXiv 2304.07193, registers arXiv 2309.16588. Facts followed: `docs/backbones.md`.
+
+Shapes: B batch, D width, h x w patch grid, N = 1 + registers + h*w tokens, A attention heads, E = D / A.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brixel.backbones.positions import interpolate_positions, rotary_periods, rotary_table, rotate
+from brixel.errors import BrixelError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_CHOICES = {"ffn": ("mlp", "swiglu"), "positions": ("rotary", "learned"), "rope_rounding": ("float32", "bfloat16")}
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Everything that distinguishes one ViT from another; plain JSON values only.
+
+    ``native_grid`` and the two ``position_*`` fields matter for learned positions, the two ``rope_*`` for rotary ones.
+    ``mean`` and ``std`` are those of the pictures the weights were trained on, for RGB in [0, 1].
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch_px: int
+    ffn: Literal["mlp", "swiglu"]
+    ffn_width: int
+    positions: Literal["rotary", "learned"]
+    norm_eps: float
+    registers: int = 0
+    qkv_bias: bool = True
+    rope_theta: float = 100.0
+    rope_rounding: Literal["float32", "bfloat16"] = "float32"
+    native_grid: int = 37
+    position_antialias: bool = False
+    position_scale_offset: float = 0.0
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        for name in ("width", "depth", "heads", "patch_px", "ffn_width", "native_grid"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise BrixelError(f"ViTConfig.{name} is {value!r}; expected a positive integer")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise BrixelError(f"ViTConfig.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        multiple = 4 if self.positions == "rotary" else 1
+        if self.width % (self.heads * multiple):
+            raise BrixelError(
+                f"ViTConfig: width {self.width} does not divide into {self.heads} heads"
+                + (" of a multiple of four channels, as rotary positions need" if multiple > 1 else "")
+            )
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with fused q, k, v."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, N, D) -> (B, N, D); ``rotary`` as :func:`rotary_table` gives it, or None."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # B N 3 A E
+        query_key, value = qkv[:, :, :2].transpose(1, 3), qkv[:, :, 2].transpose(1, 2)  # B A 2 N E, B A N E
+        if rotary is not None:
+            query_key = rotate(query_key, *rotary)
+        query, key = query_key.unbind(2)  # B A N E
+        mixed = F.scaled_dot_product_attention(query, key, value)  # B A N E
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two layers with an exact GELU between."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.width, config.ffn_width)
+        self.down = nn.Linear(config.ffn_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return self.down(F.gelu(self.up(x)))
+
+
+class SwiGlu(nn.Module):
+    """A gated feed-forward: down(silu(gate) * up), gate and up fused in one layer, gate first."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.ffn_width)
+        self.down = nn.Linear(config.ffn_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each scaled per channel (LayerScale)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.scale1 = nn.Parameter(torch.ones(config.width))
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.ffn = Mlp(config) if config.ffn == "mlp" else SwiGlu(config)
+        self.scale2 = nn.Parameter(torch.ones(config.width))
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        x = torch.addcmul(x, self.scale1, self.attention(self.norm1(x), rotary))
+        return torch.addcmul(x, self.scale2, self.ffn(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """The backbone. Parameters are named by us; `brixel.backbones.key_maps` knows the names in other people's files."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = nn.Conv2d(3, config.width, config.patch_px, config.patch_px)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        if config.registers:
+            self.registers = nn.Parameter(torch.zeros(1, config.registers, config.width))
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.zeros(1, 1 + config.native_grid**2, config.width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+
+    @property
+    def width(self) -> int:
+        """Channels of a patch token, D."""
+        return self.config.width
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a patch in pixels."""
+        return self.config.patch_px
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self.config.depth
+
+    def block_maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
+        """Patch tokens after the given blocks, each through the final LayerNorm, as maps.
+
+        ``pixels``: (B, 3, H, W), normalised, H and W multiples of ``patch_px``. ``blocks``: indices from 0, in any
+        order; no block after the last of them is computed. Returns one (B, D, h, w) per entry of ``blocks``, in that
+        order; in memory channels come last, so that tokens and maps are the same bytes.
+        """
+        self._check(pixels, blocks)
+        grid_hw = (pixels.shape[2] // self.patch_px, pixels.shape[3] // self.patch_px)
+        x = self._embed(pixels, grid_hw)  # B N D
+        rotary = self._rotary(grid_hw, x) if self.config.positions == "rotary" else None
+        maps = {}
+        for index in range(max(blocks) + 1):
+            x = self.blocks[index](x, rotary)
+            if index in blocks:
+                patches = self.norm(x[:, 1 + self.config.registers :])  # B h*w D
+                maps[index] = patches.unflatten(1, grid_hw).permute(0, 3, 1, 2)  # B D h w
+        return [maps[index] for index in blocks]
+
+    def _check(self, pixels: Tensor, blocks: Sequence[int]) -> None:
+        if not blocks or any(not 0 <= index < self.depth for index in blocks):
+            raise BrixelError(f"blocks are {list(blocks)}; expected indices from 0 to {self.depth - 1}")
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise BrixelError(f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W)")
+        height, width = pixels.shape[2:]
+        if height % self.patch_px or width % self.patch_px or not height * width:
+            raise BrixelError(
+                f"pixels are {height} x {width}; expected positive multiples of the patch, {self.patch_px} px: "
+                "pad or resize the picture, or let extract() do so"
+            )
+
+    def _embed(self, pixels: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """Patches, positions, and the prefix tokens before them: (B, N, D)."""
+        patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)  # B h*w D
+        prefix: Tensor = self.cls_token
+        if self.config.positions == "learned":
+            patches = patches + self._learned_positions(grid_hw)
+            prefix = prefix + self.positions[:, :1]
+        if self.config.registers:
+            prefix = torch.cat([prefix, self.registers], dim=1)  # registers get no position
+        return torch.cat([prefix.expand(pixels.shape[0], -1, -1), patches], dim=1)
+
+    def _learned_positions(self, grid_hw: tuple[int, int]) -> Tensor:
+        native = self.config.native_grid
+        positions = self.positions[:, 1:].float().transpose(1, 2).unflatten(2, (native, native))  # 1 D h0 w0
+        resized = interpolate_positions(
+            positions,
+            grid_hw,
+            antialias=self.config.position_antialias,
+            scale_offset=self.config.position_scale_offset,
+        )
+        return resized.flatten(2).transpose(1, 2).to(self.positions.dtype)  # 1 h*w D
+
+    def _rotary(self, grid_hw: tuple[int, int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        rounding = torch.bfloat16 if config.rope_rounding == "bfloat16" else torch.float32
+        periods = rotary_periods(config.width // config.heads, config.rope_theta, rounding).to(tokens.device)
+        cosine, sine = rotary_table(grid_hw, periods, prefix=1 + config.registers)
+        return cosine.to(tokens.dtype), sine.to(tokens.dtype)

@@ -1,0 +1,139 @@
+"""Weight files: reading any of the formats people have, strictly fitting them into a module, writing our own.
+
+A `.pth` is read with `weights_only=True` alone, so that a file can hold numbers but not run code.
+"""
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from brixel.atomic import atomic_path
+from brixel.errors import CheckpointError
+from brixel.key_map import State, complain
+
+PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+# names that a folder's weights go by, in order of preference
+_FOLDER_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> State:
+    """All tensors of a weight file, or of a folder that holds one (single or sharded), on the CPU.
+
+    Raises FileNotFoundError where there is none, CheckpointError where it cannot be read as tensors.
+    """
+    source = Path(path)
+    if source.is_dir():
+        source = weight_file_in(source)
+    if not source.is_file():
+        raise FileNotFoundError(f"no weight file at {source}")
+    if source.name.endswith(".index.json"):
+        return _read_shards(source)
+    if source.suffix == ".safetensors":
+        return _read_safetensors(source)
+    if source.suffix in PICKLED:
+        return _read_pickled(source)
+    raise CheckpointError(f"{source}: expected a weight file: .safetensors, {', '.join(PICKLED)}, or a folder with one")
+
+
+def weight_file_in(folder: Path) -> Path:
+    """The weight file (or index of shards) of a folder in Hugging Face layout, or the only weight file in it."""
+    for name in _FOLDER_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    files = sorted(each for each in folder.iterdir() if each.suffix in (".safetensors", *PICKLED))
+    if len(files) == 1:
+        return files[0]
+    found = ", ".join(each.name for each in files) or "none"
+    raise FileNotFoundError(f"{folder}: expected model.safetensors or a single weight file; found {found}")
+
+
+def _read_safetensors(path: Path) -> State:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+
+
+def _read_shards(index: Path) -> State:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of weight shards ({error!r})") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index} names a shard outside its own folder: {outside[0]!r}")
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index.parent} lacks {len(absent)} of {len(names)} weight shards: {absent[0]}, ...")
+    state: State = {}
+    for name in names:
+        state.update(_read_safetensors(index.parent / name))
+    return state
+
+
+def _read_pickled(path: Path) -> State:
+    # mapped rather than read where the format allows: the largest backbone's file is 27 GB
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = "more than tensors, which could run code; only plain tensors are read"
+        raise CheckpointError(f"{path} is damaged, or holds {reason}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no PyTorch weight file ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}; expected a dict of tensors by name")
+    for nested in ("teacher", "state_dict", "model"):
+        if isinstance(content.get(nested), dict):
+            content = content[nested]
+    other = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if other or not content:
+        raise CheckpointError(f"{path} holds no plain dict of tensors; not a tensor: {', '.join(map(str, other[:4]))}")
+    return content
+
+
+def fit(build: Callable[[], Module], state: Mapping[str, Tensor], dtype: torch.dtype, *, what: str) -> Module:
+    """Build a module without allocating it, and give it the tensors of ``state``, which must be all of its own.
+
+    Floating-point tensors are cast to ``dtype``. ``what`` opens the error: "FILE does not fit MODEL".
+    """
+    with torch.device("meta"):
+        module = build()
+    wanted = module.state_dict()
+    complain(
+        what,
+        missing=[key for key in wanted if key not in state],
+        misshaped=[
+            f"{key} {tuple(state[key].shape)}, model has {tuple(tensor.shape)}"
+            for key, tensor in wanted.items()
+            if key in state and state[key].shape != tensor.shape
+        ],
+        unknown=[key for key in state if key not in wanted],
+    )
+    cast = {key: state[key].to(dtype) if tensor.is_floating_point() else state[key] for key, tensor in wanted.items()}
+    module.load_state_dict(cast, assign=True)
+    left = [name for name, each in (*module.named_parameters(), *module.named_buffers()) if each.is_meta]
+    assert not left, f"outside the state dict: {left}"
+    return module
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        save_file({key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}, temporary)
+
+
+def shapes_of(build: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a module's state, without allocating it."""
+    with torch.device("meta"):
+        return {key: tuple(tensor.shape) for key, tensor in build().state_dict().items()}

@@ -1,0 +1,105 @@
+"""`config.json` of a saved model: which backbone, exactly, and which adapter."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from brixel.atomic import atomic_path
+from brixel.backbones.vit import ViT, ViTConfig
+from brixel.errors import BrixelError, CheckpointError, did_you_mean
+from brixel.student import AdapterConfig
+
+FORMAT_VERSION = 1
+_FINGERPRINT_ENTRIES = 8
+_FINGERPRINT_TOLERANCE = 1e-2  # passes the same weights in bfloat16, no others
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which backbone an adapter belongs to.
+
+    ``architecture``: its name in the table of models, or None for one of the user's own; ``vit``: all of it.
+    ``source``: where it was loaded from. ``fingerprint``: a few of its weights, to tell it from others of its size.
+    """
+
+    architecture: str | None
+    source: str
+    vit: ViTConfig
+    fingerprint: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fingerprint", tuple(self.fingerprint))
+
+    @property
+    def title(self) -> str:
+        """A name for messages: the architecture, or its sizes."""
+        return self.architecture or f"ViT of width {self.vit.width}, depth {self.vit.depth}, patch {self.vit.patch_px}"
+
+    def check_weights(self, vit: ViT, where: str) -> None:
+        """Raise CheckpointError if ``vit`` holds other weights than the adapter was made for; ``where`` names them."""
+        theirs, ours = torch.tensor(fingerprint(vit)), torch.tensor(self.fingerprint)
+        if not torch.allclose(theirs, ours, rtol=_FINGERPRINT_TOLERANCE, atol=_FINGERPRINT_TOLERANCE / 10):
+            raise CheckpointError(
+                f"the backbone at {where} has the shape of {self.title} but other weights than the adapter was made "
+                f"for, which came from {self.source}"
+            )
+
+
+@dataclass(frozen=True)
+class BrixelConfig:
+    """All that a saved folder says of its model beside the weights."""
+
+    backbone: BackboneConfig
+    adapter: AdapterConfig
+
+
+def fingerprint(vit: ViT) -> tuple[float, ...]:
+    """The first weights of the final norm, rounded to what any copy of a checkpoint keeps."""
+    values = vit.norm.weight.detach()[:_FINGERPRINT_ENTRIES].float().tolist()
+    return tuple(float(f"{value:.4g}") for value in values)
+
+
+def write_config(path: Path, config: BrixelConfig) -> None:
+    """Write `config.json`, whole or not at all."""
+    content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(path: Path) -> BrixelConfig:
+    """Read `config.json`; CheckpointError where it is not ours, damaged, or of a newer format."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error})") from error
+    version = content.pop("format_version", None) if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} is no brixel model's: it has no format_version; for a backbone use from_backbone")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format {version}, newer than {FORMAT_VERSION}, which we read: update brixel")
+    try:
+        backbone = dict(content.pop("backbone"))
+        vit = _section(ViTConfig, backbone.pop("vit"))
+        config = BrixelConfig(
+            _section(BackboneConfig, {**backbone, "vit": vit}), _section(AdapterConfig, content.pop("adapter"))
+        )
+    except (KeyError, TypeError, BrixelError) as error:
+        raise CheckpointError(f"{path} does not describe a model: {error}") from error
+    if content:
+        raise CheckpointError(f"{path} has parts that we do not know: {', '.join(content)}")
+    return config
+
+
+def _section(kind: type[Section], values: dict[str, Any]) -> Section:
+    """A dataclass from its fields; one that is not known, or missing without a default, is an error."""
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in values:
+        if name not in known:
+            raise BrixelError(f"{kind.__name__} has no {name!r}; {did_you_mean(name, known)}")
+    return kind(**values)

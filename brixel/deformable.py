@@ -1,0 +1,56 @@
+"""Deformable attention in plain torch: every query reads a feature grid at a few points of its own choosing.
+
+The sampling of Deformable DETR (arXiv 2010.04159) for one level. A point is read by bilinear interpolation, zero
+outside the grid, cell centres at +0.5 (`align_corners=False`). All points of a query and head, four corners each, are
+one bag of weighted rows of a table, which `torch.nn.functional.embedding_bag` sums without storing the samples.
+
+Shapes: B batch, h x w feature grid, N queries, A heads, P points per head, C channels per head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Cells of zeros around the grid: one before; two behind, since a point on the far edge still has a right neighbour.
+_BEFORE, _BEHIND = 1, 2
+
+
+def sample_points(values: Tensor, points: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of a feature grid at fractional points, per query and head.
+
+    ``values``: (B, h, w, A, C). ``points``: (B, N, A, P, 2), float32 or wider, x before y, in cells: the centre of the
+    first cell is 0.5, the grid ends at w and h. ``weights``: (B, N, A, P). Returns (B, N, A * C).
+    """
+    batch, height, width, heads, channels = values.shape
+    table = F.pad(values, (0, 0, 0, 0, _BEFORE, _BEHIND, _BEFORE, _BEHIND)).reshape(-1, channels)
+    rows, fractions = _first_corners(points, (height, width), heads)  # B N A P, B N A P 2
+    row_cells = width + _BEFORE + _BEHIND
+    steps = torch.tensor([0, 1, row_cells, row_cells + 1], dtype=rows.dtype, device=rows.device) * heads
+    bags = (rows[..., None] + steps).flatten(3).flatten(0, 2)  # B*N*A P*4
+    corner_weights = _corner_weights(fractions.to(weights.dtype), weights)  # B*N*A P*4
+    sums = F.embedding_bag(bags, table, per_sample_weights=corner_weights, mode="sum")  # B*N*A C
+    return sums.view(batch, -1, heads * channels)
+
+
+def _first_corners(points: Tensor, grid_hw: tuple[int, int], heads: int) -> tuple[Tensor, Tensor]:
+    """Table row of the corner above and left of each point, and the point's fraction of a cell beyond it."""
+    height, width = grid_hw
+    x = (points[..., 0] - 0.5).clamp(-_BEFORE, width)  # farther out every corner is a zero anyway
+    y = (points[..., 1] - 0.5).clamp(-_BEFORE, height)
+    left, top = x.floor(), y.floor()
+    row_cells, column_cells = width + _BEFORE + _BEHIND, height + _BEFORE + _BEHIND
+    cells = (top.to(torch.int32) + _BEFORE) * row_cells + left.to(torch.int32) + _BEFORE  # B N A P
+    pictures = torch.arange(points.shape[0], dtype=torch.int32, device=points.device)[:, None, None, None]
+    head = torch.arange(heads, dtype=torch.int32, device=points.device)[:, None]
+    rows = (cells + pictures * (row_cells * column_cells)) * heads + head
+    return rows, torch.stack([x - left, y - top], dim=-1)
+
+
+def _corner_weights(fractions: Tensor, weights: Tensor) -> Tensor:
+    """Bilinear weights of the four corners times the point's own: (B, N, A, P) to (B*N*A, P*4)."""
+    right, below = fractions.unbind(-1)
+    lower = weights * below
+    upper = weights - lower
+    upper_right, lower_right = upper * right, lower * right
+    corners = [upper - upper_right, upper_right, lower - lower_right, lower_right]
+    return torch.stack(corners, dim=-1).flatten(3).flatten(0, 2)

@@ -1,0 +1,32 @@
+"""What "auto" means, and names for dtypes."""
+
+import torch
+
+from brixel.errors import BrixelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """``"auto"``: CUDA where there is one, else MPS, else the CPU. Anything else as torch takes it."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise BrixelError(f"unknown device {device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise BrixelError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; use 'cpu' or 'auto'")
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """``"auto"``: bfloat16 on CUDA devices that compute in it, else float32. Anything else by name or as it is."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise BrixelError(f"unknown dtype {dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))}")
+    return chosen

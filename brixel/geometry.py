@@ -1,0 +1,99 @@
+"""How a picture is laid on a vision transformer's patch grid: sizes in whole pixels and cells, no model.
+
+    picture as given  --resize, aspect kept-->  resized  --pad at bottom and right-->  padded, whole patches
+      image_hw                                  resized_hw                             padded_hw
+
+Every pair is (height, width). A feature map has `upscale` cells along each side of a patch.
+"""
+
+from dataclasses import dataclass
+
+from brixel.errors import BrixelError
+
+MAX_PIXELS = 178_956_970
+"""The largest picture that is read or resized to: where Pillow, as it comes, refuses to decode."""
+
+NATIVE = "native"
+"""The `short_side_px` that keeps a picture's own size."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One picture on the patch grid, all sizes in pixels; made by `plan_geometry`."""
+
+    image_hw: tuple[int, int]
+    resized_hw: tuple[int, int]
+    padded_hw: tuple[int, int]
+    patch_px: int
+
+    def __post_init__(self) -> None:
+        assert self.patch_px > 0, self
+        assert min(*self.image_hw, *self.resized_hw) > 0, self
+        for resized_px, padded_px in zip(self.resized_hw, self.padded_hw, strict=True):
+            assert resized_px <= padded_px < resized_px + self.patch_px, self
+            assert padded_px % self.patch_px == 0, self
+
+    def map_hw(self, upscale: int) -> tuple[int, int]:
+        """Cells that cover the resized picture, `upscale` to a patch's side; none is padding alone."""
+        height_px, width_px = self.resized_hw
+        return _ceil_div(height_px * upscale, self.patch_px), _ceil_div(width_px * upscale, self.patch_px)
+
+    def map_stride(self, upscale: int) -> tuple[float, float]:
+        """A cell's height and width in pixels of the picture as given.
+
+        They differ a little from each other where the long side was rounded.
+        """
+        height_px, width_px = (
+            self.patch_px * image_px / (upscale * resized_px)
+            for image_px, resized_px in zip(self.image_hw, self.resized_hw, strict=True)
+        )
+        return height_px, width_px
+
+
+def plan_geometry(image_hw: tuple[int, int], patch_px: int, short_side_px: int | str) -> Geometry:
+    """Lay a picture of `image_hw` pixels on a grid of patches of `patch_px` pixels.
+
+    Its short side becomes `short_side_px` exactly, its long side the nearest whole number that keeps the
+    aspect (a half goes up); "native" keeps the size. Then it is padded to whole patches.
+    Raises `BrixelError` for any other `short_side_px`, and where the resized picture would have more than
+    `MAX_PIXELS`.
+    """
+    resized_hw = _resized(image_hw, _check_short_side(short_side_px))
+    height_px, width_px = resized_hw
+    if height_px * width_px > MAX_PIXELS:
+        raise BrixelError(
+            f"a picture of {_text(image_hw)} pixels (height x width) with short_side_px={short_side_px!r} "
+            f"becomes {_text(resized_hw)}, and the limit is {MAX_PIXELS:,} pixels; "
+            "ask for a smaller short_side_px, or cut the picture into pieces"
+        )
+    padded_hw = _ceil_div(height_px, patch_px) * patch_px, _ceil_div(width_px, patch_px) * patch_px
+    return Geometry(image_hw, resized_hw, padded_hw, patch_px)
+
+
+def _check_short_side(short_side_px: int | str) -> int | None:
+    """The short side in pixels, or None to keep the picture's size."""
+    if short_side_px == NATIVE:
+        return None
+    if isinstance(short_side_px, bool) or not isinstance(short_side_px, int) or short_side_px <= 0:
+        raise BrixelError(
+            f"short_side_px is {short_side_px!r}; expected a whole number of pixels above zero, such as 512, "
+            f"or {NATIVE!r} to keep the picture's own size"
+        )
+    return short_side_px
+
+
+def _resized(image_hw: tuple[int, int], short_side_px: int | None) -> tuple[int, int]:
+    if short_side_px is None:
+        return image_hw
+    height_px, width_px = image_hw
+    short_px, long_px = min(image_hw), max(image_hw)
+    long_side_px = (2 * long_px * short_side_px + short_px) // (2 * short_px)  # nearest, a half goes up
+    return (short_side_px, long_side_px) if height_px <= width_px else (long_side_px, short_side_px)
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def _text(hw: tuple[int, int]) -> str:
+    return f"{hw[0]}x{hw[1]}"

@@ -1,0 +1,138 @@
+"""The head: joins the prior with the refined queries, and adds what it makes of them to the backbone's own map.
+
+Sections "fusion", "residual path" and "head" of `docs/method.md` (arXiv 2511.05168). Difference from the text: the
+fused map f = fine(prior) + upsampled queries, (B, D, 4h, 4w), is never formed. Only its group statistics and one
+linear image of it are needed, and both follow from its two parts, which are far smaller (:class:`Fusion`).
+
+Shapes: B batch, D width, h x w patch grid, S channels of the prior, T = 64 channels of the trunk.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brixel.adapter import NORM_EPS, PRIOR_CHANNELS, map_of, resize, tokens_of
+
+TRUNK_CHANNELS = 64
+TRUNK_BLOCKS = 3
+GROUPS = 32
+
+
+class Fusion(nn.Module):
+    """align(group_norm(fine(prior) + upsample(queries))), without forming the sum.
+
+    With A and b of ``fine``, U the bilinear step from 2h x 2w to 4h x 4w, and p, q the centred prior and queries:
+
+    - mean of channel c: A_c mean(prior) + b_c + mean(queries_c), as U keeps means;
+    - its variance: A_c (p p') A_c' + 2 A_c (U'p q_c') + q_c U'U q_c', all over the number of cells;
+    - U'x is x with its edge repeated, weighted (1, 3, 3, 1) / 4 at every second cell; U'U q likewise (3, 10, 3) / 8.
+
+    The norm is then one scale and shift per channel, which ``align`` takes into its weights, before U.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fine = nn.Linear(PRIOR_CHANNELS, width)
+        self.norm = nn.GroupNorm(GROUPS, width, eps=1e-5)
+        self.align = nn.Linear(width, TRUNK_CHANNELS)
+
+    def forward(self, prior: Tensor, queries: Tensor) -> Tensor:
+        """``prior`` (B, S, 4h, 4w), ``queries`` (B, D, 2h, 2w) -> (B, T, 4h, 4w)."""
+        fine_hw, coarse_hw = (prior.shape[2], prior.shape[3]), (queries.shape[2], queries.shape[3])
+        scale, shift = self._scale_and_shift(prior, queries)  # B D
+        align = self.align.weight * scale[:, None]  # B T D
+        bias = shift @ self.align.weight.mT + self.align.bias  # B T
+
+        coarse = torch.baddbmm(bias[:, None], tokens_of(queries), align.mT)  # B 2h*2w T
+        coarse = resize(map_of(coarse, coarse_hw), fine_hw)
+        joined = torch.baddbmm(tokens_of(coarse), tokens_of(prior), (align @ self.fine.weight).mT)  # B 4h*4w T
+        return map_of(joined, fine_hw)
+
+    def _scale_and_shift(self, prior: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """The group norm as a scale and a shift of A prior + U queries, less the bias of ``fine``: (B, D) each."""
+        wide = torch.promote_types(prior.dtype, torch.float32)
+        fine, bias = self.fine.weight.to(wide), self.fine.bias.to(wide)
+        mean, variance = fused_moments(prior.to(wide), queries.to(wide), fine, bias)  # B D
+        groups = (GROUPS, -1)
+        group_mean = mean.unflatten(1, groups).mean(2, keepdim=True)  # B G 1
+        spread = (mean.unflatten(1, groups) - group_mean).square()
+        group_variance = (variance.unflatten(1, groups) + spread).mean(2, keepdim=True)
+        scale = torch.rsqrt(group_variance + self.norm.eps) * self.norm.weight.unflatten(0, groups)  # B G D/G
+        shift = (bias.unflatten(0, groups) - group_mean) * scale + self.norm.bias.unflatten(0, groups)
+        return scale.flatten(1).to(prior.dtype), shift.flatten(1).to(prior.dtype)
+
+
+def fused_moments(prior: Tensor, queries: Tensor, fine: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over the 4h x 4w cells of every channel of ``fine(prior) + U queries``: (B, D) each."""
+    cells = prior.shape[2] * prior.shape[3]
+    prior_mean, query_mean = prior.mean((2, 3), keepdim=True), queries.mean((2, 3), keepdim=True)
+    prior, queries = prior - prior_mean, queries - query_mean
+    mean = prior_mean.flatten(1) @ fine.mT + bias + query_mean.flatten(1)
+
+    flat = tokens_of(prior)  # B 4h*4w S
+    own = ((fine @ (flat.mT @ flat)) * fine).sum(-1)  # B D
+    shared = tokens_of(_stencil(prior, (0.25, 0.75, 0.75, 0.25), stride=2)).mT @ tokens_of(queries)  # B S D
+    cross = (shared * fine.mT).sum(1)
+    smooth = _stencil(queries, (0.375, 1.25, 0.375), stride=1)
+    return mean, (own + 2 * cross + (smooth * queries).sum((2, 3))) / cells
+
+
+def _stencil(maps: Tensor, taps: tuple[float, ...], stride: int) -> Tensor:
+    """Weigh neighbours by ``taps`` along both axes, the edge repeated once: (B, C, H, W) -> (B, C, H/s, W/s)."""
+    line = torch.tensor(taps, dtype=maps.dtype, device=maps.device)
+    channels = maps.shape[1]
+    weight = (line[:, None] * line).expand(channels, 1, -1, -1)
+    padded = F.pad(maps, (1, 1, 1, 1), mode="replicate")
+    return F.conv2d(padded, weight, stride=stride, groups=channels)
+
+
+class TrunkBlock(nn.Module):
+    """LayerNorm over channels, depthwise 3x3, GELU, 1x1, GELU, 1x1; added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=NORM_EPS)
+        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.pointwise1 = nn.Linear(channels, channels)
+        self.pointwise2 = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, T) -> (B, H, W, T)."""
+        y = self.depthwise(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.pointwise2(F.gelu(self.pointwise1(F.gelu(y))))
+
+
+class Head(nn.Module):
+    """Prior, queries and the backbone's last map -> the dense map. Starts as the identity on the last map, upsampled.
+
+    ``residual_detour``: the backbone's map goes down by two before it goes up by four. The released heads were trained
+    so; new ones take it straight up.
+    """
+
+    def __init__(self, width: int, *, residual_detour: bool) -> None:
+        super().__init__()
+        self.residual_detour = residual_detour
+        self.fusion = Fusion(width)
+        self.trunk = nn.Sequential(*(TrunkBlock(TRUNK_CHANNELS) for _ in range(TRUNK_BLOCKS)))
+        self.mix = nn.Conv2d(TRUNK_CHANNELS, TRUNK_CHANNELS, 3, padding=1, groups=4)
+        self.norm = nn.LayerNorm(TRUNK_CHANNELS, eps=NORM_EPS)
+        self.out = nn.Linear(TRUNK_CHANNELS, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, prior: Tensor, queries: Tensor, last_map: Tensor) -> Tensor:
+        """``prior`` (B, S, 4h, 4w), ``queries`` (B, D, 2h, 2w), ``last_map`` (B, D, h, w) -> (B, D, 4h, 4w)."""
+        aligned = self.fusion(prior, queries).permute(0, 2, 3, 1)  # B 4h 4w T
+        mixed = self.mix((aligned + self.trunk(aligned)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        details = self.norm(mixed).flatten(1, 2)  # B 4h*4w T
+
+        # the bias joins the small map: bilinear interpolation keeps constants
+        base = self._base(last_map + self.out.bias[:, None, None])  # B D 4h 4w
+        dense = tokens_of(base).baddbmm_(details, self.out.weight.mT.expand(details.shape[0], -1, -1))
+        return map_of(dense, (base.shape[2], base.shape[3]))
+
+    def _base(self, last_map: Tensor) -> Tensor:
+        height, width = last_map.shape[2:]
+        if self.residual_detour:
+            last_map = resize(last_map, (torch.sym_max(1, height // 2), torch.sym_max(1, width // 2)))
+        return resize(last_map, (4 * height, 4 * width))

@@ -1,0 +1,98 @@
+"""The format of the authors' own adapter files (`.pth`, no backbone inside): `docs/method.md`, section 2.
+
+Their tensors that never reach the output are known by name and dropped; a key that nobody knows is refused.
+"""
+
+from pathlib import Path
+
+from brixel.adapter import EXTRACTORS
+from brixel.checkpoints import read_tensors
+from brixel.head import TRUNK_BLOCKS
+from brixel.key_map import KeyMap, State, rename
+
+_PARTS = ("weight", "bias")
+_NORM = (*_PARTS, "running_mean", "running_var", "num_batches_tracked")
+_EXTRACTOR = {
+    "query_norm": ("query_norm",),
+    "feature_norm": ("feat_norm",),
+    "attention.value": ("attn.value_proj",),
+    "attention.offsets_and_logits": ("attn.sampling_offsets", "attn.attention_weights"),
+    "attention.out": ("attn.output_proj",),
+    "ffn_norm": ("ffn_norm",),
+    "ffn.down": ("ffn.fc1",),
+    "ffn.depthwise": ("ffn.dwconv.dwconv",),
+    "ffn.up": ("ffn.fc2",),
+}
+
+
+def _conv_norm(ours: str, conv: str, norm: str) -> dict[str, tuple[str, ...]]:
+    norms: dict[str, tuple[str, ...]] = {f"{ours}.norm.{part}": (f"{norm}.{part}",) for part in _NORM}
+    return {f"{ours}.conv.weight": (f"{conv}.weight",), **norms}
+
+
+def _layer(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
+    return {f"{ours}.{part}": tuple(f"{each}.{part}" for each in theirs) for part in _PARTS}
+
+
+def _extractor(index: int) -> dict[str, tuple[str, ...]]:
+    """Four interactions hold an extractor each; the last holds the two extra ones as well."""
+    place = f"adapter.interactions.{index}.extractor"
+    if index > 3:
+        place = f"adapter.interactions.3.extra_extractors.{index - 4}"
+    entries: dict[str, tuple[str, ...]] = {}
+    for ours, theirs in _EXTRACTOR.items():
+        entries |= _layer(f"adapter.extractors.{index}.{ours}", *(f"{place}.{each}" for each in theirs))
+    return entries
+
+
+def _trunk(index: int) -> dict[str, tuple[str, ...]]:
+    ours, theirs = f"head.trunk.{index}", f"head.trunk.{index}.block"
+    return {
+        **_layer(f"{ours}.norm", f"{theirs}.0.ln"),
+        **_layer(f"{ours}.depthwise", f"{theirs}.1"),
+        **_layer(f"{ours}.pointwise1", f"{theirs}.3"),
+        **_layer(f"{ours}.pointwise2", f"{theirs}.5"),
+    }
+
+
+def live_parts(state: State) -> State:
+    """The level of the query scale alone, and 1x1 convolutions as the matrices they are."""
+    parts = {key: tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor for key, tensor in state.items()}
+    if "adapter.level_embed" in parts:
+        parts["adapter.level_embed"] = parts["adapter.level_embed"][0]
+    return parts
+
+
+RELEASE = KeyMap(
+    name="the BRIXEL release",
+    marks=("adapter.level_embed", "head.out_conv.weight"),
+    tensors={
+        **_conv_norm("adapter.prior.stem.0", "adapter.spm.stem.0", "adapter.spm.stem.1"),
+        **_conv_norm("adapter.prior.stem.1", "adapter.spm.stem.3", "adapter.spm.stem.4"),
+        **_conv_norm("adapter.prior.stem.2", "adapter.spm.stem.6", "adapter.spm.stem.7"),
+        **_conv_norm("adapter.prior.down", "adapter.spm.conv2.0", "adapter.spm.conv2.1"),
+        **_layer("adapter.query", "adapter.spm.fc2"),
+        "adapter.level": ("adapter.level_embed",),
+        **{key: names for index in range(EXTRACTORS) for key, names in _extractor(index).items()},
+        **_layer("head.fusion.fine", "adapter.spm.fc1"),
+        **_layer("head.fusion.norm", "adapter.norm1"),
+        **_layer("head.fusion.align", "head.align_in"),
+        **{key: names for index in range(TRUNK_BLOCKS) for key, names in _trunk(index).items()},
+        **_layer("head.mix", "head.mix"),
+        **_layer("head.norm", "head.head_norm.ln"),
+        **_layer("head.out", "head.out_conv"),
+    },
+    dropped=(
+        "adapter.up.*",
+        "adapter.norm[234].*",
+        "adapter.guide_proj.*",
+        "adapter.spm.conv[34].*",
+        "adapter.spm.fc[34].*",
+    ),
+    prepare=live_parts,
+)
+
+
+def read_release(path: Path, shapes: dict[str, tuple[int, ...]], *, what: str) -> State:
+    """The live tensors of a release file under our names; ``shapes`` are those of our adapter and head."""
+    return rename(read_tensors(path), RELEASE, shapes, what=what)

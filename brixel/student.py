@@ -1,0 +1,85 @@
+"""The student: a frozen backbone on a small picture, an adapter and a head that give the map of the large one.
+
+The graph of arXiv 2511.05168, section 1 of `docs/method.md`. Tensors in, tensors out; files and pictures are the business
+of :class:`brixel.BrixelFeatures`.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from brixel.adapter import Adapter
+from brixel.backbones.vit import ViT
+from brixel.errors import BrixelError
+from brixel.head import GROUPS, Head
+
+UPSCALE = 4  # cells of the dense map per patch, on each axis
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What distinguishes one adapter from another, beside the backbone's width.
+
+    ``blocks``: the four blocks, from 0, whose outputs feed the extractors; the last must be the backbone's last.
+    ``residual_detour``: see :class:`brixel.head.Head`. ``short_side_px``: short side of the pictures it was trained on.
+    """
+
+    blocks: tuple[int, ...]
+    residual_detour: bool
+    short_side_px: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if len(self.blocks) != 4 or list(self.blocks) != sorted(self.blocks) or self.blocks[0] < 0:
+            raise BrixelError(f"blocks are {list(self.blocks)}; expected four indices from 0, in ascending order")
+        if not isinstance(self.short_side_px, int) or self.short_side_px < 1:
+            raise BrixelError(f"short_side_px is {self.short_side_px!r}; expected a positive number of pixels")
+
+
+def default_blocks(depth: int) -> tuple[int, ...]:
+    """The released models' choice by depth: a quarter, a half, three quarters, the last. Shallow ones: the last four."""
+    if depth < 4:
+        raise BrixelError(f"a backbone of {depth} blocks has no default choice of four; give blocks=(...)")
+    return (depth // 4, depth // 2, 3 * depth // 4, depth - 1) if depth > 4 else (0, 1, 2, 3)
+
+
+class Student(nn.Module):
+    """Backbone, adapter and head. The backbone stays frozen and in evaluation mode."""
+
+    def __init__(self, backbone: ViT, adapter: Adapter, head: Head, blocks: tuple[int, ...]) -> None:
+        super().__init__()
+        if blocks[-1] != backbone.depth - 1:
+            raise BrixelError(f"blocks are {list(blocks)}; the last must be the backbone's last, {backbone.depth - 1}")
+        self.backbone = backbone.requires_grad_(False)
+        self.adapter = adapter
+        self.head = head
+        self.blocks = blocks
+        self.eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The dense map of a batch.
+
+        ``pixels``: (B, 3, H, W), normalised with the backbone's mean and deviation, H and W multiples of ``patch_px``.
+        Returns (B, D, 4h, 4w) for the patch grid h x w; in memory channels come last. Differentiable in the adapter and
+        head (and the pixels); wrap it in ``torch.no_grad()`` where no gradient is wanted.
+        """
+        maps = self.backbone.block_maps(pixels, self.blocks)
+        prior, queries = self.adapter(pixels, maps)
+        return self.head(prior, queries, maps[-1])
+
+    def backbone_features(self, pixels: Tensor) -> Tensor:
+        """The frozen backbone's own last normalised map: (B, 3, H, W) as for the model itself -> (B, D, h, w)."""
+        return self.backbone.block_maps(pixels, self.blocks[-1:])[0]
+
+    def train(self, mode: bool = True) -> "Student":
+        """Set training mode for adapter and head; the backbone has none."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+def new_trainable(width: int, config: AdapterConfig) -> nn.ModuleDict:
+    """A fresh adapter and head for a backbone of this width: what a student adds to it, and what its file holds."""
+    if width % GROUPS:
+        raise BrixelError(f"the backbone is {width} wide; the adapter needs a multiple of {GROUPS}")
+    return nn.ModuleDict({"adapter": Adapter(width), "head": Head(width, residual_detour=config.residual_detour)})
