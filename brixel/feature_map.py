@@ -233,7 +233,7 @@ def _check_cover(axis: str, cells: int, stride_px: float, image_px: int) -> None
     if image_px > end * (1 + ROUNDING) or begin >= image_px * (1 - ROUNDING):
         raise BrixelError(
             f"along {axis}, {cells} cells at a stride of {stride_px:g} do not fit {image_px} pixels: "
-            f"expected the picture's edge in the last cell, from {begin:g} to {end:g}; give sizes of one picture"
+            f"expected its edge in the last cell, from {begin:g} to {end:g}; give sizes of one picture"
         )
 
 

@@ -265,8 +265,8 @@ def _backbone_of(folder: Path, config: BackboneConfig, given: PathLike | None, d
         return vit
     if given is None and not Path(config.source).exists():
         raise CheckpointError(
-            f"{folder} holds an adapter without its backbone, {config.title}, which was at {config.source} and is there "
-            "no longer: give the backbone's folder or file as backbone="
+            f"{folder} holds an adapter without its backbone, {config.title}, which was at {config.source} and is no "
+            "longer there: give the backbone's folder or file as backbone="
         )
     path = locate(given or config.source, what="backbone")
     vit = load_backbone(path, architecture=config.vit, dtype=dtype).vit

@@ -1,7 +1,7 @@
 """The student: a frozen backbone on a small picture, an adapter and a head that give the map of the large one.
 
-The graph of arXiv 2511.05168, section 1 of `docs/method.md`. Tensors in, tensors out; files and pictures are the business
-of :class:`brixel.BrixelFeatures`.
+The graph of arXiv 2511.05168, section 1 of `docs/method.md`. Tensors in, tensors out; files and pictures are the
+business of :class:`brixel.BrixelFeatures`.
 """
 
 from dataclasses import dataclass

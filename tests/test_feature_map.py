@@ -126,7 +126,7 @@ def test_copies(duplicate) -> None:
         ({"meta": "tiny"}, "meta is 'tiny'; expected a mapping"),
         (
             {"image_hw": (5, 6)},
-            "along y, 2 cells at a stride of 2 do not fit 5 pixels: expected the picture's edge in the "
+            "along y, 2 cells at a stride of 2 do not fit 5 pixels: expected its edge in the "
             "last cell, from 2 to 4; give sizes of one picture",
         ),
         ({"image_hw": (4, 4)}, "along x, 3 cells at a stride of 2 do not fit 4 pixels: .* from 4 to 6"),

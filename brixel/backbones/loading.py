@@ -35,7 +35,7 @@ def load_backbone(
     """Read a ViT, frozen and in evaluation mode.
 
     ``architecture``: a name of the table, or a configuration of one's own; where None, the folder's `config.json`
-    tells, or the shapes of the tensors. ``fields``: any fields of :class:`ViTConfig`, over what the file's family implies.
+    tells, or the shapes of the tensors. ``fields``: any of :class:`ViTConfig`, over what the file's family implies.
     Raises CheckpointError where the file fits no architecture, or not the one that was given.
     """
     state = without_prefix(read_tensors(path))

@@ -2,7 +2,7 @@
 
 One model for both families; they differ only in the fields of :class:`ViTConfig`. Left out on purpose: masking, drop
 path, the random rescaling of rotary positions in training (the backbone is frozen), pooling heads.
-Papers: DINOv3 arXiv 2508.10104, DINOv2 arXiv 2304.07193, registers arXiv 2309.16588. Facts followed: `docs/backbones.md`.
+Papers: DINOv3 arXiv 2508.10104, DINOv2 arXiv 2304.07193, registers arXiv 2309.16588. Facts: `docs/backbones.md`.
 
 Shapes: B batch, D width, h x w patch grid, N = 1 + registers + h*w tokens, A attention heads, E = D / A.
 """
