@@ -1,6 +1,7 @@
 """Files that are either whole or absent: written under a temporary name, then renamed."""
 
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,17 @@ from pathlib import Path
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on leaving without an error it becomes ``path``, else it is removed.
 
-    The temporary name ends as ``path`` does, since some writers choose the format by the ending.
+    The temporary name ends as ``path`` does, since some writers choose the format by the ending. The permissions are
+    those of any new file, also where the writer makes its own private.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    permissions = stat.S_IMODE(os.fstat(handle).st_mode)
+    os.close(handle)
     try:
         yield temporary
+        temporary.chmod(permissions)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

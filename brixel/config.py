@@ -80,7 +80,7 @@ def read_config(path: Path) -> BrixelConfig:
         raise CheckpointError(f"{path} is not JSON ({error})") from error
     version = content.pop("format_version", None) if isinstance(content, dict) else None
     if not isinstance(version, int):
-        raise CheckpointError(f"{path} is not of a brixel model: no format_version in it; for a backbone use from_backbone")
+        raise CheckpointError(f"{path} is no brixel model's: it lacks format_version; for a backbone use from_backbone")
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {version}, newer than {FORMAT_VERSION}, which we read: update brixel")
     try:

@@ -37,7 +37,7 @@ class AdapterConfig:
 
 
 def default_blocks(depth: int) -> tuple[int, ...]:
-    """The released models' choice by depth: a quarter, a half, three quarters, the last. Shallow ones: the last four."""
+    """The released models' choice by depth: a quarter, a half, three quarters, the last; of four blocks all."""
     if depth < 4:
         raise BrixelError(f"a backbone of {depth} blocks has no default choice of four; give blocks=(...)")
     return (depth // 4, depth // 2, 3 * depth // 4, depth - 1) if depth > 4 else (0, 1, 2, 3)

@@ -1,0 +1,8 @@
+"""`python -m brixel`: the command line."""
+
+import sys
+
+from brixel.cli import main
+
+if __name__ == "__main__":  # worker processes import this module too
+    sys.exit(main())

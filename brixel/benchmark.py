@@ -1,0 +1,212 @@
+"""What a student costs beside its backbone: time, operations, parameters, memory; on random weights.
+
+Times of the variants are taken in turn within one run, so that what else the machine does falls on all of them alike.
+"""
+
+import datetime
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from brixel.backbones.vit import ViT
+from brixel.devices import choose_device, choose_dtype
+from brixel.model_table import known_backbone
+from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
+
+DEFAULT_ARCHITECTURES = ("dinov3-vits16", "dinov3-vitb16")
+STUDENT, BACKBONE, LARGE = "student", "backbone alone", "backbone alone, picture x 4"
+_WARM_UP = 3
+_LARGE_EVERY = 5  # the large picture takes long: it is timed in one round of five
+
+
+@dataclass(frozen=True)
+class Result:
+    """One architecture's figures; the mappings are by variant, seconds a list over the rounds."""
+
+    architecture: str
+    image_px: int
+    seconds: Mapping[str, Sequence[float]]
+    flops: Mapping[str, int]
+    peak_bytes: Mapping[str, int | None]
+    parameters: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of a run and how it was made."""
+
+    results: Sequence[Result]
+    recipe: str
+
+
+def random_student(architecture: str, *, detour: bool = True) -> Student:
+    """A student of released shape with random weights, its last layer too, so that nothing is a product with zero."""
+    torch.manual_seed(0)
+    vit = known_backbone(architecture).vit
+    config = AdapterConfig(default_blocks(vit.depth), residual_detour=detour, short_side_px=256)
+    trainable = new_trainable(vit.width, config)
+    torch.nn.init.normal_(trainable["head"].out.weight, std=0.02)  # type: ignore[union-attr, arg-type]
+    return Student(ViT(vit), trainable["adapter"], trainable["head"], config.blocks)  # type: ignore[arg-type]
+
+
+def variants(student: Student, image_px: int, like: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The calls that are compared, by name; ``like`` gives device and dtype."""
+    small = torch.randn(1, 3, image_px, image_px).to(like)
+    large = torch.randn(1, 3, UPSCALE * image_px, UPSCALE * image_px).to(like)
+    return {
+        BACKBONE: lambda: student.backbone_features(small),
+        STUDENT: lambda: student(small),
+        LARGE: lambda: student.backbone_features(large),
+    }
+
+
+def benchmark(
+    architectures: Sequence[str],
+    *,
+    image_px: int = 256,
+    rounds: int = 20,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Report:
+    """Measure students of the named architectures on one picture of ``image_px`` x ``image_px`` pixels."""
+    where = choose_device(device)
+    kind = choose_dtype(dtype, where)
+    for name in architectures:
+        known_backbone(name)  # a typing error should not cost the time of those before it
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        results = [_measure(name, image_px, rounds, where, kind) for name in architectures]
+        recipe = _recipe(image_px, rounds, where, kind)
+    finally:
+        torch.set_num_threads(before)
+    return Report(results, recipe)
+
+
+def _measure(architecture: str, image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> Result:
+    peaks = {
+        name: _peak_bytes(architecture, name, image_px, device, dtype) for name in (BACKBONE, STUDENT, LARGE)
+    }
+    student = random_student(architecture).to(device, dtype)
+    calls = variants(student, image_px, student.backbone.cls_token)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        flops = {name: _flops(call) for name, call in calls.items()}
+        for turn in range(-_WARM_UP, rounds):
+            for name, call in calls.items():
+                if name != LARGE or (turn >= 0 and turn % _LARGE_EVERY == 0):
+                    elapsed = _seconds(call, device)
+                    if turn >= 0:
+                        seconds[name].append(elapsed)
+    counts = {
+        "backbone": sum(each.numel() for each in student.backbone.parameters()),
+        "adapter and head": sum(each.numel() for part in (student.adapter, student.head) for each in part.parameters()),
+    }
+    return Result(architecture, image_px, seconds, flops, peaks, counts)
+
+
+def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _flops(call: Callable[[], Tensor]) -> int:
+    """Operations of matrix products, convolutions and attention, two for each multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _peak_bytes(
+    architecture: str, variant: str, image_px: int, device: torch.device, dtype: torch.dtype
+) -> int | None:
+    """Peak memory of a fresh process that runs one variant: resident on the CPU, allocated on CUDA; else None."""
+    context = multiprocessing.get_context("spawn")
+    arguments = (architecture, variant, image_px, str(device), dtype, torch.get_num_threads())
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_peak_of_this_process, *arguments).result()
+
+
+def _peak_of_this_process(
+    architecture: str, variant: str, image_px: int, device: str, dtype: torch.dtype, threads: int
+) -> int | None:
+    torch.set_num_threads(threads)
+    student = random_student(architecture).to(device, dtype)
+    call = variants(student, image_px, student.backbone.cls_token)[variant]
+    with torch.inference_mode():
+        for _ in range(2):
+            call()
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _recipe(image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return (
+        f"One picture of {image_px} x {image_px} px, {str(dtype)[6:]}, random weights, {rounds} rounds in turn; "
+        f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{datetime.date.today().isoformat()}."
+    )
+
+
+def _processor() -> str:
+    """The processor as Linux names it, with what vectors it has; elsewhere what Python knows."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def report(run: Report) -> str:
+    """The run as Markdown: a table with medians, ranges and ratios, and the recipe."""
+    lines = [
+        "| architecture | variant | time, ms: median (min to max) | of its backbone's | GFLOP | peak memory, MiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for result in run.results:
+        for variant, seconds in result.seconds.items():
+            peak = result.peak_bytes[variant]
+            lines.append(
+                f"| {result.architecture} | {variant} | {_range(seconds)} | {_ratio(result, variant)} "
+                f"| {result.flops[variant] / 1e9:.2f} | {'-' if peak is None else f'{peak / 2**20:.0f}'} |"
+            )
+    lines.append("")
+    for result in run.results:
+        extra = (result.flops[STUDENT] - result.flops[BACKBONE]) / 1e9
+        counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in result.parameters.items())
+        lines.append(f"- {result.architecture}: parameters: {counts}; adapter and head: {extra:.2f} GFLOP.")
+    lines += ["", run.recipe, "Peak memory is of a whole process: resident on the CPU, allocated on CUDA."]
+    return "\n".join(lines)
+
+
+def _range(seconds: Sequence[float]) -> str:
+    low, median, high = (each * 1e3 for each in (min(seconds), statistics.median(seconds), max(seconds)))
+    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _ratio(result: Result, variant: str) -> str:
+    """Median over the rounds of the time over the backbone's in the same round."""
+    own, base = result.seconds[variant], result.seconds[BACKBONE]
+    step = _LARGE_EVERY if variant == LARGE else 1
+    return f"{statistics.median(a / b for a, b in zip(own, base[::step], strict=True)):.2f}"

@@ -1,0 +1,204 @@
+"""The command line: parses, calls, prints. `brixel COMMAND --help` tells the options."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from brixel import __version__
+from brixel.benchmark import DEFAULT_ARCHITECTURES, benchmark, report
+from brixel.errors import BrixelError
+from brixel.extraction import extract_files, find_pictures
+from brixel.features import BrixelFeatures
+from brixel.geometry import NATIVE
+from brixel.panel import show
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status. Errors are one line on standard error, with ``--debug`` a traceback."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("brixel: interrupted", file=sys.stderr)
+        return 130
+    except (BrixelError, OSError) as error:
+        if options.debug:
+            raise
+        print(f"brixel: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="brixel", description="Dense features of pictures from frozen ViTs.")
+    parser.add_argument("--version", action="version", version=f"brixel {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    one = _command(commands, "show", _show, "a panel of pictures with their backbone's map and their dense map")
+    one.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    one.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="default: %(default)s")
+    _add_model_options(one)
+
+    one = _command(commands, "extract", _extract, "the dense map of every picture, a file each")
+    one.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures, and folders of them")
+    one.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    one.add_argument("--format", choices=("safetensors", "npy"), default="safetensors", help="default: %(default)s")
+    one.add_argument("--batch-size", type=_positive, default=1, help="pictures of one size at once; default: 1")
+    one.add_argument("--overwrite", action="store_true", help="also where the output exists")
+    _add_model_options(one)
+
+    one = _command(commands, "info", _info, "what a model is made of")
+    one.add_argument("model", type=Path, metavar="MODEL", help="a folder written by save_pretrained or convert")
+    one.add_argument("--backbone", type=Path, help="its backbone, if it is not where it was")
+
+    one = _command(commands, "convert", _convert, "the authors' adapter file into a model folder of ours")
+    one.add_argument("adapter", type=Path, metavar="ADAPTER.pth")
+    one.add_argument("--blocks", type=_blocks, help="four blocks from 0, as 3,6,9,11; default: by depth")
+    one.add_argument("--include-backbone", action="store_true", help="also write the backbone's weights")
+    one.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    one.add_argument("--backbone", type=Path, required=True, help=_BACKBONE_HELP)
+    one.add_argument("--architecture", help=_ARCHITECTURE_HELP)
+    one.add_argument("--short-side", type=_positive, default=256, help="pixels that it was trained on; default: 256")
+
+    one = _command(commands, "benchmark", _benchmark, "time, operations and memory of students with random weights")
+    one.add_argument("--architectures", nargs="+", default=DEFAULT_ARCHITECTURES, metavar="NAME")
+    one.add_argument("--image-px", type=_positive, default=256, help="side of the picture; default: 256")
+    one.add_argument("--rounds", type=_positive, default=20, help="default: 20")
+    one.add_argument("--threads", type=_positive, help="default: torch's own choice")
+    one.add_argument("-o", "--output", type=Path, help="also write the report (Markdown) here")
+    _add_device_options(one)
+    return parser
+
+
+_BACKBONE_HELP = "a folder in Hugging Face or timm layout, or a weight file"
+_ARCHITECTURE_HELP = "what the backbone is, such as dinov3-vits16, where its files leave it open"
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+    parser.set_defaults(run=run)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_device_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; default: by device")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, help="a folder written by save_pretrained or convert")
+    parser.add_argument("--backbone", type=Path, help=f"without --model: {_BACKBONE_HELP}, with a fresh adapter")
+    parser.add_argument("--architecture", help=_ARCHITECTURE_HELP)
+    parser.add_argument(
+        "--short-side", type=_short_side, metavar="PX", help="pixels, or 'native'; default: as the adapter was trained"
+    )
+    _add_device_options(parser)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a positive whole number")
+    return int(text)
+
+
+def _short_side(text: str) -> int | str:
+    return NATIVE if text == NATIVE else _positive(text)
+
+
+def _blocks(text: str) -> list[int]:
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected four numbers as 3,6,9,11") from error
+
+
+def _load(options: argparse.Namespace) -> BrixelFeatures:
+    where = {"device": options.device, "dtype": options.dtype}
+    if options.model is not None:
+        if options.architecture is not None:
+            raise BrixelError("--architecture goes with --backbone alone; a model folder says what its backbone is")
+        return BrixelFeatures.from_pretrained(options.model, backbone=options.backbone, **where)
+    if options.backbone is None:
+        raise BrixelError("give --model FOLDER, or --backbone FOLDER for a backbone with a fresh adapter")
+    model = BrixelFeatures.from_backbone(options.backbone, architecture=options.architecture, **where)
+    print("brixel: no --model: a fresh adapter, so the dense map is the backbone's own, upsampled", file=sys.stderr)
+    return model
+
+
+def _show(options: argparse.Namespace) -> int:
+    if not options.output.parent.is_dir():
+        raise BrixelError(f"no folder {options.output.parent} to write {options.output.name} into")
+    show(_load(options), options.images, short_side_px=options.short_side).save(options.output)
+    print(options.output)
+    return 0
+
+
+def _extract(options: argparse.Namespace) -> int:
+    pictures = find_pictures(options.paths)
+    report = extract_files(
+        _load(options),
+        pictures,
+        options.output,
+        ending=f".{options.format}",
+        overwrite=options.overwrite,
+        batch_size=options.batch_size,
+        short_side_px=options.short_side,
+    )
+    for _, error in report.failures:
+        print(f"brixel: skipped: {error}", file=sys.stderr)
+    print(f"{report.written} written, {report.skipped} already there, {len(report.failures)} unreadable")
+    return 1 if report.failures else 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    model = BrixelFeatures.from_pretrained(options.model, backbone=options.backbone, device="cpu")
+    backbone, adapter = model.config.backbone, model.config.adapter
+    sizes = {name: sum(each.numel() for each in getattr(model, name).parameters()) for name in _PARTS}
+    rows = {
+        "backbone": backbone.title,
+        "backbone from": backbone.source,
+        "width, depth, heads": f"{backbone.vit.width}, {backbone.vit.depth}, {backbone.vit.heads}",
+        "patch": f"{model.patch_px} px; a cell of the dense map: {model.stride_px:g} px",
+        "mean, deviation": f"{backbone.vit.mean}, {backbone.vit.std}",
+        "blocks": ", ".join(map(str, adapter.blocks)),
+        "short side": f"{adapter.short_side_px} px",
+        "residual detour": "yes, as in the release" if adapter.residual_detour else "no",
+        "parameters": ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in sizes.items()),
+    }
+    for name, value in rows.items():
+        print(f"{name:20} {value}")
+    return 0
+
+
+_PARTS = ("backbone", "adapter", "head")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    model = BrixelFeatures.from_release(
+        options.adapter,
+        options.backbone,
+        architecture=options.architecture,
+        blocks=options.blocks,
+        short_side_px=options.short_side,
+        device="cpu",
+    )
+    model.save_pretrained(options.output, include_backbone=options.include_backbone)
+    print(options.output)
+    return 0
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    results = benchmark(
+        options.architectures,
+        image_px=options.image_px,
+        rounds=options.rounds,
+        threads=options.threads,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    text = report(results)
+    print(text)
+    if options.output is not None:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    return 0

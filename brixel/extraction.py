@@ -1,0 +1,106 @@
+"""Features of whole folders into files, one per picture; pictures that cannot be used are listed, not fatal."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from brixel.errors import BrixelError
+from brixel.feature_map import FeatureMap
+from brixel.features import BrixelFeatures
+
+# what counts as a picture in a folder; a file that is named itself is always tried
+PICTURES = (
+    *(".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpe", ".jpeg", ".jpg"),
+    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
+
+
+@dataclass
+class Report:
+    """What became of the pictures."""
+
+    written: int = 0
+    skipped: int = 0
+    failures: list[tuple[Path, Exception]] = field(default_factory=list)
+
+
+def find_pictures(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Pictures with the place that each takes below the output folder, in a fixed order.
+
+    Folders are searched through and keep their inner structure; a file goes by its name. Raises BrixelError for a path
+    that does not exist, for a folder without pictures, and where two pictures would take one place.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.exists():
+            raise BrixelError(f"no picture or folder at {path}")
+        inside = _pictures_in(path) if path.is_dir() else [path]
+        if not inside:
+            raise BrixelError(f"no pictures in {path}; looked for {', '.join(PICTURES)}")
+        for picture in inside:
+            place = picture.relative_to(path) if path.is_dir() else Path(picture.name)
+            other = found.setdefault(place, picture)
+            if other.resolve() != picture.resolve():
+                raise BrixelError(f"{other} and {picture} would both be written as {place}; extract them apart")
+    return [(picture, place) for place, picture in found.items()]
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
+
+
+def extract_files(
+    model: BrixelFeatures,
+    pictures: Sequence[tuple[Path, Path]],
+    folder: Path,
+    *,
+    ending: str = ".safetensors",
+    overwrite: bool = False,
+    batch_size: int = 1,
+    short_side_px: int | str | None = None,
+) -> Report:
+    """Write the map of every picture to ``folder / place + ending``; see :func:`find_pictures` for the places.
+
+    Files appear whole or not at all, so a run that was cut off goes on where it stopped; what exists is skipped unless
+    ``overwrite``. Raises OSError where a file cannot be written.
+    """
+    report = Report()
+    outputs = [(picture, folder / place.with_name(place.name + ending)) for picture, place in pictures]
+    todo = deque(each for each in outputs if overwrite or not each[1].exists())
+    report.skipped = len(outputs) - len(todo)
+    bar = tqdm(total=len(todo), unit="picture", disable=None)
+    for picture, output, result in _results(model, todo, batch_size, short_side_px):
+        if isinstance(result, FeatureMap):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            dataclasses.replace(result, meta={**result.meta, "picture": picture.name}).save(output)
+            report.written += 1
+        else:
+            report.failures.append((picture, result))
+        bar.update()
+    bar.close()
+    return report
+
+
+def _results(
+    model: BrixelFeatures, todo: deque[tuple[Path, Path]], batch_size: int, short_side_px: int | str | None
+) -> Iterator[tuple[Path, Path, FeatureMap | Exception]]:
+    """A map or the reason for having none, for each picture in order."""
+    taken: deque[tuple[Path, Path]] = deque()
+
+    def feed() -> Iterator[Path]:
+        while todo:
+            taken.append(todo.popleft())
+            yield taken[-1][0]
+
+    while todo:
+        stream = model.stream(feed(), batch_size=batch_size, short_side_px=short_side_px)
+        try:
+            for feature_map in stream:
+                yield *taken.popleft(), feature_map
+        except (BrixelError, FileNotFoundError) as error:  # of the last one taken: those before it came through
+            yield *taken.popleft(), error

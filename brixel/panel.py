@@ -1,0 +1,68 @@
+"""Pictures for people: the photograph, the backbone's own map and the dense one side by side, in one set of colours."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from brixel.features import BrixelFeatures
+from brixel.images import ImageInput, load_image
+from brixel.pca import PcaBasis
+
+HEIGHT_PX = 384  # of one tile, about: cells are enlarged by whole numbers, so that their edges stay sharp
+MARGIN_PX = 12
+LABEL_PX = 22
+
+
+def show(model: BrixelFeatures, images: Sequence[ImageInput], *, short_side_px: int | str | None = None) -> Image.Image:
+    """One row per picture: the picture, the backbone's map, the dense map. Maps of a row share one PCA basis.
+
+    Raises ImageError for a picture that cannot be used; ``short_side_px`` as in :meth:`BrixelFeatures.extract`.
+    """
+    rows = [_row(model, image, short_side_px) for image in images]
+    width = max(sum(tile.width + MARGIN_PX for tile in row) for row in rows) + MARGIN_PX
+    panel = Image.new("RGB", (width, sum(row[0].height + MARGIN_PX for row in rows) + MARGIN_PX), "white")
+    top = MARGIN_PX
+    for row in rows:
+        left = MARGIN_PX
+        for tile in row:
+            panel.paste(tile, (left, top))
+            left += tile.width + MARGIN_PX
+        top += row[0].height + MARGIN_PX
+    return panel
+
+
+def _row(model: BrixelFeatures, image: ImageInput, short_side_px: int | str | None) -> list[Image.Image]:
+    planes = load_image(image)
+    coarse = model.extract_backbone(planes, short_side_px=short_side_px)
+    dense = model.extract(planes, short_side_px=short_side_px)
+    basis = PcaBasis.fit([dense.features, coarse.features])
+    zoom = max(1, round(HEIGHT_PX / dense.grid_hw[0]))
+    # the last cells may reach over the picture's edge: every tile is cut where the picture ends
+    height, width = (round(side / step * zoom) for side, step in zip(dense.image_hw, dense.stride, strict=True))
+    tiles = [(_photograph(planes.numpy(), (height, width)), "picture {} x {}".format(*dense.image_hw))]
+    for feature_map, name in ((coarse, "backbone"), (dense, "brixel")):
+        step = round(zoom * feature_map.stride[0] / dense.stride[0])
+        tile = enlarge(feature_map.pca(basis), step)[:height, :width]
+        tiles.append((tile, "{} {} x {}".format(name, *feature_map.grid_hw)))
+    return [_labelled(tile, text) for tile, text in tiles]
+
+
+def enlarge(colours: npt.NDArray[np.uint8], times: int) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) with every cell as a square of ``times`` x ``times`` pixels."""
+    return colours.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def _photograph(planes: npt.NDArray[np.generic], image_hw: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    colours = planes if planes.dtype == np.uint8 else (planes * 255).round().astype(np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
+    return np.asarray(picture.resize((image_hw[1], image_hw[0]), Image.Resampling.LANCZOS))
+
+
+def _labelled(tile: npt.NDArray[np.uint8], text: str) -> Image.Image:
+    labelled = Image.new("RGB", (tile.shape[1], tile.shape[0] + LABEL_PX), "white")
+    ImageDraw.Draw(labelled).text((0, 2), text, fill="black", font=ImageFont.load_default(14))
+    labelled.paste(Image.fromarray(np.ascontiguousarray(tile)), (0, LABEL_PX))
+    return labelled
+

@@ -1,0 +1,38 @@
+"""One picture to a dense feature map, and its three main directions as colours.
+
+    python examples/quickstart.py docs/scene.jpg dinov2-small
+
+The second argument is a folder: a model's (written by save_pretrained), or a backbone's in Hugging Face layout.
+"""
+
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from brixel import BrixelFeatures, CheckpointError
+
+
+def load(folder: str) -> BrixelFeatures:
+    try:
+        return BrixelFeatures.from_pretrained(folder)
+    except CheckpointError:  # not a model of ours: a backbone, which gets a fresh adapter
+        return BrixelFeatures.from_backbone(folder)
+
+
+def main(picture: str, folder: str, output: str = "features.safetensors") -> None:
+    model = load(folder)
+    feature_map = model.extract(picture)  # a FeatureMap: (D, Hf, Wf) and where its cells lie on the picture
+    print(feature_map)
+
+    height, width = feature_map.image_hw
+    centre = feature_map.at([(height / 2, width / 2)])  # (1, D), coordinates in pixels of the picture
+    print("at the centre:", centre.shape, "length", float(centre.norm()))
+
+    feature_map.save(output)
+    colours = Image.fromarray(feature_map.pca())
+    colours.resize((width, height), Image.Resampling.NEAREST).save(Path(output).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
