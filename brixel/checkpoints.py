@@ -22,7 +22,10 @@ from brixel.key_map import State, complain
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 # names that a folder's weights go by, in order of preference
-_FOLDER_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_FOLDER_NAMES = (
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -37,13 +40,7 @@ def read_tensors(path: str | os.PathLike[str]) -> State:
         source = weight_file_in(source)
     if not source.is_file():
         raise FileNotFoundError(f"no weight file at {source}")
-    if source.name.endswith(".index.json"):
-        return _read_shards(source)
-    if source.suffix == ".safetensors":
-        return _read_safetensors(source)
-    if source.suffix in PICKLED:
-        return _read_pickled(source)
-    raise CheckpointError(f"{source}: expected a weight file: .safetensors, {', '.join(PICKLED)}, or a folder with one")
+    return _read_shards(source) if source.name.endswith(".index.json") else _read_file(source)
 
 
 def weight_file_in(folder: Path) -> Path:
@@ -56,6 +53,14 @@ def weight_file_in(folder: Path) -> Path:
         return files[0]
     found = ", ".join(each.name for each in files) or "none"
     raise FileNotFoundError(f"{folder}: expected model.safetensors or a single weight file; found {found}")
+
+
+def _read_file(path: Path) -> State:
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in PICKLED:
+        return _read_pickled(path)
+    raise CheckpointError(f"{path}: expected a weight file: .safetensors, {', '.join(PICKLED)}, or a folder with one")
 
 
 def _read_safetensors(path: Path) -> State:
@@ -78,7 +83,7 @@ def _read_shards(index: Path) -> State:
         raise FileNotFoundError(f"{index.parent} lacks {len(absent)} of {len(names)} weight shards: {absent[0]}, ...")
     state: State = {}
     for name in names:
-        state.update(_read_safetensors(index.parent / name))
+        state.update(_read_file(index.parent / name))
     return state
 
 
@@ -89,14 +94,16 @@ def _read_pickled(path: Path) -> State:
     except pickle.UnpicklingError as error:
         reason = "more than tensors, which could run code; only plain tensors are read"
         raise CheckpointError(f"{path} is damaged, or holds {reason}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # damage surfaces as any of a dozen kinds: IndexError, struct.error, BadZipFile, ...
         raise CheckpointError(f"{path} is damaged or no PyTorch weight file ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a dict of tensors by name")
     for nested in ("teacher", "state_dict", "model"):
         if isinstance(content.get(nested), dict):
             content = content[nested]
-    other = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    other = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if other or not content:
         raise CheckpointError(f"{path} holds no plain dict of tensors; not a tensor: {', '.join(map(str, other[:4]))}")
     return content
@@ -120,7 +127,10 @@ def fit(build: Callable[[], Module], state: Mapping[str, Tensor], dtype: torch.d
         ],
         unknown=[key for key in state if key not in wanted],
     )
-    cast = {key: state[key].to(dtype) if tensor.is_floating_point() else state[key] for key, tensor in wanted.items()}
+    # Copied even where the dtype is right: a file's tensors are mapped as they lie in it, and products of unaligned
+    # matrices are slower and differ in their last bits.
+    kinds = {key: dtype if tensor.is_floating_point() else tensor.dtype for key, tensor in wanted.items()}
+    cast = {key: state[key].to(kind, copy=True) for key, kind in kinds.items()}
     module.load_state_dict(cast, assign=True)
     left = [name for name, each in (*module.named_parameters(), *module.named_buffers()) if each.is_meta]
     assert not left, f"outside the state dict: {left}"

@@ -5,13 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from brixel import __version__
+from brixel import __version__, panel
 from brixel.benchmark import DEFAULT_ARCHITECTURES, benchmark, report
 from brixel.errors import BrixelError
 from brixel.extraction import extract_files, find_pictures
 from brixel.features import BrixelFeatures
 from brixel.geometry import NATIVE
-from brixel.panel import show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,9 +126,8 @@ def _load(options: argparse.Namespace) -> BrixelFeatures:
 
 
 def _show(options: argparse.Namespace) -> int:
-    if not options.output.parent.is_dir():
-        raise BrixelError(f"no folder {options.output.parent} to write {options.output.name} into")
-    show(_load(options), options.images, short_side_px=options.short_side).save(options.output)
+    panel.check_output(options.output)
+    panel.save(panel.show(_load(options), options.images, short_side_px=options.short_side), options.output)
     print(options.output)
     return 0
 

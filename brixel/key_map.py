@@ -39,9 +39,10 @@ class KeyMap:
     options: Mapping[str, object] = field(default_factory=dict)
 
     def canonical(self, state: State) -> State:
-        """The state with the aliases replaced."""
+        """The state with the aliases replaced; a key whose other spelling is there as well stays as it is."""
         for pattern, replacement in self.aliases:
-            state = {re.sub(pattern, replacement, key): tensor for key, tensor in state.items()}
+            spelt = {key: re.sub(pattern, replacement, key) for key in state}
+            state = {key if new != key and new in state else new: state[key] for key, new in spelt.items()}
         return state
 
     def matches(self, state: State) -> bool:

@@ -1,11 +1,14 @@
 """Pictures for people: the photograph, the backbone's own map and the dense one side by side, in one set of colours."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from brixel.atomic import atomic_path
+from brixel.errors import BrixelError
 from brixel.features import BrixelFeatures
 from brixel.images import ImageInput, load_image
 from brixel.pca import PcaBasis
@@ -31,6 +34,21 @@ def show(model: BrixelFeatures, images: Sequence[ImageInput], *, short_side_px: 
             left += tile.width + MARGIN_PX
         top += row[0].height + MARGIN_PX
     return panel
+
+
+def check_output(path: Path) -> None:
+    """Raise BrixelError where no picture can be written to ``path``; asked before the work is done."""
+    if not path.parent.is_dir():
+        raise BrixelError(f"no folder {path.parent} to write {path.name} into")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise BrixelError(f"{path}: expected a name that ends in .png, .jpg or .webp")
+
+
+def save(panel: Image.Image, path: Path) -> None:
+    """Write a picture, whole or not at all; the ending chooses the format."""
+    check_output(path)
+    with atomic_path(path) as temporary:
+        panel.save(temporary)
 
 
 def _row(model: BrixelFeatures, image: ImageInput, short_side_px: int | str | None) -> list[Image.Image]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel.backbones.vit import ViTConfig
-from brixel.errors import CheckpointError
+from brixel.errors import BrixelError, CheckpointError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -34,18 +34,21 @@ def vit_config(folder: Path) -> ViTConfig | None:
         return readers[kind](config)
     except KeyError as error:
         raise CheckpointError(f"{folder / 'config.json'} lacks {error} of a {kind} model") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a {kind} model: {error}") from error
 
 
 def normalisation(folder: Path) -> dict[str, tuple[float, float, float]]:
     """``mean`` and ``std`` as the folder states them (Hugging Face's processor or timm's config); else nothing."""
     stated = read_json(folder / "preprocessor_config.json")
-    timm = read_json(folder / "config.json").get("pretrained_cfg", {})
+    timm = read_json(folder / "config.json").get("pretrained_cfg") or {}
     mean = stated.get("image_mean", timm.get("mean"))
     std = stated.get("image_std", timm.get("std"))
     return {"mean": tuple(mean), "std": tuple(std)} if mean and std else {}
 
 
 def _dinov3(config: dict[str, Any]) -> ViTConfig:
+    _check_activation(config, "silu" if config["use_gated_mlp"] else "gelu")
     return ViTConfig(
         width=config["hidden_size"],
         depth=config["num_hidden_layers"],
@@ -61,6 +64,12 @@ def _dinov3(config: dict[str, Any]) -> ViTConfig:
     )
 
 
+def _check_activation(config: dict[str, Any], expected: str) -> None:
+    found = config.get("hidden_act", expected)
+    if found != expected:
+        raise BrixelError(f"hidden_act is {found!r}; the published models of this kind have {expected!r}")
+
+
 def _rope_theta(config: dict[str, Any]) -> float:
     """Written at the top by older versions of transformers, among the rope parameters by newer ones."""
     nested = config.get("rope_parameters") or {}
@@ -70,6 +79,8 @@ def _rope_theta(config: dict[str, Any]) -> float:
 def _dinov2(config: dict[str, Any]) -> ViTConfig:
     width, gated = config["hidden_size"], config["use_swiglu_ffn"]
     hidden = int(width * config["mlp_ratio"])
+    if not gated:  # the gated one has silu whatever the configuration says
+        _check_activation(config, "gelu")
     return ViTConfig(
         width=width,
         depth=config["num_hidden_layers"],

@@ -24,10 +24,13 @@ def fold_bias_mask(state: State) -> State:
     folded = dict(state)
     for key, bias in state.items():
         if key.endswith(".attn.qkv.bias"):
-            default = torch.ones_like(bias).unflatten(0, (3, -1))
-            default[1] = 0
-            mask = folded.pop(f"{key}_mask", default.flatten())
-            folded[key] = bias * torch.where(mask.isnan(), default.flatten(), mask).to(bias.dtype)
+            default = torch.ones_like(bias)
+            third = len(bias) // 3
+            default[third : 2 * third] = 0
+            mask = folded.get(f"{key}_mask", default)
+            if mask.shape == bias.shape:  # one of another shape stays, and is refused as a key that is not known
+                folded.pop(f"{key}_mask", None)
+                folded[key] = bias * torch.where(mask.isnan(), default, mask).to(bias.dtype)
     return folded
 
 

@@ -60,22 +60,25 @@ def _architecture(
         return known_backbone(architecture).vit, architecture
     stated = normalisation(path) if path.is_dir() else {}
     described = vit_config(path) if path.is_dir() else None
-    if described is not None:
-        config = _with_fields(described, stated)
-        return config, next((row.name for row in KNOWN_BACKBONES.values() if row.vit == config), None)
-    row = _by_shapes(path, state, key_map, stated)
-    return row.vit, row.name
+    if described is None:
+        row = _by_shapes(path, state, key_map, stated)
+        return row.vit, row.name
+    fields = {name: value for name, value in dataclasses.asdict(described).items() if name not in ("mean", "std")}
+    rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**fields, **stated})]
+    if len(rows) > 1:
+        raise _ambiguous(path, rows)
+    return (rows[0].vit, rows[0].name) if rows else (_with_fields(described, stated), None)
 
 
 def _file_fields(
     path: Path, state: State, key_map: KeyMap, config: ViTConfig, architecture: str | ViTConfig | None
 ) -> dict[str, object]:
     """The fields that the file's family and the folder imply; a configuration given whole is left alone."""
-    if isinstance(architecture, ViTConfig):
-        return {}
     fields = dict(key_map.options)
     if "rope_embed.periods" in state:
         fields["rope_rounding"] = _rope_rounding(path, state, config)
+    if isinstance(architecture, ViTConfig):
+        return {}
     if path.is_dir():
         fields.update(normalisation(path))
     return fields
@@ -110,14 +113,20 @@ def _by_shapes(path: Path, state: State, key_map: KeyMap, stated: Mapping[str, o
         signature = _signature(state, key_map)
     except KeyError as error:
         raise CheckpointError(f"{path} ({key_map.name}) lacks {error}; fetch the file again") from error
+    except (IndexError, ValueError) as error:
+        raise CheckpointError(f"{path} ({key_map.name}) has tensors of unexpected dimensions ({error})") from error
     rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**signature, **stated})]
     if len(rows) == 1:
         return rows[0]
     told = ", ".join(f"{name} {value}" for name, value in signature.items())
     if not rows:
         raise CheckpointError(f"{path} ({key_map.name}) fits no known architecture ({told}); give it as a ViTConfig")
+    raise _ambiguous(path, rows)
+
+
+def _ambiguous(path: Path, rows: list[KnownBackbone]) -> CheckpointError:
     names = " or ".join(repr(row.name) for row in rows)
-    raise CheckpointError(f"{path} may be {names}, which differ in normalisation alone: say which, as its architecture")
+    return CheckpointError(f"{path} may be {names}, which differ in normalisation: say which, as its architecture")
 
 
 def _matches(config: ViTConfig, wanted: Mapping[str, object]) -> bool:

@@ -7,7 +7,7 @@ Papers: DINOv3 arXiv 2508.10104, DINOv2 arXiv 2304.07193, registers arXiv 2309.1
 Shapes: B batch, D width, h x w patch grid, N = 1 + registers + h*w tokens, A attention heads, E = D / A.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,8 +50,8 @@ class ViTConfig:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _three_numbers(name, getattr(self, name)))
         for name in ("width", "depth", "heads", "patch_px", "ffn_width", "native_grid"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -65,6 +65,16 @@ class ViTConfig:
                 f"ViTConfig: width {self.width} does not divide into {self.heads} heads"
                 + (" of a multiple of four channels, as rotary positions need" if multiple > 1 else "")
             )
+
+
+def _three_numbers(name: str, values: Iterable[float]) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or (name == "std" and min(numbers) <= 0):
+        raise BrixelError(f"ViTConfig.{name} is {values!r}; expected three numbers, for red, green and blue in [0, 1]")
+    return numbers
 
 
 class Attention(nn.Module):

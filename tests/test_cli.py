@@ -1,0 +1,132 @@
+"""The command line as a user meets it: what is printed, what is written, the exit status."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import brixel.cli
+from brixel import BrixelFeatures, FeatureMap, __version__
+from brixel.cli import main
+
+
+@pytest.fixture
+def model_folder(backbone_folder, tmp_path):
+    folder = tmp_path / "model"
+    BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments):
+    return main([str(each) for each in arguments])
+
+
+def test_show_with_a_model(model_folder, picture, tmp_path, capsys):
+    assert run("show", picture, picture, "--model", model_folder, "--device", "cpu", "-o", tmp_path / "panel.png") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "panel.png")
+    with Image.open(tmp_path / "panel.png") as panel:
+        assert panel.height > 2 * 384
+
+
+def test_show_with_a_backbone_alone_says_that_the_adapter_is_fresh(backbone_folder, picture, tmp_path, capsys):
+    output = tmp_path / "panel.png"
+    assert run("show", picture, "--backbone", backbone_folder, "--short-side", 28, "-o", output) == 0
+    assert "a fresh adapter" in capsys.readouterr().err
+    assert output.exists()
+
+
+def test_extract_reports_unreadable_files_and_exits_with_one(model_folder, picture, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    Image.open(picture).save(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "bad.png").write_text("no picture")
+    arguments = ("extract", tmp_path / "in", "--model", model_folder, "-o", tmp_path / "out")
+    assert run(*arguments) == 1
+    captured = capsys.readouterr()
+    assert "1 written, 0 already there, 1 unreadable" in captured.out
+    assert "brixel: skipped:" in captured.err
+    assert "bad.png" in captured.err
+    assert FeatureMap.load(tmp_path / "out" / "good.png.safetensors").image_hw == (60, 90)
+    (tmp_path / "in" / "bad.png").unlink()
+    assert run(*arguments) == 0
+    assert "0 written, 1 already there, 0 unreadable" in capsys.readouterr().out
+    assert run(*arguments, "--overwrite") == 0
+    assert "1 written" in capsys.readouterr().out
+
+
+def test_extract_as_npy_in_another_dtype_and_size(model_folder, picture, tmp_path):
+    options = ("--format", "npy", "--dtype", "bfloat16", "--short-side", "native", "--batch-size", 2)
+    assert run("extract", picture, "--model", model_folder, "-o", tmp_path / "out", *options) == 0
+    assert np.load(tmp_path / "out" / "waves.png.npy").shape == (64, 18, 26)
+
+
+def test_info_tells_what_a_model_is_made_of(model_folder, capsys):
+    assert run("info", model_folder) == 0
+    told = capsys.readouterr().out
+    for fact in ("ViT of width 64, depth 4, patch 14", "0, 1, 2, 3", "28 px", "3.5 px", "(0.485, 0.456, 0.406)"):
+        assert fact in told
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("--version")
+    assert capsys.readouterr().out.strip() == f"brixel {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("show", "PICTURE"), "give --model FOLDER, or --backbone FOLDER"),
+        (("show", "PICTURE", "--model", "nowhere"), "no model at 'nowhere'"),
+        (("show", "missing.png", "--model", "MODEL"), "missing.png"),
+        (("show", "PICTURE", "--model", "MODEL", "-o", "no/such/panel.png"), "no folder no/such"),
+        (("show", "PICTURE", "--model", "MODEL", "-o", "panel.xyz"), "panel.xyz: expected a name that ends in .png"),
+        (("show", "PICTURE", "--model", "MODEL", "--device", "abacus"), "unknown device 'abacus'"),
+        (("show", "PICTURE", "--model", "MODEL", "--dtype", "fp8"), "unknown dtype 'fp8'"),
+        (("show", "PICTURE", "--model", "MODEL", "--architecture", "dinov2-vits14"), "--architecture goes with"),
+        (("show", "PICTURE", "--backbone", "BACKBONE", "--architecture", "dinov2-vits"), "did you mean 'dinov2-vits14'"),
+        (("extract", "missing", "--model", "MODEL", "-o", "out"), "no picture or folder at missing"),
+        (("extract", "PICTURE", "--model", "MODEL", "-o", "PICTURE"), "waves.png"),
+        (("convert", "missing.pth", "--backbone", "BACKBONE", "-o", "out"), "no adapter at 'missing.pth'"),
+        (("convert", "PICTURE", "--backbone", "BACKBONE", "-o", "out"), "expected a weight file"),
+        (("info", "BACKBONE"), "for a backbone use from_backbone"),
+        (("benchmark", "--architectures", "dinov3-vits"), "unknown backbone architecture 'dinov3-vits'"),
+    ],
+)
+def test_errors_are_one_line(model_folder, backbone_folder, picture, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    places = {"PICTURE": picture, "MODEL": model_folder, "BACKBONE": backbone_folder}
+    assert run(*(places.get(each, each) for each in arguments)) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("brixel: error: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("wrong", [("--short-side", "0"), ("--short-side", "big"), ("--batch-size", "-1")])
+def test_wrong_options_are_refused_before_anything_is_loaded(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("extract", "x.png", "-o", "out", *wrong)
+    assert wrong[0] in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(picture):
+    with pytest.raises(brixel.BrixelError, match="no model"):
+        run("show", picture, "--model", "nowhere", "--debug")
+
+
+def test_interruption_is_quiet(picture, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(brixel.cli.BrixelFeatures, "from_pretrained", interrupt)
+    assert run("show", picture, "--model", "x") == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "brixel", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    for command in ("show", "extract", "info", "convert", "benchmark"):
+        assert command in done.stdout

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from brixel.engine import run_batches
+
+
+def pictures(*sizes):
+    return [(torch.full((3, height, height), float(index)), index) for index, height in enumerate(sizes)]
+
+
+def recorder(calls):
+    def forward(batch):
+        calls.append(tuple(batch.shape))
+        return batch[:, :1] * 10
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "batches"),
+    [
+        ((4, 4, 4, 4, 4), 2, [(2, 3, 4, 4), (2, 3, 4, 4), (1, 3, 4, 4)]),
+        ((4, 4, 5, 4), 8, [(2, 3, 4, 4), (1, 3, 5, 5), (1, 3, 4, 4)]),
+        ((4,), 3, [(1, 3, 4, 4)]),
+        ((), 3, []),
+    ],
+)
+def test_neighbours_of_one_size_share_a_batch_and_order_is_kept(sizes, batch_size, batches):
+    calls = []
+    results = list(run_batches(recorder(calls), pictures(*sizes), batch_size=batch_size))
+    assert calls == batches
+    assert [tag for _, tag in results] == list(range(len(sizes)))
+    for result, tag in results:
+        assert torch.equal(result, torch.full((1, sizes[tag], sizes[tag]), 10.0 * tag))
+
+
+def test_nothing_is_read_ahead_of_the_batch_at_hand():
+    taken = []
+
+    def items():
+        for item in pictures(*[4] * 9):
+            taken.append(item[1])
+            yield item
+
+    stream = run_batches(recorder([]), items(), batch_size=2)
+    assert taken == []
+    next(stream)
+    assert taken == [0, 1, 2]  # the third told that the batch of two was full
+    next(stream)
+    assert taken == [0, 1, 2]
+
+
+def test_results_before_a_failing_item_come_first():
+    def items():
+        yield from pictures(4, 4, 4)
+        raise KeyError("the fourth")
+
+    seen = []
+    with pytest.raises(KeyError, match="the fourth"):
+        for _, tag in run_batches(recorder([]), items(), batch_size=8):
+            seen.append(tag)
+    assert seen == [0, 1, 2]
+
+
+def test_results_can_take_part_in_training():
+    """They carry no graph of the forward pass, and are ordinary tensors, not inference tensors."""
+    weight = torch.ones((), requires_grad=True)
+    (result, _), *_ = run_batches(lambda batch: batch * weight, pictures(2), batch_size=1)
+    assert not result.requires_grad
+    (result * weight).sum().backward()

@@ -1,0 +1,40 @@
+"""The examples run as they are written, on a tiny backbone, and stay short."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *arguments, cwd):
+    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=300).stdout
+
+
+def test_quickstart(backbone_folder, picture, tmp_path):
+    printed = run("quickstart.py", picture, backbone_folder, cwd=tmp_path)
+    assert "FeatureMap((64, 64, 96)" in printed
+    assert (tmp_path / "features.safetensors").stat().st_size > 64 * 64 * 96 * 4
+    with Image.open(tmp_path / "features.png") as made:
+        assert made.size == (90, 60)
+
+
+def test_similarity_without_a_window(backbone_folder, picture, tmp_path):
+    run("similarity.py", picture, backbone_folder, 30, 40, cwd=tmp_path)
+    with Image.open(tmp_path / "heat.png") as made:
+        assert made.size == (90, 60)
+
+
+def test_the_drawn_scene(tmp_path):
+    run("draw_scene.py", "scene.jpg", cwd=tmp_path)
+    with Image.open(tmp_path / "scene.jpg") as made:
+        assert made.size == (960, 640)
+
+
+@pytest.mark.parametrize("name", ["quickstart.py", "similarity.py"])
+def test_examples_stay_under_forty_lines(name):
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 40

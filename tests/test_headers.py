@@ -1,0 +1,295 @@
+"""Checkpoints of published models, by names and shapes alone: `tests/headers/`, one file per family and layout.
+
+They go through `load_backbone` itself; only the reading of the file and the check that nothing stays on `meta` are
+replaced, so that the 7B needs no memory.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from brixel.backbones import loading
+from brixel.backbones.huggingface import vit_config
+from brixel.backbones.loading import LoadedBackbone, load_backbone
+from brixel.errors import CheckpointError
+from brixel.model_table import IMAGENET_MEAN, IMAGENET_STD, KNOWN_BACKBONES, SATELLITE_MEAN, SATELLITE_STD
+
+HEADERS = Path(__file__).parent / "headers"
+FILES = sorted(path.stem for path in HEADERS.glob("*.json"))
+CHECKPOINTS = {
+    f"{file}:{name}": entry
+    for file in FILES
+    for name, entry in json.loads((HEADERS / f"{file}.json").read_text())["checkpoints"].items()
+}
+# the parameters of the models as published by Meta, buffers not counted
+PUBLISHED = {
+    "dinov3-vits16": 21_601_152,
+    "dinov3-vits16plus": 28_697_472,
+    "dinov3-vitb16": 85_669_632,
+    "dinov3-vitl16": 303_154_176,
+    "dinov3-vith16plus": 840_633_600,
+    "dinov3-vit7b16": 6_716_043_264,
+}
+# one checkpoint of each file, and a key of its last block in that file's spelling
+SAMPLES = {
+    "dinov2-huggingface:dinov2-vitg14-reg4": "encoder.layer.39.mlp.weights_in.weight",
+    "dinov2-meta:dinov2-vitg14": "blocks.39.mlp.w12.weight",
+    "dinov2-timm:dinov2-vits14-reg4": "blocks.11.attn.qkv.bias",
+    "dinov3-huggingface:dinov3-vith16plus": "layer.31.attention.q_proj.weight",
+    "dinov3-meta:dinov3-vit7b16": "blocks.39.mlp.w2.weight",
+    "dinov3-timm:dinov3-vitb16-qkvb": "blocks.11.attn.v_bias",
+}
+Read = Callable[..., LoadedBackbone]
+
+
+def architecture_of(checkpoint: str) -> str:
+    return checkpoint.split(":")[1].removesuffix("-qkvb")
+
+
+def has_twin(architecture: str) -> bool:
+    return "vitl16" in architecture or "vit7b16" in architecture
+
+
+def on_meta(checkpoint: str) -> dict[str, Tensor]:
+    """The state of a checkpoint without its numbers."""
+    entry = CHECKPOINTS[checkpoint]
+    state = {}
+    for key, shape in entry["tensors"].items():
+        for index in range(entry["depth"] if "{i}" in key else 1):
+            state[key.replace("{i}", str(index))] = torch.empty(shape, device="meta")
+    return state
+
+
+def fit_on_meta(build: Callable[[], nn.Module], state: Mapping[str, Tensor], dtype: torch.dtype, *, what: str) -> Any:
+    with torch.device("meta"):
+        module = build()
+    module.load_state_dict({key: tensor.to(dtype) for key, tensor in state.items()}, strict=True, assign=True)
+    return module
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Read:
+    """`load_backbone` of a state on meta; keyword ``path`` names a folder with settings."""
+
+    def load(state: dict[str, Tensor], path: Path = tmp_path / "file.pth", **options: Any) -> LoadedBackbone:
+        monkeypatch.setattr(loading, "read_tensors", lambda _: state)
+        monkeypatch.setattr(loading, "fit", fit_on_meta)
+        return load_backbone(path, **options)
+
+    return load
+
+
+# ---- all of them fit ----
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_nothing_is_missing_or_left_over(checkpoint: str, read: Read) -> None:
+    """Found by its shapes (a twin by its name), loaded strictly, and made of as many numbers as the file.
+
+    Less those that are known and not needed, plus the biases that a file leaves out for being zero.
+    """
+    entry, name, state = CHECKPOINTS[checkpoint], architecture_of(checkpoint), on_meta(checkpoint)
+    assert sum(each.numel() for each in state.values()) == entry["parameters"]
+    loaded = read(state, architecture=name if has_twin(name) else None)
+    assert loaded.architecture == name
+    assert len(loaded.vit.blocks) == entry["depth"]
+    unused = ("mask_token", "rope_embed.periods", "bias_mask", "local_cls_norm.weight", "local_cls_norm.bias")
+    dropped = sum(each.numel() for key, each in state.items() if key.endswith(unused))
+    ours = sum(each.numel() for each in loaded.vit.parameters())
+    assert ours == entry["parameters"] - dropped + left_out(checkpoint, entry["depth"])
+
+
+def left_out(checkpoint: str, depth: int) -> int:
+    """Numbers that the model has and the file does not."""
+    layout, name = checkpoint.split(":")
+    width = KNOWN_BACKBONES[architecture_of(checkpoint)].vit.width
+    if layout == "dinov2-timm":
+        return width if "reg4" in name else 0  # the class token's position
+    if layout in ("dinov2-meta", "dinov2-huggingface", "dinov3-meta") or "7b" in name:
+        return 0
+    return depth * width * (1 if layout == "dinov3-huggingface" or "qkvb" in name else 3)  # k, or q and k and v
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameter_count(name: str, read: Read) -> None:
+    vit = read(on_meta(f"dinov3-meta:{name}"), architecture=name).vit
+    norm_of_training = 2 * vit.width if name == "dinov3-vit7b16" else 0
+    mask_token = vit.width
+    assert sum(each.numel() for each in vit.parameters()) + mask_token + norm_of_training == PUBLISHED[name]
+
+
+# ---- the architecture from the shapes ----
+
+
+@pytest.mark.parametrize("checkpoint", [each for each in CHECKPOINTS if has_twin(each)])
+def test_twins_are_not_guessed(checkpoint: str, read: Read) -> None:
+    base = architecture_of(checkpoint).removesuffix("-sat493m")
+    with pytest.raises(CheckpointError, match=f"may be '{base}' or '{base}-sat493m', which differ in normalisation"):
+        read(on_meta(checkpoint))
+
+
+@pytest.mark.parametrize("checkpoint", [each for each in CHECKPOINTS if has_twin(each)])
+def test_stated_normalisation_tells_twins_apart(checkpoint: str, read: Read, tmp_path: Path) -> None:
+    name = architecture_of(checkpoint)
+    mean, std = (SATELLITE_MEAN, SATELLITE_STD) if "sat" in name else (IMAGENET_MEAN, IMAGENET_STD)
+    hugging = {"image_mean": mean, "image_std": std}
+    timm = {"architecture": "vit_some", "pretrained_cfg": {"mean": mean, "std": std}}
+    if "timm" in checkpoint:
+        (tmp_path / "config.json").write_text(json.dumps(timm))
+    else:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(hugging))
+    loaded = read(on_meta(checkpoint), tmp_path)
+    assert loaded.architecture == name
+    assert (loaded.vit.config.mean, loaded.vit.config.std) == (mean, std)
+
+
+def test_shapes_of_no_known_model(read: Read) -> None:
+    state = on_meta("dinov3-meta:dinov3-vits16")
+    shallower = {key: each for key, each in state.items() if not key.startswith("blocks.11.")}
+    with pytest.raises(CheckpointError, match=r"fits no known architecture \(.*depth 11.*\); give it as a ViTConfig"):
+        read(shallower)
+
+
+# ---- settings that come with a format ----
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "antialias", "offset"),
+    [
+        ("dinov2-meta:dinov2-vits14", False, 0.1),
+        ("dinov2-meta:dinov2-vits14-reg4", True, 0.0),
+        ("dinov2-huggingface:dinov2-vits14", False, 0.0),
+        ("dinov2-huggingface:dinov2-vits14-reg4", True, 0.0),
+        ("dinov2-timm:dinov2-vits14", True, 0.0),
+        ("dinov2-timm:dinov2-vits14-reg4", True, 0.0),
+    ],
+)
+def test_position_rule_of_each_layout(checkpoint: str, antialias: bool, offset: float, read: Read) -> None:
+    config = read(on_meta(checkpoint)).vit.config
+    assert (config.position_antialias, config.position_scale_offset) == (antialias, offset)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rounding"), [("meta", "bfloat16"), ("huggingface", "float32"), ("timm", "float32")]
+)
+def test_rotary_rounding_of_each_layout(layout: str, rounding: str, read: Read) -> None:
+    assert read(on_meta(f"dinov3-{layout}:dinov3-vitb16")).vit.config.rope_rounding == rounding
+
+
+def published_dinov3(width: int, depth: int, heads: int, ffn_width: int, gated: bool) -> dict[str, Any]:
+    """`config.json` as on the Hub, with some of the fields that we have no use for."""
+    return {
+        "architectures": ["DINOv3ViTModel"],
+        "model_type": "dinov3_vit",
+        "hidden_size": width,
+        "intermediate_size": ffn_width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "patch_size": 16,
+        "image_size": 224,
+        "hidden_act": "silu" if gated else "gelu",
+        "query_bias": width != 4096,
+        "key_bias": False,
+        "value_bias": width != 4096,
+        "use_gated_mlp": gated,
+        "num_register_tokens": 4,
+        "layer_norm_eps": 1e-05,
+        "layerscale_value": 1.0,
+        "rope_theta": 100.0,
+        "pos_embed_rescale": 2.0,
+        "torch_dtype": "float32",
+    }
+
+
+def published_dinov2(width: int, depth: int, heads: int, gated: bool, registers: int) -> dict[str, Any]:
+    return {
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "hidden_size": width,
+        "mlp_ratio": 4,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "patch_size": 14,
+        "image_size": 518,
+        "qkv_bias": True,
+        "use_swiglu_ffn": gated,
+        "layer_norm_eps": 1e-06,
+        **({"num_register_tokens": registers} if registers else {}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dinov3-vits16plus", published_dinov3(384, 12, 6, 1536, True)),
+        ("dinov3-vitb16", published_dinov3(768, 12, 12, 3072, False)),
+        ("dinov3-vitl16", published_dinov3(1024, 24, 16, 4096, False)),
+        ("dinov3-vith16plus", published_dinov3(1280, 32, 20, 5120, True)),
+        ("dinov3-vit7b16", published_dinov3(4096, 40, 32, 8192, True)),
+        ("dinov2-vits14", published_dinov2(384, 12, 6, False, 0)),
+        ("dinov2-vitl14-reg4", published_dinov2(1024, 24, 16, False, 4)),
+        ("dinov2-vitg14", published_dinov2(1536, 40, 24, True, 0)),
+    ],
+)
+def test_published_configuration_is_the_tables(name: str, content: dict[str, Any], read: Read, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    vit = KNOWN_BACKBONES[name].vit
+    assert vit_config(tmp_path) == vit
+    family = name.split("-")[0]
+    if name in ("dinov3-vitl16", "dinov3-vit7b16"):  # their satellite twins have the same config.json
+        with pytest.raises(CheckpointError, match=f"may be '{name}' or '{name}-sat493m', which differ in normalisation"):
+            read(on_meta(f"{family}-huggingface:{name}"), tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": vit.mean, "image_std": vit.std}))
+    assert read(on_meta(f"{family}-huggingface:{name}"), tmp_path).architecture == name
+
+
+# ---- what does not fit is named ----
+
+
+@pytest.mark.parametrize("checkpoint", SAMPLES)
+def test_an_invented_key_is_refused(checkpoint: str, read: Read) -> None:
+    invented = SAMPLES[checkpoint].rsplit(".", 1)[0] + ".gate"
+    state = on_meta(checkpoint) | {invented: torch.empty(1, device="meta")}
+    with pytest.raises(CheckpointError, match=f"1 not known: {invented}$"):
+        read(state, architecture=architecture_of(checkpoint))
+
+
+@pytest.mark.parametrize("checkpoint", SAMPLES)
+def test_a_missing_key_is_named(checkpoint: str, read: Read) -> None:
+    state = on_meta(checkpoint)
+    del state[SAMPLES[checkpoint]]
+    with pytest.raises(CheckpointError, match=f"1 missing: {SAMPLES[checkpoint]}$"):
+        read(state, architecture=architecture_of(checkpoint))
+
+
+@pytest.mark.parametrize("checkpoint", SAMPLES)
+def test_another_shape_is_named(checkpoint: str, read: Read) -> None:
+    key = SAMPLES[checkpoint]
+    state = on_meta(checkpoint)
+    state[key] = torch.empty(state[key].shape[0] + 1, *state[key].shape[1:], device="meta")
+    with pytest.raises(CheckpointError, match=f"1 of another shape: .*{key}.*, model has") as error:
+        read(state, architecture=architecture_of(checkpoint))
+    assert str(tuple(state[key].shape)) in str(error.value)
+
+
+def test_everything_is_said_at_once(read: Read) -> None:
+    state = on_meta("dinov3-meta:dinov3-vits16") | {"head.weight": torch.empty(2, device="meta")}
+    del state["norm.bias"]
+    state["cls_token"] = torch.empty(1, 1, 385, device="meta")
+    message = (
+        r"file.pth \(DINOv3 in Meta's layout\) does not fit dinov3-vits16: 1 missing: norm.bias; "
+        r"1 of another shape: cls_token \(1, 1, 385\), model has \(1, 1, 384\); 1 not known: head.weight$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        read(state, architecture="dinov3-vits16")
+
+
+def test_weights_of_another_size_than_said(read: Read) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"does not fit dinov3-vitb16: 174 of another shape: cls_token \(1, 1, 384\), model"
+    ):
+        read(on_meta("dinov3-meta:dinov3-vits16"), architecture="dinov3-vitb16")

@@ -1,0 +1,82 @@
+"""Imports point one way: a module imports only from layers above its own, or from its own row where that says so."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import brixel
+
+PACKAGE = Path(brixel.__file__).parent
+
+LAYERS = (
+    {"errors", "atomic"},
+    {"pca", "geometry", "deformable", "devices", "key_map", "backbones.positions"},
+    {"feature_map", "images", "adapter", "checkpoints", "backbones.vit", "backbones.key_maps"},
+    {"head", "engine", "model_table", "sources", "backbones.huggingface"},
+    {"student", "release", "backbones.loading"},
+    {"config"},
+    {"features"},
+    {"panel", "extraction", "benchmark"},
+    {"cli"},
+    {"__main__"},
+)
+LAYER_OF = {name: row for row, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> dict[str, Path]:
+    names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    return {name: path for path, name in names.items() if not name.endswith("__init__")}
+
+
+def imported(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module == "brixel":
+            found |= {f"brixel.{each.name}" for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return {name.removeprefix("brixel.") for name in found if name.startswith("brixel.")} & set(LAYER_OF)
+
+
+def test_every_module_has_a_layer():
+    assert set(modules()) == set(LAYER_OF)
+
+
+def test_imports_point_upwards():
+    wrong = [
+        f"{name} imports {other}"
+        for name, path in modules().items()
+        for other in imported(path)
+        if LAYER_OF[other] >= LAYER_OF[name]
+    ]
+    assert not wrong
+
+
+def test_the_engine_and_geometry_know_no_model():
+    assert imported(modules()["engine"]) | imported(modules()["geometry"]) <= {"errors"}
+
+
+def test_importing_changes_nothing_global():
+    """Flags, warning filters, logging, random state, threads and the environment are as `import torch` leaves them."""
+    program = """
+import logging, os, random, warnings
+import numpy, torch, PIL.Image, PIL.ImageFont, PIL.ImageDraw, safetensors.torch
+def state():
+    backends = torch.backends
+    return (
+        list(warnings.filters), logging.root.level, list(logging.root.handlers), dict(os.environ), torch.get_num_threads(),
+        torch.get_default_dtype(), torch.is_grad_enabled(), backends.cudnn.benchmark, backends.cudnn.deterministic,
+        backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(),
+        torch.initial_seed(), random.getstate(), numpy.random.get_state()[1].tolist(), PIL.Image.MAX_IMAGE_PIXELS,
+    )
+before = state()
+import sys
+loaded = set(sys.modules)
+import brixel
+assert state() == before, [pair for pair in zip(before, state()) if pair[0] != pair[1]]
+late = {"transformers", "timm", "tqdm", "huggingface_hub"} & (set(sys.modules) - loaded)
+assert not late, late
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
