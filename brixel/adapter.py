@@ -145,12 +145,13 @@ class Extractor(nn.Module):
         self.attention = DeformableAttention(width)
         self.ffn_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.ffn = ConvFfn(width)
+        self.drop_path = DROP_PATH  # a trainer may set another rate; it plays no part at inference
 
     def forward(self, queries: Tensor, features: Tensor, grid_hw: tuple[int, int]) -> Tensor:
         """``queries`` (B, N, D), ``features`` (B, h*w, D) on the grid h x w -> (B, N, D)."""
         queries = queries + self.attention(self.query_norm(queries), self.feature_norm(features), grid_hw)
         branch = self.ffn(self.ffn_norm(queries), (2 * grid_hw[0], 2 * grid_hw[1]))
-        return queries + _drop_path(branch, DROP_PATH if self.training else 0.0)
+        return queries + _drop_path(branch, self.drop_path if self.training else 0.0)
 
 
 def _drop_path(branch: Tensor, rate: float) -> Tensor:

@@ -27,7 +27,8 @@ def sample_points(values: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     row_cells = width + _BEFORE + _BEHIND
     steps = torch.tensor([0, 1, row_cells, row_cells + 1], dtype=rows.dtype, device=rows.device) * heads
     bags = (rows[..., None] + steps).flatten(3).flatten(0, 2)  # B*N*A P*4
-    corner_weights = _corner_weights(fractions.to(weights.dtype), weights)  # B*N*A P*4
+    # under autocast values and weights may differ in dtype, which the bag does not take
+    corner_weights = _corner_weights(fractions.to(weights.dtype), weights).to(table.dtype)  # B*N*A P*4
     sums = F.embedding_bag(bags, table, per_sample_weights=corner_weights, mode="sum")  # B*N*A C
     return sums.view(batch, -1, heads * channels)
 

@@ -7,18 +7,24 @@ from brixel.errors import BrixelError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+# before 2.10 torch's MPS lacks embedding_bag (pytorch/pytorch#162270, #163931)
+_MPS_COMPLETE = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
+
+
 def choose_device(device: str | torch.device) -> torch.device:
     """``"auto"``: CUDA where there is one, else MPS, else the CPU. Anything else as torch takes it."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() and _MPS_COMPLETE else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise BrixelError(f"unknown device {device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BrixelError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; use 'cpu' or 'auto'")
+    if chosen.type == "mps" and not _MPS_COMPLETE:
+        raise BrixelError(f"device 'mps' needs torch 2.10 or newer, and this is {torch.__version__}; use 'cpu'")
     return chosen
 
 

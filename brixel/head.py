@@ -52,7 +52,8 @@ class Fusion(nn.Module):
         """The group norm as a scale and a shift of A prior + U queries, less the bias of ``fine``: (B, D) each."""
         wide = torch.promote_types(prior.dtype, torch.float32)
         fine, bias = self.fine.weight.to(wide), self.fine.bias.to(wide)
-        mean, variance = fused_moments(prior.to(wide), queries.to(wide), fine, bias)  # B D
+        with torch.autocast(prior.device.type, enabled=False):
+            mean, variance = fused_moments(prior.to(wide), queries.to(wide), fine, bias)  # B D
         groups = (GROUPS, -1)
         group_mean = mean.unflatten(1, groups).mean(2, keepdim=True)  # B G 1
         spread = (mean.unflatten(1, groups) - group_mean).square()
@@ -124,7 +125,7 @@ class Head(nn.Module):
         """``prior`` (B, S, 4h, 4w), ``queries`` (B, D, 2h, 2w), ``last_map`` (B, D, h, w) -> (B, D, 4h, 4w)."""
         aligned = self.fusion(prior, queries).permute(0, 2, 3, 1)  # B 4h 4w T
         mixed = self.mix((aligned + self.trunk(aligned)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        details = self.norm(mixed).flatten(1, 2)  # B 4h*4w T
+        details = self.norm(mixed).flatten(1, 2).to(last_map.dtype)  # B 4h*4w T; autocast may have made it wider
 
         # the bias joins the small map: bilinear interpolation keeps constants
         base = self._base(last_map + self.out.bias[:, None, None])  # B D 4h 4w

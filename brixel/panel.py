@@ -23,7 +23,11 @@ def show(model: BrixelFeatures, images: Sequence[ImageInput], *, short_side_px: 
 
     Raises ImageError for a picture that cannot be used; ``short_side_px`` as in :meth:`BrixelFeatures.extract`.
     """
-    rows = [_row(model, image, short_side_px) for image in images]
+    return stacked([_row(model, image, short_side_px) for image in images])
+
+
+def stacked(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of tiles of one height, below each other on white."""
     width = max(sum(tile.width + MARGIN_PX for tile in row) for row in rows) + MARGIN_PX
     panel = Image.new("RGB", (width, sum(row[0].height + MARGIN_PX for row in rows) + MARGIN_PX), "white")
     top = MARGIN_PX
@@ -64,7 +68,7 @@ def _row(model: BrixelFeatures, image: ImageInput, short_side_px: int | str | No
         step = round(zoom * feature_map.stride[0] / dense.stride[0])
         tile = enlarge(feature_map.pca(basis), step)[:height, :width]
         tiles.append((tile, "{} {} x {}".format(name, *feature_map.grid_hw)))
-    return [_labelled(tile, text) for tile, text in tiles]
+    return [labelled(tile, text) for tile, text in tiles]
 
 
 def enlarge(colours: npt.NDArray[np.uint8], times: int) -> npt.NDArray[np.uint8]:
@@ -78,7 +82,8 @@ def _photograph(planes: npt.NDArray[np.generic], image_hw: tuple[int, int]) -> n
     return np.asarray(picture.resize((image_hw[1], image_hw[0]), Image.Resampling.LANCZOS))
 
 
-def _labelled(tile: npt.NDArray[np.uint8], text: str) -> Image.Image:
+def labelled(tile: npt.NDArray[np.uint8], text: str) -> Image.Image:
+    """A tile (H, W, 3) with a line of text above it."""
     labelled = Image.new("RGB", (tile.shape[1], tile.shape[0] + LABEL_PX), "white")
     ImageDraw.Draw(labelled).text((0, 2), text, fill="black", font=ImageFont.load_default(14))
     labelled.paste(Image.fromarray(np.ascontiguousarray(tile)), (0, LABEL_PX))

@@ -58,8 +58,9 @@ def _trunk(index: int) -> dict[str, tuple[str, ...]]:
 def live_parts(state: State) -> State:
     """The level of the query scale alone, and 1x1 convolutions as the matrices they are."""
     parts = {key: tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor for key, tensor in state.items()}
-    if "adapter.level_embed" in parts:
-        parts["adapter.level_embed"] = parts["adapter.level_embed"][0]
+    levels = parts.get("adapter.level_embed")
+    if levels is not None and levels.ndim == 2 and len(levels) == 3:
+        parts["adapter.level_embed"] = levels[0]
     return parts
 
 

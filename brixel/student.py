@@ -32,7 +32,7 @@ class AdapterConfig:
         object.__setattr__(self, "blocks", tuple(self.blocks))
         if len(self.blocks) != 4 or list(self.blocks) != sorted(self.blocks) or self.blocks[0] < 0:
             raise BrixelError(f"blocks are {list(self.blocks)}; expected four indices from 0, in ascending order")
-        if not isinstance(self.short_side_px, int) or self.short_side_px < 1:
+        if type(self.short_side_px) is not int or self.short_side_px < 1:
             raise BrixelError(f"short_side_px is {self.short_side_px!r}; expected a positive number of pixels")
 
 

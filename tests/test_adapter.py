@@ -161,6 +161,22 @@ def test_equals_twin_in_float64_with_gradients() -> None:
     assert all(gradient.any() for gradient in ours), "a parameter without influence would prove nothing"
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 0.0015), (torch.bfloat16, 0.012)])
+def test_half_precision_finds_its_places_on_a_wide_grid(dtype: torch.dtype, bound: float) -> None:
+    """Places near cell 200 in bfloat16 itself would be a whole cell apart."""
+    extractor, grid_hw = Extractor(WIDTH).eval(), (1, 200)
+    randomise(extractor)
+    extractor.to(dtype)
+    queries = torch.randn(1, 800, WIDTH, generator=generator(1)).to(dtype)
+    features = torch.randn(1, 200, WIDTH, generator=generator(2)).to(dtype)
+    with torch.no_grad():
+        found = extractor(queries, features, grid_hw)
+    state = {f"it.{key}": tensor for key, tensor in in_float64(extractor).items()}
+    expected = twin_extractor(queries.double(), features.double(), state, "it", grid_hw)
+    assert found.dtype == dtype
+    assert (found.double() - expected).square().mean().sqrt() < bound  # of values whose own is 1.1
+
+
 def test_maps_may_lie_in_memory_as_they_like() -> None:
     adapter = Adapter(WIDTH).eval()
     randomise(adapter)

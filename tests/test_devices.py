@@ -25,6 +25,15 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
         choose_device("gpu")
 
 
+def test_mps_is_used_only_where_torch_has_all_of_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr("brixel.devices._MPS_COMPLETE", False)
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(BrixelError, match=r"needs torch 2\.10 or newer"):
+        choose_device("mps")
+
+
 def test_auto_dtype_is_bfloat16_where_cuda_computes_in_it(monkeypatch):
     assert choose_dtype("auto", torch.device("cpu")) == torch.float32
     assert choose_dtype("auto", torch.device("mps")) == torch.float32

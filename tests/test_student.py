@@ -175,6 +175,7 @@ LEARNED = {"position_scale_offset": 0.0}  # another offset goes to a torch opera
         (16, {}),
         pytest.param(14, LEARNED, marks=pytest.mark.slow),
         pytest.param(14, {**LEARNED, "position_antialias": True}, marks=pytest.mark.slow),
+        pytest.param(14, {**LEARNED, "position_scale_offset": 0.1}, marks=pytest.mark.slow),
     ],
 )
 def test_export_with_dynamic_sizes_equals_eager(patch_px: int, fields: dict[str, object]) -> None:
@@ -289,3 +290,17 @@ def test_default_blocks_suit_any_backbone(depth: int) -> None:
 def test_too_shallow_a_backbone_has_no_default_blocks(depth: int) -> None:
     with pytest.raises(BrixelError, match=f"a backbone of {depth} blocks has no default choice of four"):
         default_blocks(depth)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.25), (torch.float16, 0.03)])
+def test_autocast_runs_forward_and_backward(dtype: torch.dtype, bound: float) -> None:
+    """The bounds are those of half-precision weights; parameters and gradients stay float32."""
+    student, pixels = trained_student(16), picture((3, 5), 16)
+    expected = student(pixels)
+    with torch.autocast("cpu", dtype):
+        found = student(pixels)
+    assert (found - expected).abs().max() < bound
+    found.square().mean().backward()
+    gradients = [each.grad for part in (student.adapter, student.head) for each in part.parameters()]
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)

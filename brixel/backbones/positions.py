@@ -5,6 +5,7 @@ Facts: `docs/backbones.md`. Shapes: N = prefix tokens + h*w patches, E = channel
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Side of the rotary coordinates: patch centres run from -1 to 1 on each axis, whatever the grid.
@@ -47,13 +48,28 @@ def interpolate_positions(
     ``scale_offset``: added to h and w before the scale is formed; 0.1 in the first DINOv2 release, whose sampling
     grid is therefore a little off. On the grid of the positions themselves nothing is changed.
     """
-    height, width = grid_hw
+    if not scale_offset:
+        return F.interpolate(positions, grid_hw, mode="bicubic", antialias=antialias, align_corners=False)
+    assert not antialias, "no checkpoint was made with both"
     native_hw = (positions.shape[2], positions.shape[3])
-    scales: tuple[float | None, float | None] = (None, None)
-    if scale_offset:
-        if grid_hw == native_hw:
-            return positions
-        scales = ((height + scale_offset) / native_hw[0], (width + scale_offset) / native_hw[1])
-    resize = torch.ops.aten._upsample_bicubic2d_aa if antialias else torch.ops.aten.upsample_bicubic2d
-    resized: Tensor = resize.default(positions, [height, width], False, *scales)
-    return resized
+    if grid_hw == native_hw:
+        return positions
+    rows, columns = (
+        _cubic_weights(cells, native, scale_offset).to(positions)
+        for cells, native in zip(grid_hw, native_hw, strict=True)
+    )
+    return rows @ positions @ columns.mT
+
+
+def _cubic_weights(cells: int, native: int, scale_offset: float) -> Tensor:
+    """Weights (cells, native) of bicubic interpolation with a = -0.75 along one axis, the edge repeated.
+
+    torch's own takes the scale as a number, which fixes the size of an exported graph.
+    """
+    source = (torch.arange(cells) + 0.5) * (native / (cells + scale_offset)) - 0.5
+    taps = source.floor()[:, None] + torch.arange(-1, 3)  # cells 4
+    x = (source[:, None] - taps).abs()
+    near = (1.25 * x - 2.25) * x * x + 1
+    far = ((-0.75 * x + 3.75) * x - 6) * x + 3
+    weights = torch.zeros(cells, native)
+    return weights.scatter_add(1, taps.long().clamp(0, native - 1), torch.where(x <= 1, near, far))

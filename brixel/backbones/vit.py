@@ -59,6 +59,8 @@ class ViTConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise BrixelError(f"ViTConfig.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
+        if self.position_antialias and self.position_scale_offset:
+            raise BrixelError("ViTConfig: position_antialias goes with position_scale_offset=0 alone")
         multiple = 4 if self.positions == "rotary" else 1
         if self.width % (self.heads * multiple):
             raise BrixelError(
