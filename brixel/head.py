@@ -7,6 +7,8 @@ linear image of it are needed, and both follow from its two parts, which are far
 Shapes: B batch, D width, h x w patch grid, S channels of the prior, T = 64 channels of the trunk.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ class Fusion(nn.Module):
         """The group norm as a scale and a shift of A prior + U queries, less the bias of ``fine``: (B, D) each."""
         wide = torch.promote_types(prior.dtype, torch.float32)
         fine, bias = self.fine.weight.to(wide), self.fine.bias.to(wide)
-        with torch.autocast(prior.device.type, enabled=False):
+        with _without_autocast(prior.device.type):
             mean, variance = fused_moments(prior.to(wide), queries.to(wide), fine, bias)  # B D
         groups = (GROUPS, -1)
         group_mean = mean.unflatten(1, groups).mean(2, keepdim=True)  # B G 1
@@ -61,6 +63,12 @@ class Fusion(nn.Module):
         scale = torch.rsqrt(group_variance + self.norm.eps) * self.norm.weight.unflatten(0, groups)  # B G D/G
         shift = (bias.unflatten(0, groups) - group_mean) * scale + self.norm.bias.unflatten(0, groups)
         return scale.flatten(1).to(prior.dtype), shift.flatten(1).to(prior.dtype)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Products in the dtype of their operands, also inside an autocast region; the meta device knows none."""
+    available = torch.amp.autocast_mode.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def fused_moments(prior: Tensor, queries: Tensor, fine: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -51,22 +51,23 @@ def interpolate_positions(
     if not scale_offset:
         return F.interpolate(positions, grid_hw, mode="bicubic", antialias=antialias, align_corners=False)
     assert not antialias, "no checkpoint was made with both"
+    # torch's own takes the scale as a number, and a comparison of sizes is a branch: either fixes an exported graph
     native_hw = (positions.shape[2], positions.shape[3])
-    if grid_hw == native_hw:
-        return positions
+    counts = [torch.full((), cells, dtype=torch.float32) for cells in grid_hw]
+    elsewhere = (counts[0] != native_hw[0]) | (counts[1] != native_hw[1])
     rows, columns = (
-        _cubic_weights(cells, native, scale_offset).to(positions)
-        for cells, native in zip(grid_hw, native_hw, strict=True)
+        _cubic_weights(cells, native, native / (count + elsewhere * scale_offset)).to(positions)
+        for cells, count, native in zip(grid_hw, counts, native_hw, strict=True)
     )
     return rows @ positions @ columns.mT
 
 
-def _cubic_weights(cells: int, native: int, scale_offset: float) -> Tensor:
+def _cubic_weights(cells: int, native: int, step: Tensor) -> Tensor:
     """Weights (cells, native) of bicubic interpolation with a = -0.75 along one axis, the edge repeated.
 
-    torch's own takes the scale as a number, which fixes the size of an exported graph.
+    ``step``: native cells from one new cell to the next.
     """
-    source = (torch.arange(cells) + 0.5) * (native / (cells + scale_offset)) - 0.5
+    source = (torch.arange(cells) + 0.5) * step - 0.5
     taps = source.floor()[:, None] + torch.arange(-1, 3)  # cells 4
     x = (source[:, None] - taps).abs()
     near = (1.25 * x - 2.25) * x * x + 1
