@@ -152,8 +152,8 @@ def test_offset_rule_is_the_call_of_the_first_release(grid_hw: tuple[int, int]) 
     reference = F.interpolate(positions, scale_factor=scales, mode="bicubic", antialias=False)
     found = interpolate_positions(positions, grid_hw, antialias=False, scale_offset=0.1)
     assert found.shape[2:] == grid_hw
-    # sums in another order, and white noise is steep
-    torch.testing.assert_close(found, reference, rtol=0, atol=1e-5)
+    # torch places its samples in float32, we in float64, and white noise is steep
+    torch.testing.assert_close(found, reference, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("grid_hw", [(3, 7), (16, 16), (1, 1), (50, 41)])

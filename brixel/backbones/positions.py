@@ -53,10 +53,10 @@ def interpolate_positions(
     assert not antialias, "no checkpoint was made with both"
     # torch's own takes the scale as a number, and a comparison of sizes is a branch: either fixes an exported graph
     native_hw = (positions.shape[2], positions.shape[3])
-    counts = [torch.full((), cells, dtype=torch.float32) for cells in grid_hw]
+    counts = [torch.full((), cells, dtype=torch.float64) for cells in grid_hw]
     elsewhere = (counts[0] != native_hw[0]) | (counts[1] != native_hw[1])
     rows, columns = (
-        _cubic_weights(cells, native, native / (count + elsewhere * scale_offset)).to(positions)
+        _cubic_weights(cells, native, native / (count + elsewhere * scale_offset)).float().to(positions)
         for cells, count, native in zip(grid_hw, counts, native_hw, strict=True)
     )
     return rows @ positions @ columns.mT
@@ -67,10 +67,10 @@ def _cubic_weights(cells: int, native: int, step: Tensor) -> Tensor:
 
     ``step``: native cells from one new cell to the next.
     """
-    source = (torch.arange(cells) + 0.5) * step - 0.5
+    source = (torch.arange(cells, dtype=torch.float64) + 0.5) * step - 0.5
     taps = source.floor()[:, None] + torch.arange(-1, 3)  # cells 4
     x = (source[:, None] - taps).abs()
     near = (1.25 * x - 2.25) * x * x + 1
     far = ((-0.75 * x + 3.75) * x - 6) * x + 3
-    weights = torch.zeros(cells, native)
+    weights = torch.zeros(cells, native, dtype=torch.float64)
     return weights.scatter_add(1, taps.long().clamp(0, native - 1), torch.where(x <= 1, near, far))
