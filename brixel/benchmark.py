@@ -7,7 +7,6 @@ import datetime
 import multiprocessing
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from brixel.backbones.vit import ViT
-from brixel.devices import choose_device, choose_dtype
+from brixel.devices import choose_device, choose_dtype, peak_bytes
 from brixel.model_table import known_backbone
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
 
@@ -94,9 +93,7 @@ def benchmark(
 
 
 def _measure(architecture: str, image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> Result:
-    peaks = {
-        name: _peak_bytes(architecture, name, image_px, device, dtype) for name in (BACKBONE, STUDENT, LARGE)
-    }
+    peaks = {name: _peak_bytes(architecture, name, image_px, device, dtype) for name in (BACKBONE, STUDENT, LARGE)}
     student = random_student(architecture).to(device, dtype)
     calls = variants(student, image_px, student.backbone.cls_token)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -130,9 +127,7 @@ def _flops(call: Callable[[], Tensor]) -> int:
     return int(counter.get_total_flops())
 
 
-def _peak_bytes(
-    architecture: str, variant: str, image_px: int, device: torch.device, dtype: torch.dtype
-) -> int | None:
+def _peak_bytes(architecture: str, variant: str, image_px: int, device: torch.device, dtype: torch.dtype) -> int | None:
     """Peak memory of a fresh process that runs one variant: resident on the CPU, allocated on CUDA; else None."""
     context = multiprocessing.get_context("spawn")
     arguments = (architecture, variant, image_px, str(device), dtype, torch.get_num_threads())
@@ -149,14 +144,7 @@ def _peak_of_this_process(
     with torch.inference_mode():
         for _ in range(2):
             call()
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_bytes(torch.device(device))
 
 
 def _recipe(image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> str:

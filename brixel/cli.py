@@ -1,16 +1,22 @@
 """The command line: parses, calls, prints. `brixel COMMAND --help` tells the options."""
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 from brixel import __version__, panel
 from brixel.benchmark import DEFAULT_ARCHITECTURES, benchmark, report
 from brixel.errors import BrixelError
-from brixel.extraction import extract_files, find_pictures
+from brixel.extraction import extract_files
 from brixel.features import BrixelFeatures
 from brixel.geometry import NATIVE
+from brixel.pictures import find_pictures
+from brixel.train.config import PRESETS, fields, make_config, read_settings
+from brixel.train.loop import distill
+from brixel.train.plan import plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--architecture", help=_ARCHITECTURE_HELP)
     one.add_argument("--short-side", type=_positive, default=256, help="pixels that it was trained on; default: 256")
 
+    one = _command(commands, "train", _train, "distil an adapter for a backbone, or take up a run that was cut off")
+    one.add_argument("--config", type=Path, metavar="FILE.toml", help="settings; those given as flags come before them")
+    one.add_argument("--preset", choices=tuple(PRESETS), default="default", help="default: %(default)s")
+    one.add_argument("--dry-run", action="store_true", help="tell sizes, times and memory, and stop")
+    for field, kind in fields():
+        _add_setting(one, field, kind)
+
     one = _command(commands, "benchmark", _benchmark, "time, operations and memory of students with random weights")
     one.add_argument("--architectures", nargs="+", default=DEFAULT_ARCHITECTURES, metavar="NAME")
     one.add_argument("--image-px", type=_positive, default=256, help="side of the picture; default: 256")
@@ -93,6 +106,22 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         "--short-side", type=_short_side, metavar="PX", help="pixels, or 'native'; default: as the adapter was trained"
     )
     _add_device_options(parser)
+
+
+def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:
+    """A flag for a setting of a training run; what is not given stays out of the namespace."""
+    flag = f"--{field.name.replace('_', '-')}"
+    default = None if field.default is dataclasses.MISSING else field.default
+    text = "" if default in (None, ()) else f"default: {default}"
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+    elif get_origin(kind) is tuple:
+        parser.add_argument(flag, nargs="+", metavar="DIR", default=argparse.SUPPRESS, help=text)
+    elif get_origin(kind) is Literal:
+        parser.add_argument(flag, choices=get_args(kind), default=argparse.SUPPRESS, help=text)
+    else:
+        plain = next((each for each in get_args(kind) if each is not type(None)), kind)
+        parser.add_argument(flag, type=plain, metavar=plain.__name__, default=argparse.SUPPRESS, help=text)
 
 
 def _positive(text: str) -> int:
@@ -164,8 +193,7 @@ def _info(options: argparse.Namespace) -> int:
         "residual detour": "yes, as in the release" if adapter.residual_detour else "no",
         "parameters": ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in sizes.items()),
     }
-    for name, value in rows.items():
-        print(f"{name:20} {value}")
+    _print_table(rows)
     return 0
 
 
@@ -184,6 +212,23 @@ def _convert(options: argparse.Namespace) -> int:
     model.save_pretrained(options.output, include_backbone=options.include_backbone)
     print(options.output)
     return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    given = {field.name: getattr(options, field.name) for field, _ in fields() if hasattr(options, field.name)}
+    settings = read_settings(options.config) if options.config is not None else {}
+    config = make_config({**settings, **given}, preset=options.preset)
+    if options.dry_run:
+        _print_table(plan(config))
+    else:
+        distill(config)
+        print(config.out)
+    return 0
+
+
+def _print_table(rows: Mapping[str, str]) -> None:
+    for name, value in rows.items():
+        print(f"{name:20} {value}")
 
 
 def _benchmark(options: argparse.Namespace) -> int:

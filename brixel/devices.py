@@ -1,4 +1,6 @@
-"""What "auto" means, and names for dtypes."""
+"""What "auto" means, names for dtypes, and how much memory was used."""
+
+import sys
 
 import torch
 
@@ -36,3 +38,15 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise BrixelError(f"unknown dtype {dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))}")
     return chosen
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory so far: allocated by torch on CUDA, resident in this process elsewhere; None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -12,12 +12,6 @@ from brixel.errors import BrixelError
 from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
 
-# what counts as a picture in a folder; a file that is named itself is always tried
-PICTURES = (
-    *(".avif", ".bmp", ".gif", ".j2k", ".jp2", ".jpe", ".jpeg", ".jpg"),
-    *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
-)
-
 
 @dataclass
 class Report:
@@ -26,32 +20,6 @@ class Report:
     written: int = 0
     skipped: int = 0
     failures: list[tuple[Path, Exception]] = field(default_factory=list)
-
-
-def find_pictures(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Pictures with the place that each takes below the output folder, in a fixed order.
-
-    Folders are searched through and keep their inner structure; a file goes by its name. Raises BrixelError for a path
-    that does not exist, for a folder without pictures, and where two pictures would take one place.
-    """
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise BrixelError(f"no picture or folder at {path}")
-        inside = _pictures_in(path) if path.is_dir() else [path]
-        if not inside:
-            raise BrixelError(f"no pictures in {path}; looked for {', '.join(PICTURES)}")
-        for picture in inside:
-            place = picture.relative_to(path) if path.is_dir() else Path(picture.name)
-            other = found.setdefault(place, picture)
-            if other.resolve() != picture.resolve():
-                raise BrixelError(f"{other} and {picture} would both be written as {place}; extract them apart")
-    return [(picture, place) for place, picture in found.items()]
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
-    return sorted(path for path in files if not path.name.startswith("."))
 
 
 def extract_files(
@@ -64,7 +32,7 @@ def extract_files(
     batch_size: int = 1,
     short_side_px: int | str | None = None,
 ) -> Report:
-    """Write the map of every picture to ``folder / place + ending``; see :func:`find_pictures` for the places.
+    """Write the map of every picture to ``folder / place + ending``; pictures and places as `find_pictures` gives them.
 
     Files appear whole or not at all, so a run that was cut off goes on where it stopped; what exists is skipped unless
     ``overwrite``. Raises OSError where a file cannot be written.

@@ -88,4 +88,3 @@ def labelled(tile: npt.NDArray[np.uint8], text: str) -> Image.Image:
     ImageDraw.Draw(labelled).text((0, 2), text, fill="black", font=ImageFont.load_default(14))
     labelled.paste(Image.fromarray(np.ascontiguousarray(tile)), (0, LABEL_PX))
     return labelled
-

@@ -36,9 +36,7 @@ class PcaBasis:
     def __post_init__(self) -> None:
         shapes = [tuple(part.shape) for part in (self.mean, self.components, self.low, self.high)]
         if self.mean.ndim != 1 or shapes != [shapes[0], (3, *shapes[0]), (3,), (3,)]:
-            raise BrixelError(
-                f"mean, components, low and high have shapes {shapes}; expected (D,), (3, D), (3,), (3,)"
-            )
+            raise BrixelError(f"mean, components, low and high have shapes {shapes}; expected (D,), (3, D), (3,), (3,)")
 
     @classmethod
     def fit(cls, features: Sequence[Tensor]) -> PcaBasis:
@@ -76,9 +74,7 @@ def _check(features: Tensor, what: str, embed_dim: int, other: str) -> None:
     if features.ndim != 3 or 0 in features.shape:
         raise BrixelError(f"{what} has shape {tuple(features.shape)}; expected (D, H, W), none of them zero")
     if features.shape[0] != embed_dim:
-        raise BrixelError(
-            f"{what} has {features.shape[0]} channels, {other} has {embed_dim}; use maps of one model"
-        )
+        raise BrixelError(f"{what} has {features.shape[0]} channels, {other} has {embed_dim}; use maps of one model")
     if not torch.isfinite(features).all():
         raise BrixelError(f"{what} holds values that are not finite; mend or leave out those cells first")
 

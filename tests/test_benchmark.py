@@ -22,7 +22,11 @@ def run():
 
 def test_every_variant_is_timed_and_the_large_picture_less_often(run):
     (result,) = run.results
-    assert {name: len(seconds) for name, seconds in result.seconds.items()} == {BACKBONE: ROUNDS, STUDENT: ROUNDS, LARGE: 2}
+    assert {name: len(seconds) for name, seconds in result.seconds.items()} == {
+        BACKBONE: ROUNDS,
+        STUDENT: ROUNDS,
+        LARGE: 2,
+    }
     assert all(second > 0 for seconds in result.seconds.values() for second in seconds)
 
 

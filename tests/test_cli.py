@@ -85,7 +85,7 @@ def test_version(capsys):
         (("show", "PICTURE", "--model", "MODEL", "--device", "abacus"), "unknown device 'abacus'"),
         (("show", "PICTURE", "--model", "MODEL", "--dtype", "fp8"), "unknown dtype 'fp8'"),
         (("show", "PICTURE", "--model", "MODEL", "--architecture", "dinov2-vits14"), "--architecture goes with"),
-        (("show", "PICTURE", "--backbone", "BACKBONE", "--architecture", "dinov2-vits"), "did you mean 'dinov2-vits14'"),
+        (("show", "PICTURE", "--backbone", "BACKBONE", "--architecture", "dinov2-vits"), "mean 'dinov2-vits14'"),
         (("extract", "missing", "--model", "MODEL", "-o", "out"), "no picture or folder at missing"),
         (("extract", "PICTURE", "--model", "MODEL", "-o", "PICTURE"), "waves.png"),
         (("convert", "missing.pth", "--backbone", "BACKBONE", "-o", "out"), "no adapter at 'missing.pth'"),

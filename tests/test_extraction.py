@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures, FeatureMap
-from brixel.extraction import extract_files, find_pictures
+from brixel.extraction import extract_files
+from brixel.pictures import find_pictures
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,18 @@ PACKAGE = Path(brixel.__file__).parent
 
 LAYERS = (
     {"errors", "atomic"},
-    {"pca", "geometry", "deformable", "devices", "key_map", "backbones.positions"},
+    {"pca", "geometry", "deformable", "devices", "key_map", "pictures", "backbones.positions"},
     {"feature_map", "images", "adapter", "checkpoints", "backbones.vit", "backbones.key_maps"},
     {"head", "engine", "model_table", "sources", "backbones.huggingface"},
     {"student", "release", "backbones.loading"},
     {"config"},
     {"features"},
-    {"panel", "extraction", "benchmark"},
+    {"panel", "extraction", "benchmark", "train.losses"},
+    {"train.config", "train.data", "train.distributed", "train.watch"},
+    {"train.cache", "train.state"},
+    {"train.batches", "train.validation"},
+    {"train.loop"},
+    {"train.plan"},
     {"cli"},
     {"__main__"},
 )
@@ -66,8 +71,9 @@ import numpy, torch, PIL.Image, PIL.ImageFont, PIL.ImageDraw, safetensors.torch
 def state():
     backends = torch.backends
     return (
-        list(warnings.filters), logging.root.level, list(logging.root.handlers), dict(os.environ), torch.get_num_threads(),
-        torch.get_default_dtype(), torch.is_grad_enabled(), backends.cudnn.benchmark, backends.cudnn.deterministic,
+        list(warnings.filters), logging.root.level, list(logging.root.handlers), dict(os.environ),
+        torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+        backends.cudnn.benchmark, backends.cudnn.deterministic,
         backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, torch.get_float32_matmul_precision(),
         torch.initial_seed(), random.getstate(), numpy.random.get_state()[1].tolist(), PIL.Image.MAX_IMAGE_PIXELS,
     )

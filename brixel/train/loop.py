@@ -1,0 +1,338 @@
+"""The training run: `distill` and what it is made of. Method: section 3 of `docs/method.md` (arXiv 2511.05168).
+
+A step's batch and randomness are functions of seed, step and rank, so that a run which was killed goes on from its last
+state to the same weights. Only the adapter and head are trained, wrapped for several processes and averaged.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from brixel.adapter import Extractor
+from brixel.config import BrixelConfig
+from brixel.errors import BrixelError
+from brixel.features import BrixelFeatures
+from brixel.student import UPSCALE
+from brixel.train.batches import batches
+from brixel.train.cache import TeacherCache
+from brixel.train.config import TrainConfig, write_settings
+from brixel.train.data import CropDataset, CropSettings, check_teacher_px, find_training_pictures
+from brixel.train.distributed import World, joined, mean_over_all, synchronised, wait_for_all
+from brixel.train.losses import total_loss
+from brixel.train.state import Average, Progress, load_state, save_state
+from brixel.train.validation import BASELINES, interpolated, validate
+from brixel.train.watch import Metrics, draw_curve, draw_panel
+
+SETTINGS, STATE, METRICS, LAST = "train.toml", "state.pt", "metrics.jsonl", "last"
+_TEACHER_PATCHES = 64  # on a side of the teacher's crop, if the user says nothing: 1024 px at patch 16
+_PANEL_ROWS = 3
+
+Teacher = Callable[[Tensor], Tensor]
+
+
+def distill(
+    config: TrainConfig, *, model: BrixelFeatures | None = None, teacher: Teacher | None = None
+) -> BrixelFeatures:
+    """Train an adapter and head, and return the best model; it also lies in ``config.out``, for `from_pretrained`.
+
+    Started again with the same settings, a run goes on where its last state was written. Under `torchrun` every process
+    calls this. ``model``: what to train, in place of a fresh adapter on ``config.backbone``. ``teacher``: (B, 3, T, T),
+    normalised as for the backbone -> (B, D, T/p, T/p), in place of the backbone itself on the large picture.
+    Raises BrixelError for settings that do not go together, a run with other settings in ``out``, a loss that is not
+    finite (the last good state is kept).
+    """
+    with joined(config.device) as world, torch.random.fork_rng():
+        run = Run(config, world, model, teacher)
+        return run.train()
+
+
+class Trainable(nn.Module):
+    """What is trained: the adapter and head of a model, with the names that its file has."""
+
+    def __init__(self, model: BrixelFeatures) -> None:
+        super().__init__()
+        self.adapter, self.head = model.adapter, model.head
+
+    def forward(self, pixels: Tensor, *maps: Tensor) -> Tensor:
+        """``pixels`` (B, 3, H, W), the backbone's four ``maps`` (B, D, h, w) -> (B, D, 4h, 4w)."""
+        prior, queries = self.adapter(pixels, maps)
+        return self.head(prior, queries, maps[-1])
+
+
+class Run:
+    """One process's part in a run, and its state."""
+
+    def __init__(
+        self, config: TrainConfig, world: World, model: BrixelFeatures | None, teacher: Teacher | None
+    ) -> None:
+        self.config, self.world, self.out = config, world, Path(config.out)
+        torch.manual_seed(config.seed)  # of the fresh adapter's weights
+        self.model = prepared_model(config, model).to(world.device)
+        self.teacher_px = teacher_side(config, self.model.patch_px)
+        self.teacher: Teacher = teacher or self._own_teacher
+        self.teacher_name = "the backbone" if teacher is None else "given in code"
+        self.module = synchronised(Trainable(self.model), world)
+        self.average = Average(self.module, config.ema)
+        self.kept = _model_like(self.model, self.average.module)
+        self.optimizer = make_optimizer(config, self.module)
+        self.progress = Progress()
+        self.skipped: set[str] = set()
+
+    # ---------------------------------------------------------------- the run
+
+    def train(self) -> BrixelFeatures:
+        """All steps that are left; the best model."""
+        self._begin()
+        source, held_out = self._source(), self._held_out()
+        metrics = Metrics(self.out / METRICS, self.progress.step) if self.world.leads else None
+        wrapped = self._wrapped()
+        bar = tqdm(
+            total=self.config.steps, initial=self.progress.step, unit="step", disable=None if self.world.leads else True
+        )
+        started, pictures = time.perf_counter(), 0
+        passes = batches(
+            self.config, source, self.teacher, self.world, start_step=self.progress.step, skipped=self.skipped
+        )
+        while self.progress.step < self.config.steps:
+            loss, parts = self.step(wrapped, passes)
+            self.progress.step += 1
+            pictures += self.config.batch_size * self.config.accumulate * self.world.size
+            rate = pictures / (time.perf_counter() - started)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", pictures_s=f"{rate:.1f}")
+            if metrics is not None:
+                self._write(metrics, held_out, loss, parts, rate)
+        bar.close()
+        wait_for_all(self.world)
+        self._say_skipped()
+        return BrixelFeatures.from_pretrained(self.out, backbone=self.config.backbone, device=self.world.device)
+
+    def _begin(self) -> None:
+        """Take up the state in ``out``, if there is one, and write down the settings."""
+        state = self.out / STATE
+        if state.exists():
+            self.progress = load_state(state, self.config, self.module, self.average, self.optimizer)
+        wait_for_all(self.world)
+        if self.world.leads:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_settings(self.out / SETTINGS, self.config)
+
+    def _wrapped(self) -> nn.Module:
+        if self.world.size == 1:
+            return self.module
+        return DistributedDataParallel(self.module, [self.world.device] if self.world.device.type == "cuda" else None)
+
+    # ---------------------------------------------------------------- a step
+
+    def step(self, wrapped: nn.Module, passes: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, dict[str, float]]:
+        """One step of the optimiser: its loss and the loss's parts, means over all processes."""
+        config = self.config
+        self.module.train()
+        torch.manual_seed(hash((config.seed, self.progress.step, self.world.rank)))  # of stochastic depth
+        totals: list[Tensor] = []
+        sums: dict[str, float] = {}
+        for number in range(config.accumulate):
+            last = number == config.accumulate - 1
+            quiet = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
+            with quiet:
+                total, parts = self._loss(wrapped, *next(passes))
+                (total / config.accumulate).backward()
+            totals.append(total.detach() / config.accumulate)
+            for name, part in parts.items():
+                sums[name] = sums.get(name, 0.0) + float(mean_over_all(part, self.world)) / config.accumulate
+        loss = float(mean_over_all(torch.stack(totals).sum(), self.world))
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip_norm or math.inf)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._stop_at_nonfinite(loss, float(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.progress.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(self.module, self.progress.step)
+        return loss, sums
+
+    def _loss(self, wrapped: nn.Module, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with self._autocast():
+            with torch.no_grad():
+                maps = self.model.backbone.block_maps(pixels, self.model.blocks)
+            student = wrapped(pixels, *maps)
+        return total_loss(student, target, self.config.loss_weights)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.world.device.type == "cuda")
+
+    def _own_teacher(self, pixels: Tensor) -> Tensor:
+        with self._autocast(), torch.no_grad():
+            return self.model.backbone_features(pixels.to(self.world.device))
+
+    def _stop_at_nonfinite(self, loss: float, norm: float) -> None:
+        """The weights of before this step are still good: keep them, and stop."""
+        self._save()
+        raise BrixelError(
+            f"step {self.progress.step}: loss {loss}, gradient norm {norm}; training stops here. The state before this "
+            f"step is kept in {self.out / STATE}; try a smaller lr, or look at the pictures of this batch"
+        )
+
+    # ---------------------------------------------------------------- pictures
+
+    def dataset(self, folders: Sequence[str], *, random: bool) -> CropDataset:
+        """The crops of the pictures in ``folders``, drawn for training or, where not ``random``, cut for validation."""
+        config, vit = self.config, self.model.config.backbone.vit
+        settings = CropSettings(self.teacher_px, config.max_zoom, config.flip, config.small, config.seed, random)
+        pictures = find_training_pictures([Path(folder) for folder in folders])
+        return CropDataset(pictures, settings, mean=vit.mean, std=vit.std)
+
+    def _cached(self, dataset: CropDataset, count: int, folder: Path) -> TeacherCache:
+        """A cache that the leading process builds and all open."""
+        if self.world.leads:
+            backbone = self.model.config.backbone
+            who = {"name": self.teacher_name, "vit": dataclasses.asdict(backbone.vit), "weights": backbone.fingerprint}
+            bar = tqdm(total=count, desc="teacher", unit="crop", disable=None)
+            TeacherCache.build_or_open(
+                folder,
+                dataset=dataset,
+                count=count,
+                teacher=self.teacher,
+                teacher_id=who,
+                workers=self.config.workers,
+                progress=lambda done, _: _advance(bar, done),
+            )
+            bar.close()
+        wait_for_all(self.world)
+        cache = TeacherCache(folder)
+        self.skipped.update(cache.skipped)
+        return cache
+
+    def _source(self) -> CropDataset | TeacherCache:
+        dataset = self.dataset(self.config.images, random=True)
+        if not self.config.cache:
+            return dataset
+        return self._cached(dataset, self.config.cache, Path(self.config.cache_dir or self.out / "cache"))
+
+    def _held_out(self) -> TeacherCache | None:
+        if not self.config.val or not self.config.val_pictures:
+            return None
+        dataset = self.dataset(self.config.val, random=False)
+        return self._cached(dataset, min(len(dataset), self.config.val_pictures), self.out / "val")
+
+    # ---------------------------------------------------------------- what is written
+
+    def _write(
+        self, metrics: Metrics, held_out: TeacherCache | None, loss: float, parts: dict[str, float], rate: float
+    ) -> None:
+        """What is due after this step: a line of metrics, a validation, a state."""
+        config, step = self.config, self.progress.step
+        last = step == config.steps
+        if step % config.log_every == 0 or last:
+            lr = learning_rate(config, step - 1)
+            metrics.add({"step": step, "loss": loss, **parts, "lr": lr, "pictures_per_s": round(rate, 2)})
+            if not sys.stderr.isatty():
+                left = (config.steps - step) * config.batch_size * config.accumulate * self.world.size / rate
+                told = f"step {step}/{config.steps} loss {loss:.4f}, {rate:.1f} pictures/s, {left:.0f} s left"
+                print(told, file=sys.stderr, flush=True)
+        if step % config.val_every == 0 or last:
+            self._validate(metrics, held_out)
+        if step % config.save_every == 0 or last:
+            self._save()
+
+    def _validate(self, metrics: Metrics, held_out: TeacherCache | None) -> None:
+        self.kept.eval()
+        record: dict[str, Any] = {"step": self.progress.step}
+        if held_out is not None:
+            record |= validate(self.kept, held_out, self.world.device)
+            grid_hw = held_out[0][1].shape[1:]
+            for mode in BASELINES:
+                plain = validate(interpolated(self.kept.backbone_features, mode, grid_hw), held_out, self.world.device)
+                record |= {f"{mode}_{name}": value for name, value in plain.items()}
+            metrics.add(record)
+            self._draw_panel(held_out)
+        draw_curve(self.out / "curve.png", metrics.records())
+        self.kept.save_pretrained(self.out / LAST)
+        score = record.get("cosine", self.progress.step)  # without validation the latest is the best there is
+        if self.progress.best is None or score > self.progress.best:
+            self.progress.best = score
+            self.kept.save_pretrained(self.out)
+
+    @torch.no_grad()
+    def _draw_panel(self, held_out: TeacherCache) -> None:
+        vit = self.model.config.backbone.vit
+        mean, std = (torch.tensor(each)[:, None, None] for each in (vit.mean, vit.std))
+        pictures, maps = [], []
+        for index in range(min(_PANEL_ROWS, len(held_out))):
+            pixels, teacher = held_out[index]
+            batch = pixels[None].to(self.world.device)
+            low, student = self.kept.backbone_features(batch)[0].cpu(), self.kept(batch)[0].cpu()
+            pictures.append(((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+            maps.append({"backbone": low, "student": student, "teacher": teacher})
+        draw_panel(self.out / f"panel-{self.progress.step:06d}.png", pictures, maps)
+
+    def _save(self) -> None:
+        if self.world.leads:
+            save_state(self.out / STATE, self.config, self.progress, self.module, self.average, self.optimizer)
+
+    def _say_skipped(self) -> None:
+        if self.skipped and self.world.leads:
+            some = ", ".join(sorted(self.skipped)[:5])
+            print(f"brixel: {len(self.skipped)} pictures could not be used: {some}", file=sys.stderr)
+
+
+def _advance(bar: "tqdm[Any]", done: int) -> None:
+    bar.update(done - bar.n)
+
+
+def prepared_model(config: TrainConfig, model: BrixelFeatures | None) -> BrixelFeatures:
+    """The model to train, in float32, its size set to what it is trained on and its rate of stochastic depth set."""
+    if model is None:
+        model = BrixelFeatures.from_backbone(
+            config.backbone, architecture=config.architecture, device="cpu", dtype=torch.float32
+        )
+    adapter = dataclasses.replace(model.config.adapter, short_side_px=teacher_side(config, model.patch_px) // UPSCALE)
+    model.config = BrixelConfig(model.config.backbone, adapter)
+    for extractor in model.adapter.extractors:
+        assert isinstance(extractor, Extractor)
+        extractor.drop_path = config.drop_path
+    return model
+
+
+def teacher_side(config: TrainConfig, patch_px: int) -> int:
+    """Side of the teacher's crops in pixels; BrixelError where it is not four whole patches of the student's."""
+    side = config.teacher_px or _TEACHER_PATCHES * patch_px
+    check_teacher_px(side, patch_px)
+    return side
+
+
+def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """Adam or AdamW; matrices and kernels decay, vectors do not."""
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [each for each in parameters if each.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return kind(groups, lr=config.lr)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step ``step``, from 0."""
+    if config.schedule == "release":
+        return config.lr * (0.1 if 3 * step < config.steps else 1.0)
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _model_like(model: BrixelFeatures, trainable: nn.Module) -> BrixelFeatures:
+    """A model of another adapter and head on the same backbone."""
+    parts = nn.ModuleDict({"adapter": trainable.adapter, "head": trainable.head})  # type: ignore[dict-item]
+    return BrixelFeatures(model.backbone, parts, model.config)

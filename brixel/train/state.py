@@ -1,0 +1,94 @@
+"""What a run needs to go on after it was killed: one file, written whole or not at all."""
+
+import copy
+import dataclasses
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from brixel.atomic import atomic_path
+from brixel.errors import BrixelError
+from brixel.train.config import TrainConfig, differences, make_config
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Progress:
+    """Where a run stands: steps done, and the best validation so far (cosine to the teacher, None before the first)."""
+
+    step: int = 0
+    best: float | None = None
+
+
+class Average:
+    """Exponential moving average of a module's parameters; buffers are taken as they are."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move towards the module's parameters after step ``step`` (from 0); young averages follow faster."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for average, current in zip(self.module.parameters(), module.parameters(), strict=True):
+            average.lerp_(current, 1 - decay)
+        for buffer, newest in zip(self.module.buffers(), module.buffers(), strict=True):
+            buffer.copy_(newest)
+
+
+def save_state(
+    path: Path,
+    config: TrainConfig,
+    progress: Progress,
+    module: nn.Module,
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write all that the rest of a run depends on; randomness is a function of seed and step, so none is kept."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "config": {name: value for name, value in dataclasses.asdict(config).items() if value is not None},
+        "progress": dataclasses.asdict(progress),
+        "module": module.state_dict(),
+        "average": average.module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_state(
+    path: Path, config: TrainConfig, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Put a saved run back in place. BrixelError if it was made with settings that matter and differ."""
+    content = _read(path)
+    changed = differences(config, make_config(content["config"]))
+    if changed:
+        raise BrixelError(
+            f"{path.parent} holds a run with other settings ({'; '.join(changed)}): "
+            "give the settings that it was started with, or another --out"
+        )
+    module.load_state_dict(content["module"])
+    average.module.load_state_dict(content["average"])
+    optimizer.load_state_dict(content["optimizer"])
+    return Progress(**content["progress"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    damaged = f"{path} is damaged or no state of a training run; delete it to start anew"
+    if not zipfile.is_zipfile(path):
+        raise BrixelError(damaged)
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage surfaces as any of a dozen kinds
+        raise BrixelError(damaged) from error
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise BrixelError(f"{path} has format {version}; this version reads {FORMAT_VERSION}: go on with the other one")
+    return content
