@@ -7,7 +7,7 @@
 
 from importlib.metadata import version
 
-from brixel.backbones.vit import ViTConfig
+from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError, CheckpointError, ImageError
 from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures

@@ -34,7 +34,7 @@ def map_of(tokens: Tensor, grid_hw: tuple[int, int]) -> Tensor:
 
 
 def resize(maps: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-    """Bilinear, cell centres at +0.5: (B, D, h, w) to another grid; the same tensor where it is that grid already."""
+    """Bilinear, cell centres at +0.5: (B, D, h, w) to another grid; the same values where it is that grid already."""
     return F.interpolate(maps, size=grid_hw, mode="bilinear", align_corners=False)
 
 

@@ -16,7 +16,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     those of any new file, also where the writer makes its own private.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}.part{target.suffix}")
+    temporary = target.with_name(f".{uuid.uuid4().hex}.part{target.suffix}")
     handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     permissions = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)

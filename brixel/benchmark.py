@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from brixel.backbones.vit import ViT
-from brixel.devices import choose_device, choose_dtype, peak_bytes
+from brixel.devices import choose_device, choose_dtype, dtype_name, peak_bytes
+from brixel.errors import BrixelError
 from brixel.model_table import known_backbone
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
 
@@ -80,8 +81,11 @@ def benchmark(
     """Measure students of the named architectures on one picture of ``image_px`` x ``image_px`` pixels."""
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    for name in architectures:
-        known_backbone(name)  # a typing error should not cost the time of those before it
+    for name in architectures:  # an error should not cost the time of those before it
+        patch_px = known_backbone(name).vit.patch_px
+        if image_px % patch_px:
+            near = max(1, round(image_px / patch_px)) * patch_px
+            raise BrixelError(f"{name} takes multiples of {patch_px} px, and image_px is {image_px}; such as {near}")
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -115,8 +119,8 @@ def _measure(architecture: str, image_px: int, rounds: int, device: torch.device
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        (torch.cuda if device.type == "cuda" else torch.mps).synchronize()
     return time.perf_counter() - start
 
 
@@ -150,7 +154,7 @@ def _peak_of_this_process(
 def _recipe(image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return (
-        f"One picture of {image_px} x {image_px} px, {str(dtype)[6:]}, random weights, {rounds} rounds in turn; "
+        f"One picture of {image_px} x {image_px} px, {dtype_name(dtype)}, random weights, {rounds} rounds in turn; "
         f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}; "
         f"{datetime.date.today().isoformat()}."
     )

@@ -2,13 +2,15 @@
 
 import argparse
 import dataclasses
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from brixel import __version__, panel
 from brixel.benchmark import DEFAULT_ARCHITECTURES, benchmark, report
+from brixel.describe import describe
 from brixel.errors import BrixelError
 from brixel.extraction import extract_files
 from brixel.features import BrixelFeatures
@@ -23,14 +25,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Errors are one line on standard error, with ``--debug`` a traceback."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("brixel: interrupted", file=sys.stderr)
         return 130
-    except (BrixelError, OSError) as error:
+    except BrokenPipeError:  # whoever reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
         if options.debug:
             raise
-        print(f"brixel: error: {' '.join(str(error).split())}", file=sys.stderr)
+        kind = "" if isinstance(error, (BrixelError, OSError)) else f"{type(error).__name__}: "
+        print(f"brixel: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -38,9 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="brixel", description="Dense features of pictures from frozen ViTs.")
     parser.add_argument("--version", action="version", version=f"brixel {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_using(commands)
+    _add_making(commands)
+    return parser
 
+
+def _add_using(commands: Any) -> None:
     one = _command(commands, "show", _show, "a panel of pictures with their backbone's map and their dense map")
-    one.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    one.add_argument("images", nargs="+", metavar="IMAGE")
     one.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="default: %(default)s")
     _add_model_options(one)
 
@@ -54,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
 
     one = _command(commands, "info", _info, "what a model is made of")
     one.add_argument("model", type=Path, metavar="MODEL", help="a folder written by save_pretrained or convert")
-    one.add_argument("--backbone", type=Path, help="its backbone, if it is not where it was")
 
+
+def _add_making(commands: Any) -> None:
     one = _command(commands, "convert", _convert, "the authors' adapter file into a model folder of ours")
     one.add_argument("adapter", type=Path, metavar="ADAPTER.pth")
     one.add_argument("--blocks", type=_blocks, help="four blocks from 0, as 3,6,9,11; default: by depth")
@@ -64,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--backbone", type=Path, required=True, help=_BACKBONE_HELP)
     one.add_argument("--architecture", help=_ARCHITECTURE_HELP)
     one.add_argument("--short-side", type=_positive, default=256, help="pixels that it was trained on; default: 256")
+    one.add_argument("--dtype", default="float32", help="of the weights that are written; default: %(default)s")
 
     one = _command(commands, "train", _train, "distil an adapter for a backbone, or take up a run that was cut off")
     one.add_argument("--config", type=Path, metavar="FILE.toml", help="settings; those given as flags come before them")
@@ -79,14 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--threads", type=_positive, help="default: torch's own choice")
     one.add_argument("-o", "--output", type=Path, help="also write the report (Markdown) here")
     _add_device_options(one)
-    return parser
 
 
 _BACKBONE_HELP = "a folder in Hugging Face or timm layout, or a weight file"
 _ARCHITECTURE_HELP = "what the backbone is, such as dinov3-vits16, where its files leave it open"
 
 
-def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(run=run)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -155,7 +169,7 @@ def _load(options: argparse.Namespace) -> BrixelFeatures:
 
 
 def _show(options: argparse.Namespace) -> int:
-    panel.check_output(options.output)
+    panel.check_output(options.output, options.images)
     panel.save(panel.show(_load(options), options.images, short_side_px=options.short_side), options.output)
     print(options.output)
     return 0
@@ -163,6 +177,8 @@ def _show(options: argparse.Namespace) -> int:
 
 def _extract(options: argparse.Namespace) -> int:
     pictures = find_pictures(options.paths)
+    if options.output.exists() and not options.output.is_dir():
+        raise BrixelError(f"{options.output} is a file; expected a folder to write maps into")
     report = extract_files(
         _load(options),
         pictures,
@@ -179,25 +195,8 @@ def _extract(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    model = BrixelFeatures.from_pretrained(options.model, backbone=options.backbone, device="cpu")
-    backbone, adapter = model.config.backbone, model.config.adapter
-    sizes = {name: sum(each.numel() for each in getattr(model, name).parameters()) for name in _PARTS}
-    rows = {
-        "backbone": backbone.title,
-        "backbone from": backbone.source,
-        "width, depth, heads": f"{backbone.vit.width}, {backbone.vit.depth}, {backbone.vit.heads}",
-        "patch": f"{model.patch_px} px; a cell of the dense map: {model.stride_px:g} px",
-        "mean, deviation": f"{backbone.vit.mean}, {backbone.vit.std}",
-        "blocks": ", ".join(map(str, adapter.blocks)),
-        "short side": f"{adapter.short_side_px} px",
-        "residual detour": "yes, as in the release" if adapter.residual_detour else "no",
-        "parameters": ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in sizes.items()),
-    }
-    _print_table(rows)
+    _print_table(describe(options.model))
     return 0
-
-
-_PARTS = ("backbone", "adapter", "head")
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -208,6 +207,7 @@ def _convert(options: argparse.Namespace) -> int:
         blocks=options.blocks,
         short_side_px=options.short_side,
         device="cpu",
+        dtype=options.dtype,
     )
     model.save_pretrained(options.output, include_backbone=options.include_backbone)
     print(options.output)
@@ -232,6 +232,8 @@ def _print_table(rows: Mapping[str, str]) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
+    if options.output is not None and not options.output.parent.is_dir():
+        raise BrixelError(f"no folder {options.output.parent} to write {options.output.name} into")
     results = benchmark(
         options.architectures,
         image_px=options.image_px,

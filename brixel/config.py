@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,13 +10,13 @@ from typing import Any, TypeVar
 import torch
 
 from brixel.atomic import atomic_path
-from brixel.backbones.vit import ViT, ViTConfig
+from brixel.backbones.vit import ViT
+from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError, CheckpointError, did_you_mean
 from brixel.student import AdapterConfig
 
 FORMAT_VERSION = 1
-_FINGERPRINT_ENTRIES = 8
-_FINGERPRINT_TOLERANCE = 1e-2  # passes the same weights in bfloat16, no others
+_FINGERPRINT_TOLERANCE = 1e-2  # relative: a copy in bfloat16 is within it
 
 Section = TypeVar("Section")
 
@@ -25,7 +26,7 @@ class BackboneConfig:
     """Which backbone an adapter belongs to.
 
     ``architecture``: its name in the table of models, or None for one of the user's own; ``vit``: all of it.
-    ``source``: where it was loaded from. ``fingerprint``: a few of its weights, to tell it from others of its size.
+    ``source``: where it was loaded from. ``fingerprint``: some of its weights, to tell it from others of its size.
     """
 
     architecture: str | None
@@ -34,6 +35,8 @@ class BackboneConfig:
     fingerprint: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if not all(type(value) in (int, float) and math.isfinite(value) for value in self.fingerprint):
+            raise BrixelError("fingerprint holds something else than finite numbers")
         object.__setattr__(self, "fingerprint", tuple(self.fingerprint))
 
     @property
@@ -44,7 +47,7 @@ class BackboneConfig:
     def check_weights(self, vit: ViT, where: str) -> None:
         """Raise CheckpointError if ``vit`` holds other weights than the adapter was made for; ``where`` names them."""
         theirs, ours = torch.tensor(fingerprint(vit)), torch.tensor(self.fingerprint)
-        if not torch.allclose(theirs, ours, rtol=_FINGERPRINT_TOLERANCE, atol=_FINGERPRINT_TOLERANCE / 10):
+        if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=_FINGERPRINT_TOLERANCE, atol=1e-5):
             raise CheckpointError(
                 f"the backbone at {where} has the shape of {self.title} but other weights than the adapter was made "
                 f"for, which came from {self.source}"
@@ -60,8 +63,14 @@ class BrixelConfig:
 
 
 def fingerprint(vit: ViT) -> tuple[float, ...]:
-    """The first weights of the final norm, rounded to what any copy of a checkpoint keeps."""
-    values = vit.norm.weight.detach()[:_FINGERPRINT_ENTRIES].float().tolist()
+    """Two weights each of the final norm, the patch embedding and every block's first layer, to four digits."""
+    names = [
+        "norm.weight",
+        "patch_embed.weight",
+        *(f"blocks.{index}.attention.qkv.weight" for index in range(vit.depth)),
+    ]
+    weights = [vit.get_parameter(name) for name in names]
+    values = [value for each in weights for value in each.detach().flatten()[[0, each.numel() // 2]].tolist()]
     return tuple(float(f"{value:.4g}") for value in values)
 
 
@@ -73,13 +82,15 @@ def write_config(path: Path, config: BrixelConfig) -> None:
 
 
 def read_config(path: Path) -> BrixelConfig:
-    """Read `config.json`; CheckpointError where it is not ours, damaged, or of a newer format."""
+    """Read `config.json`; CheckpointError where it is missing, not ours, damaged, or of a newer format."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} holds no {path.name}: expected a folder written by save_pretrained")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error})") from error
     version = content.pop("format_version", None) if isinstance(content, dict) else None
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise CheckpointError(f"{path} is no brixel model's: it lacks format_version; for a backbone use from_backbone")
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {version}, newer than {FORMAT_VERSION}, which we read: update brixel")

@@ -6,7 +6,7 @@ import torch
 
 from brixel.errors import BrixelError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {str(each)[6:]: each for each in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}  # by name
 
 
 # before 2.10 torch's MPS lacks embedding_bag (pytorch/pytorch#162270, #163931)
@@ -21,13 +21,20 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() and _MPS_COMPLETE else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise BrixelError(f"unknown device {device!r}; expected 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise BrixelError(f"device {str(device)!r} was asked for, but torch sees no CUDA device; use 'cpu' or 'auto'")
+    absent = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if absent.get(chosen.type):
+        kind = chosen.type.upper()
+        raise BrixelError(f"device {str(device)!r} was asked for, but torch sees no {kind} device; use 'cpu' or 'auto'")
     if chosen.type == "mps" and not _MPS_COMPLETE:
         raise BrixelError(f"device 'mps' needs torch 2.10 or newer, and this is {torch.__version__}; use 'cpu'")
     return chosen
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -35,7 +42,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+    if not isinstance(chosen, torch.dtype) or chosen not in DTYPES.values():
         raise BrixelError(f"unknown dtype {dtype!r}; expected 'auto', {', '.join(map(repr, DTYPES))}")
     return chosen
 

@@ -15,8 +15,8 @@ def run_batches(
     """Run ``forward`` over pictures, lazily and in order; yields one result for each, with its tag.
 
     ``items``: pixels (3, H, W) with anything that belongs to them. Neighbours of one size share a batch of at most
-    ``batch_size``; no item is asked for before the results of the batch before it were taken. Where ``items`` raises,
-    the results of those before come first.
+    ``batch_size``; after a full batch no item is asked for before its results were taken. Where ``items`` raises, the
+    results of those before come first.
     """
     batch: list[tuple[Tensor, Tag]] = []
     iterator = iter(items)
@@ -26,12 +26,15 @@ def run_batches(
             item = next(iterator, None)
         except Exception as error:
             item, failure = None, error
-        if batch and (item is None or len(batch) == batch_size or item[0].shape != batch[0][0].shape):
+        if batch and (item is None or item[0].shape != batch[0][0].shape):
             yield from _run(forward, batch)
             batch = []
         if item is None:
             break
         batch.append(item)
+        if len(batch) == batch_size:
+            yield from _run(forward, batch)
+            batch = []
     if failure is not None:
         raise failure
 

@@ -41,16 +41,15 @@ def extract_files(
     outputs = [(picture, folder / place.with_name(place.name + ending)) for picture, place in pictures]
     todo = deque(each for each in outputs if overwrite or not each[1].exists())
     report.skipped = len(outputs) - len(todo)
-    bar = tqdm(total=len(todo), unit="picture", disable=None)
-    for picture, output, result in _results(model, todo, batch_size, short_side_px):
-        if isinstance(result, FeatureMap):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            dataclasses.replace(result, meta={**result.meta, "picture": picture.name}).save(output)
-            report.written += 1
-        else:
-            report.failures.append((picture, result))
-        bar.update()
-    bar.close()
+    with tqdm(total=len(todo), unit="picture", disable=None) as bar:
+        for picture, output, result in _results(model, todo, batch_size, short_side_px):
+            if isinstance(result, FeatureMap):
+                output.parent.mkdir(parents=True, exist_ok=True)
+                dataclasses.replace(result, meta={**result.meta, "picture": picture.name}).save(output)
+                report.written += 1
+            else:
+                report.failures.append((picture, result))
+            bar.update()
     return report
 
 

@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from brixel.atomic import atomic_path
+from brixel.devices import DTYPES, dtype_name
 from brixel.errors import BrixelError
 from brixel.pca import PcaBasis
 
-DTYPES: dict[str, torch.dtype] = {n: getattr(torch, n) for n in ("float16", "bfloat16", "float32", "float64")}
 ROUNDING = 1e-6  # how far strides and sizes may miss each other, relative
 VERSION_KEY, VERSION = "brixel_feature_map", "1"
 FIELDS = ("image_hw", "stride", "meta", "shape", "dtype")  # what a file tells besides its version
@@ -69,7 +69,7 @@ class FeatureMap:
         return type(self), (self.features, self.image_hw, self.stride, dict(self.meta))
 
     def __repr__(self) -> str:
-        shape, dtype, device = tuple(self.features.shape), _dtype_name(self.features), self.features.device
+        shape, dtype, device = tuple(self.features.shape), dtype_name(self.features.dtype), self.features.device
         stride_yx = "({:g}, {:g})".format(*self.stride)
         return f"FeatureMap({shape} {dtype} on {device}, image_hw={self.image_hw}, stride={stride_yx})"
 
@@ -84,8 +84,9 @@ class FeatureMap:
         return self.features.shape[1], self.features.shape[2]
 
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> FeatureMap:
-        """The same map with its features on another device or in another floating-point type."""
-        return dataclasses.replace(self, features=self.features.to(device_or_dtype))
+        """The same map with its features on another device or in another floating-point type, by name or as torch's."""
+        wanted = DTYPES.get(device_or_dtype, device_or_dtype) if isinstance(device_or_dtype, str) else device_or_dtype
+        return dataclasses.replace(self, features=self.features.to(wanted))
 
     def numpy(self) -> npt.NDArray[Any]:
         """The features as an array (D, Hf, Wf), sharing memory where it can; bfloat16 becomes float32."""
@@ -174,7 +175,7 @@ class FeatureMap:
             what = "is a folder" if target.is_dir() else "cannot be written: its folder does not exist"
             raise BrixelError(f"{target} {what}; give a file in a folder that exists")
         version = {VERSION_KEY: VERSION}
-        shape, dtype = tuple(self.features.shape), _dtype_name(self.features)
+        shape, dtype = tuple(self.features.shape), dtype_name(self.features.dtype)
         fields = dict(zip(FIELDS, (self.image_hw, self.stride, dict(self.meta), shape, dtype), strict=True))
         with atomic_path(target) as unfinished:
             if target.suffix == ".safetensors":
@@ -239,10 +240,6 @@ def _check_cover(axis: str, cells: int, stride_px: float, image_px: int) -> None
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _dtype_name(features: Tensor) -> str:
-    return str(features.dtype).removeprefix("torch.")
 
 
 def _to_float64(points: Tensor | npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -1,22 +1,27 @@
 """The public class: a backbone and its adapter from files, pictures in, feature maps out."""
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from brixel.backbones.loading import LoadedBackbone, load_backbone
-from brixel.backbones.vit import ViT, ViTConfig
+from brixel.backbones.vit import ViT
+from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints import fit, read_tensors, shapes_of, write_tensors
 from brixel.config import BackboneConfig, BrixelConfig, fingerprint, read_config, write_config
-from brixel.devices import choose_device, choose_dtype
+from brixel.devices import choose_device, choose_dtype, dtype_name
 from brixel.engine import run_batches
 from brixel.errors import BrixelError, CheckpointError
 from brixel.feature_map import FeatureMap
 from brixel.geometry import Geometry, plan_geometry
 from brixel.images import ImageInput, load_image, preprocess
+from brixel.model_table import KNOWN_BACKBONES
 from brixel.release import read_release
 from brixel.sources import locate
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
@@ -63,8 +68,6 @@ class BrixelFeatures(Student):
         Raises BrixelError where there is no such folder, CheckpointError where files in it do not fit.
         """
         folder = locate(name_or_path, what="model")
-        if not (folder / CONFIG).is_file():
-            raise CheckpointError(f"{folder} holds no {CONFIG}: expected a folder written by save_pretrained")
         config = read_config(folder / CONFIG)
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
@@ -102,7 +105,7 @@ class BrixelFeatures(Student):
         config = AdapterConfig(
             blocks=_blocks(blocks, loaded.vit),
             residual_detour=False,
-            short_side_px=short_side_px or _PATCHES_ON_SHORT_SIDE * loaded.vit.patch_px,
+            short_side_px=_PATCHES_ON_SHORT_SIDE * loaded.vit.patch_px if short_side_px is None else short_side_px,
         )
         trainable = new_trainable(loaded.vit.width, config).to(dtype)
         return cls(loaded.vit, trainable, _config(loaded, path, config)).to(device)
@@ -152,6 +155,8 @@ class BrixelFeatures(Student):
         write_tensors(target / ADAPTER, nn.ModuleDict({"adapter": self.adapter, "head": self.head}).state_dict())
         if include_backbone:
             write_tensors(target / BACKBONE, self.backbone.state_dict())
+        else:
+            (target / BACKBONE).unlink(missing_ok=True)  # of a model that was here before
         write_config(target / CONFIG, self.config)
 
     # ---------------------------------------------------------------- facts
@@ -219,20 +224,20 @@ class BrixelFeatures(Student):
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise BrixelError(f"batch_size is {batch_size!r}; expected a positive whole number")
         side = self.config.adapter.short_side_px if short_side_px is None else short_side_px
-        prepared = (self._prepare(image, side) for image in images)
 
         def run(pixels: Tensor) -> Tensor:
-            training = self.training
-            self.eval()
-            try:
+            with evaluating(self):
                 return forward(pixels.to(self.device, self.dtype))
-            finally:
-                self.train(training)
 
-        for features, geometry in run_batches(run, prepared, batch_size=batch_size):
-            height, width = geometry.map_hw(upscale)
-            cells = features[:, :height, :width].cpu().clone(memory_format=torch.contiguous_format)
-            yield FeatureMap(cells, geometry.image_hw, geometry.map_stride(upscale), self._meta(geometry))
+        prepared = (self._prepare(image, side) for image in images)
+        results = run_batches(run, prepared, batch_size=batch_size)
+        return (self._feature_map(features, geometry, upscale) for features, geometry in results)
+
+    def _feature_map(self, features: Tensor, geometry: Geometry, upscale: int) -> FeatureMap:
+        """The cells (D, Hf, Wf) that cover the picture, out of those of the padded one."""
+        height, width = geometry.map_hw(upscale)
+        cells = features[:, :height, :width].cpu().clone(memory_format=torch.contiguous_format)
+        return FeatureMap(cells, geometry.image_hw, geometry.map_stride(upscale), self._meta(geometry))
 
     def _prepare(self, image: ImageInput, short_side_px: int | str) -> tuple[Tensor, Geometry]:
         planes = load_image(image)
@@ -243,17 +248,46 @@ class BrixelFeatures(Student):
     def _meta(self, geometry: Geometry) -> Mapping[str, str]:
         """What made a map, kept in its file."""
         height, width = geometry.resized_hw
-        return {"backbone": self.config.backbone.title, "resized_hw": f"{height}x{width}", "dtype": str(self.dtype)[6:]}
+        return {
+            "backbone": self.config.backbone.title,
+            "resized_hw": f"{height}x{width}",
+            "dtype": dtype_name(self.dtype),
+        }
+
+
+_MODES = threading.Lock()  # of all models: a lock of its own would keep a model from being copied
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and each part's own mode again after; nothing is touched where all are in it already."""
+    with _MODES:  # another thread may be here, with the modes changed for a while
+        training = [part for part in module.modules() if part.training]
+        if training:
+            module.eval()
+            try:
+                yield
+            finally:
+                for part in training:
+                    part.training = True
+    if not training:
+        yield
 
 
 def _blocks(blocks: Iterable[int] | None, vit: ViT) -> tuple[int, ...]:
-    return default_blocks(vit.depth) if blocks is None else tuple(blocks)
+    """What the user gave, as it is: :class:`AdapterConfig` checks it and makes a tuple of it."""
+    return default_blocks(vit.depth) if blocks is None else cast("tuple[int, ...]", blocks)
 
 
 def _config(loaded: LoadedBackbone, path: Path, adapter: AdapterConfig) -> BrixelConfig:
     source = str(path.resolve())
     backbone = BackboneConfig(loaded.architecture, source, loaded.vit.config, fingerprint(loaded.vit))
     return BrixelConfig(backbone, adapter)
+
+
+def _where_to_get(architecture: str | None) -> str:
+    known = KNOWN_BACKBONES.get(architecture or "")
+    return f"; it is published as {known.huggingface} and {known.timm}" if known else ""
 
 
 def _backbone_of(folder: Path, config: BackboneConfig, given: PathLike | None, dtype: torch.dtype) -> ViT:
@@ -266,7 +300,7 @@ def _backbone_of(folder: Path, config: BackboneConfig, given: PathLike | None, d
     if given is None and not Path(config.source).exists():
         raise CheckpointError(
             f"{folder} holds an adapter without its backbone, {config.title}, which was at {config.source} and is no "
-            "longer there: give the backbone's folder or file as backbone="
+            f"longer there: give the backbone's folder or file as backbone={_where_to_get(config.architecture)}"
         )
     path = locate(given or config.source, what="backbone")
     vit = load_backbone(path, architecture=config.vit, dtype=dtype).vit

@@ -83,7 +83,7 @@ def fused_moments(prior: Tensor, queries: Tensor, fine: Tensor, bias: Tensor) ->
     shared = tokens_of(_stencil(prior, (0.25, 0.75, 0.75, 0.25), stride=2)).mT @ tokens_of(queries)  # B S D
     cross = (shared * fine.mT).sum(1)
     smooth = _stencil(queries, (0.375, 1.25, 0.375), stride=1)
-    return mean, (own + 2 * cross + (smooth * queries).sum((2, 3))) / cells
+    return mean, ((own + 2 * cross + (smooth * queries).sum((2, 3))) / cells).clamp_min(0)  # rounding may go below
 
 
 def _stencil(maps: Tensor, taps: tuple[float, ...], stride: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from brixel.backbones.vit import IMAGENET_MEAN, IMAGENET_STD, ViTConfig
+from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, ViTConfig
 from brixel.errors import BrixelError, did_you_mean
 
 # of the satellite pictures that the sat493m weights were trained on

@@ -1,5 +1,6 @@
 """Pictures for people: the photograph, the backbone's own map and the dense one side by side, in one set of colours."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,8 +41,10 @@ def stacked(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return panel
 
 
-def check_output(path: Path) -> None:
-    """Raise BrixelError where no picture can be written to ``path``; asked before the work is done."""
+def check_output(path: Path, images: Sequence[str | Path] = ()) -> None:
+    """Raise BrixelError where no picture can be written to ``path``, or it is one of ``images``; asked at the start."""
+    if any(path.resolve() == Path(image).resolve() for image in images):
+        raise BrixelError(f"{path} is itself a picture to be shown; give another name for the panel")
     if not path.parent.is_dir():
         raise BrixelError(f"no folder {path.parent} to write {path.name} into")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -60,7 +63,7 @@ def _row(model: BrixelFeatures, image: ImageInput, short_side_px: int | str | No
     coarse = model.extract_backbone(planes, short_side_px=short_side_px)
     dense = model.extract(planes, short_side_px=short_side_px)
     basis = PcaBasis.fit([dense.features, coarse.features])
-    zoom = max(1, round(HEIGHT_PX / dense.grid_hw[0]))
+    zoom = max(1, round(min(HEIGHT_PX / dense.grid_hw[0], 4 * HEIGHT_PX / dense.grid_hw[1])))
     # the last cells may reach over the picture's edge: every tile is cut where the picture ends
     height, width = (round(side / step * zoom) for side, step in zip(dense.image_hw, dense.stride, strict=True))
     tiles = [(_photograph(planes.numpy(), (height, width)), "picture {} x {}".format(*dense.image_hw))]
@@ -84,7 +87,9 @@ def _photograph(planes: npt.NDArray[np.generic], image_hw: tuple[int, int]) -> n
 
 def labelled(tile: npt.NDArray[np.uint8], text: str) -> Image.Image:
     """A tile (H, W, 3) with a line of text above it."""
-    labelled = Image.new("RGB", (tile.shape[1], tile.shape[0] + LABEL_PX), "white")
-    ImageDraw.Draw(labelled).text((0, 2), text, fill="black", font=ImageFont.load_default(14))
+    font = ImageFont.load_default(14)
+    width = max(tile.shape[1], math.ceil(font.getlength(text)))
+    labelled = Image.new("RGB", (width, tile.shape[0] + LABEL_PX), "white")
+    ImageDraw.Draw(labelled).text((0, 2), text, fill="black", font=font)
     labelled.paste(Image.fromarray(np.ascontiguousarray(tile)), (0, LABEL_PX))
     return labelled

@@ -20,6 +20,7 @@ def find_pictures(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     take one place.
     """
     found: dict[Path, Path] = {}
+    seen: set[Path] = set()
     for path in paths:
         if not path.exists():
             raise BrixelError(f"no picture or folder at {path}")
@@ -27,10 +28,13 @@ def find_pictures(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
         if not inside:
             raise BrixelError(f"no pictures in {path}; looked for {', '.join(PICTURES)}")
         for picture in inside:
+            if picture.resolve() in seen:  # named twice, or below two of the folders
+                continue
+            seen.add(picture.resolve())
             place = picture.relative_to(path) if path.is_dir() else Path(picture.name)
-            other = found.setdefault(place, picture)
-            if other.resolve() != picture.resolve():
-                raise BrixelError(f"{other} and {picture} would both be written as {place}; extract them apart")
+            if place in found:
+                raise BrixelError(f"{found[place]} and {picture} would both be written as {place}; extract them apart")
+            found[place] = picture
     return [(picture, place) for place, picture in found.items()]
 
 

@@ -4,6 +4,8 @@ The graph of arXiv 2511.05168, section 1 of `docs/method.md`. Tensors in, tensor
 business of :class:`brixel.BrixelFeatures`.
 """
 
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -29,11 +31,22 @@ class AdapterConfig:
     short_side_px: int
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))
-        if len(self.blocks) != 4 or list(self.blocks) != sorted(self.blocks) or self.blocks[0] < 0:
-            raise BrixelError(f"blocks are {list(self.blocks)}; expected four indices from 0, in ascending order")
+        object.__setattr__(self, "blocks", _four_blocks(self.blocks))
+        if not isinstance(self.residual_detour, bool):
+            raise BrixelError(f"residual_detour is {self.residual_detour!r}; expected True or False")
         if type(self.short_side_px) is not int or self.short_side_px < 1:
             raise BrixelError(f"short_side_px is {self.short_side_px!r}; expected a positive number of pixels")
+
+
+def _four_blocks(given: Iterable[int]) -> tuple[int, ...]:
+    shown = list(given) if isinstance(given, Iterable) else given
+    try:
+        blocks = tuple(-1 if isinstance(block, bool) else operator.index(block) for block in shown)
+    except TypeError:
+        blocks = ()
+    if len(blocks) != 4 or list(blocks) != sorted(blocks) or blocks[0] < 0:
+        raise BrixelError(f"blocks are {shown!r}; expected four indices from 0, in ascending order")
+    return blocks
 
 
 def default_blocks(depth: int) -> tuple[int, ...]:
@@ -70,6 +83,12 @@ class Student(nn.Module):
     def backbone_features(self, pixels: Tensor) -> Tensor:
         """The frozen backbone's own last normalised map: (B, 3, H, W) as for the model itself -> (B, D, h, w)."""
         return self.backbone.block_maps(pixels, self.blocks[-1:])[0]
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Student":
+        """Turn gradients of adapter and head on or off; the backbone stays frozen."""
+        self.adapter.requires_grad_(requires_grad)
+        self.head.requires_grad_(requires_grad)
+        return self
 
     def train(self, mode: bool = True) -> "Student":
         """Set training mode for adapter and head; the backbone has none."""

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from brixel import BrixelFeatures, CheckpointError
+from brixel import BrixelFeatures
 
 
 def load(folder: str) -> BrixelFeatures:
-    try:
+    if (Path(folder) / "adapter.safetensors").exists():
         return BrixelFeatures.from_pretrained(folder)
-    except CheckpointError:  # not a model of ours: a backbone, which gets a fresh adapter
-        return BrixelFeatures.from_backbone(folder)
+    return BrixelFeatures.from_backbone(folder)  # with a fresh adapter
 
 
 def main(picture: str, folder: str, output: str = "features.safetensors") -> None:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from brixel import model_table
 from brixel.backbones import loading
 from brixel.backbones.loading import load_backbone
-from brixel.backbones.vit import ViT, ViTConfig
+from brixel.backbones.vit import ViT
+from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints import fit, read_tensors, write_tensors
 from brixel.errors import BrixelError, CheckpointError
 from brixel.model_table import KnownBackbone

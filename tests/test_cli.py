@@ -1,5 +1,6 @@
 """The command line as a user meets it: what is printed, what is written, the exit status."""
 
+import json
 import subprocess
 import sys
 
@@ -68,6 +69,44 @@ def test_info_tells_what_a_model_is_made_of(model_folder, capsys):
         assert fact in told
 
 
+def test_info_needs_no_weights(model_folder, backbone_folder, tmp_path, capsys):
+    content = json.loads((model_folder / "config.json").read_text())
+    content["backbone"]["source"] = "/nowhere/backbone"
+    (model_folder / "config.json").write_text(json.dumps(content))
+    (model_folder / "adapter.safetensors").unlink()
+    assert run("info", model_folder) == 0
+    told = capsys.readouterr().out
+    assert "missing: they were at /nowhere/backbone" in told
+    assert "adapter and head 0.3" in told
+
+
+def test_show_never_writes_over_its_picture(model_folder, picture, tmp_path, capsys):
+    mine = tmp_path / "mine.png"
+    mine.write_bytes(picture.read_bytes())
+    assert run("show", mine, "--model", model_folder, "-o", tmp_path / "x" / ".." / "mine.png") == 2
+    assert run("show", mine, "--model", model_folder, "-o", mine) == 2
+    assert "is itself a picture to be shown" in capsys.readouterr().err
+    assert mine.read_bytes() == picture.read_bytes()
+
+
+def test_a_reader_that_closes_early_is_no_error(model_folder):
+    command = f"{sys.executable} -m brixel info {model_folder}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, timeout=120
+    )
+    assert done.returncode in (0, 141)
+    assert done.stderr == b""
+
+
+def test_unforeseen_errors_are_one_line_too(picture, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(brixel.cli.BrixelFeatures, "from_pretrained", fail)
+    assert run("show", picture, "--model", "x") == 2
+    assert capsys.readouterr().err == "brixel: error: RuntimeError: CUDA out of memory. Tried to allocate\n"
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         run("--version")
@@ -80,6 +119,14 @@ def test_version(capsys):
         (("show", "PICTURE"), "give --model FOLDER, or --backbone FOLDER"),
         (("show", "PICTURE", "--model", "nowhere"), "no model at 'nowhere'"),
         (("show", "missing.png", "--model", "MODEL"), "missing.png"),
+        (("show", "http://example.org/a.png", "--model", "MODEL"), "a URL must be downloaded first"),
+        (("show", "PICTURE", "--model", "MODEL", "--device", "mps"), "mps"),
+        (
+            ("extract", "PICTURE", "--model", "MODEL", "-o", "MODEL/config.json"),
+            "config.json is a file; expected a folder",
+        ),
+        (("benchmark", "-o", "no/such/report.md"), "no folder no/such"),
+        (("benchmark", "--architectures", "dinov2-vits14"), "such as 252"),
         (("show", "PICTURE", "--model", "MODEL", "-o", "no/such/panel.png"), "no folder no/such"),
         (("show", "PICTURE", "--model", "MODEL", "-o", "panel.xyz"), "panel.xyz: expected a name that ends in .png"),
         (("show", "PICTURE", "--model", "MODEL", "--device", "abacus"), "unknown device 'abacus'"),
@@ -97,7 +144,9 @@ def test_version(capsys):
 def test_errors_are_one_line(model_folder, backbone_folder, picture, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     places = {"PICTURE": picture, "MODEL": model_folder, "BACKBONE": backbone_folder}
-    assert run(*(places.get(each, each) for each in arguments)) == 2
+    for name, place in places.items():
+        arguments = [each.replace(name, str(place)) for each in arguments]
+    assert run(*arguments) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("brixel: error: ")
     assert message in line

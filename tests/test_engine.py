@@ -45,9 +45,11 @@ def test_nothing_is_read_ahead_of_the_batch_at_hand():
     stream = run_batches(recorder([]), items(), batch_size=2)
     assert taken == []
     next(stream)
-    assert taken == [0, 1, 2]  # the third told that the batch of two was full
+    assert taken == [0, 1]
     next(stream)
-    assert taken == [0, 1, 2]
+    assert taken == [0, 1]
+    next(stream)
+    assert taken == [0, 1, 2, 3]
 
 
 def test_results_before_a_failing_item_come_first():

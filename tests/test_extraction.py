@@ -37,6 +37,17 @@ def test_one_picture_named_twice_counts_once(album):
     assert len(find_pictures([album, album / "a.png"])) == 3
 
 
+def test_folders_within_each_other_count_their_pictures_once(album):
+    places = [str(place) for _, place in find_pictures([album, album / "sub"])]
+    assert places == ["a.png", "b.JPG", "sub/a.png"]
+
+
+def test_long_names_can_be_written(model, picture, tmp_path):
+    long = tmp_path / f"{'x' * 228}.png"
+    shutil.copy(picture, long)
+    assert extract_files(model, find_pictures([long]), tmp_path / "out").written == 1
+
+
 def test_wrong_paths_say_so(album, tmp_path):
     with pytest.raises(BrixelError, match="no picture or folder at .*missing"):
         find_pictures([album / "missing"])

@@ -1,7 +1,10 @@
 """The public class, on a tiny backbone that transformers wrote."""
 
+import copy
 import json
+import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -124,6 +127,60 @@ def test_extract_is_in_evaluation_mode_and_leaves_the_mode_alone(model, picture)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_parts_keep_their_own_modes(model, picture):
+    model.train()
+    model.adapter.prior.eval()  # as one who freezes batch norm
+    modes = {name: part.training for name, part in model.named_modules()}
+    try:
+        model.extract(picture, short_side_px=28)
+        assert {name: part.training for name, part in model.named_modules()} == modes
+    finally:
+        model.eval()
+
+
+def test_threads_may_extract_while_the_model_is_in_training_mode(model, picture):
+    expected = model.extract(picture, short_side_px=28).features
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            maps = list(pool.map(lambda _: model.extract(picture, short_side_px=28).features, range(24)))
+    finally:
+        assert model.training
+        model.eval()
+    for each in maps:  # threads of a pool split sums in other ways
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_pixels_of_another_dtype_say_what_to_do(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with pytest.raises(BrixelError, match=r"float32 on cpu, the model is torch\.bfloat16 .*pixels\.to\(model\.device"):
+        half(torch.zeros(1, 3, 28, 28))
+    for wrong, message in (
+        (torch.zeros(1, 3, 28, 28, dtype=torch.uint8), "uint8"),
+        (np.zeros((1, 3, 28, 28)), "ndarray"),
+        (None, "NoneType"),
+        (torch.zeros(0, 3, 28, 28), "at least one picture"),
+        (torch.zeros(3, 28, 28), r"expected \(B, 3, H, W\)"),
+    ):
+        with pytest.raises(BrixelError, match=message):
+            model(wrong)
+
+
+def test_the_backbone_stays_frozen(model):
+    made = copy.deepcopy(model).requires_grad_(True)
+    assert not any(each.requires_grad for each in made.backbone.parameters())
+    assert all(each.requires_grad for each in made.head.parameters())
+
+
+def test_models_can_be_copied_and_pickled(model, picture):
+    expected = model.extract(picture, short_side_px=28).features
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert made.config == model.config
+        assert torch.equal(made.extract(picture, short_side_px=28).features, expected)
+
+
 def test_bad_pictures_and_settings_say_so(model, picture, tmp_path):
     (tmp_path / "notes.jpg").write_text("no picture")
     with pytest.raises(ImageError, match=r"notes\.jpg"):
@@ -134,8 +191,8 @@ def test_bad_pictures_and_settings_say_so(model, picture, tmp_path):
         model.extract(picture, short_side_px="big")
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(BrixelError, match="batch_size"):
-            next(model.stream([picture], batch_size=wrong))
-    with pytest.raises(BrixelError, match=r"pixels are 30 x 28; expected positive multiples of the patch, 14 px"):
+            model.stream([picture], batch_size=wrong)
+    with pytest.raises(BrixelError, match=r"shape \(1, 3, 30, 28\).*positive multiples of the patch, 14 px"):
         model(torch.zeros(1, 3, 30, 28))
 
 
@@ -166,6 +223,23 @@ def test_a_folder_with_its_backbone_needs_no_other(model, backbone_folder, tmp_p
     with pytest.raises(CheckpointError, match=r"without its backbone, ViT of width 64.*give the backbone's folder"):
         BrixelFeatures.from_pretrained(tmp_path / "part")
     BrixelFeatures.from_pretrained(tmp_path / "part", backbone=backbone_folder, device="cpu")
+
+
+def test_a_model_saved_over_another_leaves_nothing_of_it(model, untrained, picture, tmp_path):
+    model.save_pretrained(tmp_path, include_backbone=True)
+    untrained.save_pretrained(tmp_path)
+    assert not (tmp_path / "backbone.safetensors").exists()
+    again = BrixelFeatures.from_pretrained(tmp_path, device="cpu")
+    assert torch.equal(again.extract(picture).features, untrained.extract(picture).features)
+
+
+def test_changed_blocks_are_noticed(model, tmp_path):
+    model.save_pretrained(tmp_path, include_backbone=True)
+    state = load_file(tmp_path / "backbone.safetensors")
+    state["blocks.2.attention.qkv.weight"] += 0.1
+    save_file(state, tmp_path / "backbone.safetensors")
+    with pytest.raises(CheckpointError, match="other weights than the adapter was made for"):
+        BrixelFeatures.from_pretrained(tmp_path, device="cpu")
 
 
 def test_other_weights_of_the_same_shape_are_noticed(model, backbone_folder, tmp_path):
@@ -257,6 +331,18 @@ def edited(model, tmp_path, edit):
         (lambda c: c["backbone"]["vit"].update(widht=64), "ViTConfig has no 'widht'; did you mean 'width'"),
         (lambda c: c["backbone"]["vit"].update(width=96), "does not fit"),
         (lambda c: c.update(extra=1), "parts that we do not know: extra"),
+        (lambda c: c.update(format_version=True), "lacks format_version"),
+        (lambda c: c["adapter"].update(residual_detour="no"), "residual_detour is 'no'; expected True or False"),
+        (lambda c: c["adapter"].update(blocks=[0.0, 1, 2, 3]), "expected four indices"),
+        (lambda c: c["adapter"].update(blocks=[True, 1, 2, 3]), "expected four indices"),
+        (lambda c: c["adapter"].update(blocks=11), "expected four indices"),
+        (lambda c: c["adapter"].update(short_side_px=0), "short_side_px is 0"),
+        (lambda c: c["backbone"].update(fingerprint=[]), "other weights"),
+        (lambda c: c["backbone"].update(fingerprint=["a"] * 12), "something else than finite numbers"),
+        (lambda c: c["backbone"]["vit"].update(qkv_bias="false"), "qkv_bias is 'false'; expected True or False"),
+        (lambda c: c["backbone"]["vit"].update(registers=-1), "registers is -1; expected a whole number from 0 up"),
+        (lambda c: c["backbone"]["vit"].update(norm_eps="1e-6"), "norm_eps is '1e-6'; expected a number"),
+        (lambda c: c["backbone"]["vit"].update(std=[float("nan")] * 3), "std is .*; expected three numbers"),
     ],
 )
 def test_a_wrong_config_says_what_is_wrong(model, tmp_path, edit, message):

@@ -11,13 +11,13 @@ PACKAGE = Path(brixel.__file__).parent
 
 LAYERS = (
     {"errors", "atomic"},
-    {"pca", "geometry", "deformable", "devices", "key_map", "pictures", "backbones.positions"},
+    {"pca", "geometry", "deformable", "devices", "key_map", "pictures", "backbones.positions", "backbones.vit_config"},
     {"feature_map", "images", "adapter", "checkpoints", "backbones.vit", "backbones.key_maps"},
     {"head", "engine", "model_table", "sources", "backbones.huggingface"},
     {"student", "release", "backbones.loading"},
     {"config"},
     {"features"},
-    {"panel", "extraction", "benchmark", "train.losses"},
+    {"panel", "extraction", "benchmark", "train.losses", "describe"},
     {"train.config", "train.data", "train.distributed", "train.watch"},
     {"train.cache", "train.state"},
     {"train.batches", "train.validation"},

@@ -44,6 +44,13 @@ def test_tiles_end_where_the_picture_ends(model):
     assert panel.size == (3 * (width + MARGIN_PX) + MARGIN_PX, height + LABEL_PX + 2 * MARGIN_PX)
 
 
+def test_long_thin_pictures_stay_within_bounds_and_labels_are_whole(model):
+    wide = show(model, [np.zeros((20, 800, 3), np.uint8)])
+    assert wide.width < 3 * 4 * 384 * 1.3
+    tall = show(model, [np.zeros((400, 30, 3), np.uint8)], short_side_px="native")
+    assert tall.width > 3 * 90
+
+
 def test_rows_of_several_pictures_stand_below_each_other(model, picture):
     one = show(model, [picture])
     two = show(model, [picture, np.zeros((30, 30), np.float32)])

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from brixel.adapter import Adapter
-from brixel.backbones.vit import ViT, ViTConfig
+from brixel.backbones.vit import ViT
+from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError
 from brixel.head import Head
 from brixel.student import AdapterConfig, Student, default_blocks, new_trainable

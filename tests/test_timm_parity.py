@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from brixel import model_table
 from brixel.backbones import loading
 from brixel.backbones.loading import load_backbone
-from brixel.backbones.vit import ViT, ViTConfig
+from brixel.backbones.vit import ViT
+from brixel.backbones.vit_config import ViTConfig
 from brixel.model_table import KnownBackbone
 
 GOLDEN = Path(__file__).parent / "golden"

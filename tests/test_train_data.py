@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from brixel import BrixelError
-from brixel.backbones.vit import IMAGENET_MEAN, IMAGENET_STD
+from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD
 from brixel.train.data import (
     CropDataset,
     CropSettings,

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from brixel.backbones.loading import load_backbone
-from brixel.backbones.vit import ViT, ViTConfig
+from brixel.backbones.vit import ViT
+from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError, CheckpointError
 
 DEPTH = 3
@@ -282,7 +283,7 @@ def test_blocks_that_are_not_there(tiny: ViT, blocks: list[int]) -> None:
 
 @pytest.mark.parametrize("hw", [(28, 30), (15, 28), (0, 28), (13, 13)])
 def test_sizes_off_the_patch_grid(tiny: ViT, hw: tuple[int, int]) -> None:
-    with pytest.raises(BrixelError, match=f"pixels are {hw[0]} x {hw[1]}; expected positive multiples .* 14 px"):
+    with pytest.raises(BrixelError, match=rf"{hw[0]}, {hw[1]}\); expected .* positive multiples of the patch, 14 px"):
         tiny.block_maps(torch.zeros(1, 3, *hw), [0])
 
 
@@ -295,8 +296,8 @@ def test_pixels_of_another_shape(tiny: ViT, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 0}, "width is 0; expected a positive integer"),
-        ({"depth": 2.0}, "depth is 2.0; expected a positive integer"),
+        ({"width": 0}, "width is 0; expected a whole number from 1 up"),
+        ({"depth": 2.0}, "depth is 2.0; expected a whole number from 1 up"),
         ({"ffn": "gelu"}, "ffn is 'gelu'; expected one of mlp, swiglu"),
         ({"positions": "none"}, "expected one of rotary, learned"),
         ({"rope_rounding": "float16"}, "expected one of float32, bfloat16"),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from brixel.backbones.vit import ViTConfig
+from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError, CheckpointError
 
 

@@ -10,7 +10,8 @@ import torch
 from brixel.backbones.huggingface import normalisation, vit_config
 from brixel.backbones.key_maps import recognise, without_prefix
 from brixel.backbones.positions import rotary_periods
-from brixel.backbones.vit import ViT, ViTConfig
+from brixel.backbones.vit import ViT
+from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints import fit, read_tensors, shapes_of
 from brixel.errors import BrixelError, CheckpointError, did_you_mean
 from brixel.key_map import KeyMap, State, rename
@@ -35,7 +36,8 @@ def load_backbone(
     """Read a ViT, frozen and in evaluation mode.
 
     ``architecture``: a name of the table, or a configuration of one's own; where None, the folder's `config.json`
-    tells, or the shapes of the tensors. ``fields``: any of :class:`ViTConfig`, over what the file's family implies.
+    tells, or the shapes of the tensors; a configuration is taken as it is, whatever the file's family. ``fields``: any
+    of :class:`ViTConfig`, over what the file's family implies.
     Raises CheckpointError where the file fits no architecture, or not the one that was given.
     """
     state = without_prefix(read_tensors(path))
@@ -47,7 +49,15 @@ def load_backbone(
     what = f"{path} ({key_map.name}) does not fit {name or 'its configuration'}"
     ours = rename(state, key_map, shapes_of(lambda: ViT(config)), what=what)
     vit = fit(lambda: ViT(config), ours, dtype, what=what)
+    if name is not None and _shape_fields(config) != _shape_fields(known_backbone(name).vit):
+        name = None  # the user changed what it is
     return LoadedBackbone(vit.eval().requires_grad_(False), name)
+
+
+def _shape_fields(config: ViTConfig) -> dict[str, object]:
+    """A configuration less what may differ between copies of one model."""
+    free = ("mean", "std", "rope_rounding", "position_antialias", "position_scale_offset")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
 
 
 def _architecture(

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Side of the rotary coordinates: patch centres run from -1 to 1 on each axis, whatever the grid.
-_TURN = 2 * torch.pi
+_TURN = 2 * torch.pi  # an angle is a full turn for every period that a coordinate, from -1 to 1, goes through
 
 
 def rotary_periods(head_width: int, theta: float, rounding: torch.dtype) -> Tensor:

@@ -7,76 +7,15 @@ Papers: DINOv3 arXiv 2508.10104, DINOv2 arXiv 2304.07193, registers arXiv 2309.1
 Shapes: B batch, D width, h x w patch grid, N = 1 + registers + h*w tokens, A attention heads, E = D / A.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brixel.backbones.positions import interpolate_positions, rotary_periods, rotary_table, rotate
+from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-_CHOICES = {"ffn": ("mlp", "swiglu"), "positions": ("rotary", "learned"), "rope_rounding": ("float32", "bfloat16")}
-
-
-@dataclass(frozen=True)
-class ViTConfig:
-    """Everything that distinguishes one ViT from another; plain JSON values only.
-
-    ``native_grid`` and the two ``position_*`` fields matter for learned positions, the two ``rope_*`` for rotary ones.
-    ``mean`` and ``std`` are those of the pictures the weights were trained on, for RGB in [0, 1].
-    """
-
-    width: int
-    depth: int
-    heads: int
-    patch_px: int
-    ffn: Literal["mlp", "swiglu"]
-    ffn_width: int
-    positions: Literal["rotary", "learned"]
-    norm_eps: float
-    registers: int = 0
-    qkv_bias: bool = True
-    rope_theta: float = 100.0
-    rope_rounding: Literal["float32", "bfloat16"] = "float32"
-    native_grid: int = 37
-    position_antialias: bool = False
-    position_scale_offset: float = 0.0
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-
-    def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, _three_numbers(name, getattr(self, name)))
-        for name in ("width", "depth", "heads", "patch_px", "ffn_width", "native_grid"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise BrixelError(f"ViTConfig.{name} is {value!r}; expected a positive integer")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise BrixelError(f"ViTConfig.{name} is {getattr(self, name)!r}; expected one of {', '.join(allowed)}")
-        if self.position_antialias and self.position_scale_offset:
-            raise BrixelError("ViTConfig: position_antialias goes with position_scale_offset=0 alone")
-        multiple = 4 if self.positions == "rotary" else 1
-        if self.width % (self.heads * multiple):
-            raise BrixelError(
-                f"ViTConfig: width {self.width} does not divide into {self.heads} heads"
-                + (" of a multiple of four channels, as rotary positions need" if multiple > 1 else "")
-            )
-
-
-def _three_numbers(name: str, values: Iterable[float]) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or (name == "std" and min(numbers) <= 0):
-        raise BrixelError(f"ViTConfig.{name} is {values!r}; expected three numbers, for red, green and blue in [0, 1]")
-    return numbers
 
 
 class Attention(nn.Module):
@@ -196,13 +135,22 @@ class ViT(nn.Module):
     def _check(self, pixels: Tensor, blocks: Sequence[int]) -> None:
         if not blocks or any(not 0 <= index < self.depth for index in blocks):
             raise BrixelError(f"blocks are {list(blocks)}; expected indices from 0 to {self.depth - 1}")
+        if not isinstance(pixels, Tensor):
+            raise BrixelError(f"pixels are a {type(pixels).__name__}; expected a tensor (B, 3, H, W)")
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise BrixelError(f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W)")
-        height, width = pixels.shape[2:]
-        if height % self.patch_px or width % self.patch_px or not height * width:
+        ours = self.cls_token
+        cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        if pixels.device != ours.device or (pixels.dtype != ours.dtype and not cast):
             raise BrixelError(
-                f"pixels are {height} x {width}; expected positive multiples of the patch, {self.patch_px} px: "
-                "pad or resize the picture, or let extract() do so"
+                f"pixels are {pixels.dtype} on {pixels.device}, the model is {ours.dtype} on {ours.device}; "
+                "give pixels.to(model.device, model.dtype)"
+            )
+        height, width = pixels.shape[2:]
+        if height % self.patch_px or width % self.patch_px or not pixels.shape[0] * height * width:
+            raise BrixelError(
+                f"pixels have shape {tuple(pixels.shape)}; expected at least one picture, H and W positive "
+                f"multiples of the patch, {self.patch_px} px: pad or resize the picture, or let extract() do so"
             )
 
     def _embed(self, pixels: Tensor, grid_hw: tuple[int, int]) -> Tensor:
