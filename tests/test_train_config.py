@@ -1,0 +1,225 @@
+import dataclasses
+import math
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from brixel import BrixelError
+from brixel.train import LossWeights, TrainConfig
+from brixel.train.config import INCIDENTAL, PRESETS, differences, fields, make_config, read_settings, write_settings
+
+NEEDED = {"backbone": "b", "images": ("i",), "out": "o"}
+# another valid value for every setting
+OTHER = {
+    **{"backbone": "bb", "images": ("j", "k"), "out": "oo", "val": ("v",), "architecture": "dinov2-vits14"},
+    **{"steps": 7, "batch_size": 3, "accumulate": 2, "teacher_px": 112, "max_zoom": 2.0, "flip": False},
+    **{"small": "skip", "cache": 9, "cache_dir": "c", "optimizer": "adam", "lr": 1e-5, "weight_decay": 0.5},
+    **{"warmup": 3, "schedule": "release", "clip_norm": 0.0, "ema": 0.5, "drop_path": 0.0, "l1": 0.5, "edge": 0.0},
+    **{"spectral": 1e-7, "true_rings": False, "val_pictures": 0, "val_every": 5, "save_every": 6, "log_every": 7},
+    **{"workers": 0, "seed": 2**40, "device": "cpu"},
+}
+KINDS = {field.name: kind for field, kind in fields()}
+WHOLE = [name for name, kind in KINDS.items() if kind is int or kind == int | None]
+REAL = [name for name, kind in KINDS.items() if kind is float]
+CHOICES = [name for name, kind in KINDS.items() if typing.get_origin(kind) is typing.Literal]
+TEXTS = [name for name, kind in KINDS.items() if kind is str or kind == str | None]
+FOLDERS = ["images", "val"]
+
+
+def new(**settings: object) -> TrainConfig:
+    return TrainConfig(**{**NEEDED, **settings})
+
+
+def test_the_lists_above_name_every_setting():
+    assert set(OTHER) == set(KINDS)
+    assert sorted([*WHOLE, *REAL, *CHOICES, *TEXTS, *FOLDERS, "flip", "true_rings"]) == sorted(KINDS)
+    default = new()
+    for name, value in OTHER.items():
+        assert getattr(default, name) != value, name
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_another_value_is_taken_as_it_is(name):
+    config = new(**{name: OTHER[name]})
+    assert getattr(config, name) == OTHER[name]
+    assert type(getattr(config, name)) is type(OTHER[name])
+
+
+WRONG_TYPES = {
+    **dict.fromkeys(WHOLE, ["3", 3.0, True, [3]]),
+    **dict.fromkeys(REAL, ["0.5", True, None, [0.5]]),
+    **dict.fromkeys(CHOICES, ["other", None, 1, ["adam"]]),
+    **dict.fromkeys(TEXTS, [1, True, ["a"], b"a"]),
+    **dict.fromkeys(FOLDERS, [1, None, ["a", 1], {"a": "b"}, b"a"]),
+    **dict.fromkeys(["flip", "true_rings"], [1, 0, "true", None]),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])
+def test_a_wrong_type_names_the_setting_and_the_value(name, value):
+    with pytest.raises(BrixelError, match=f"^{name} is ") as caught:
+        new(**{name: value})
+    assert repr(value) in str(caught.value)
+    assert "expected" in str(caught.value)
+
+
+WRONG_VALUES = {
+    **dict.fromkeys(["steps", "batch_size", "accumulate", "val_every", "save_every", "log_every"], [0, -1]),
+    **dict.fromkeys(["cache", "warmup", "workers", "val_pictures"], [-1]),
+    **dict.fromkeys(["lr", "weight_decay", "clip_norm", "l1", "edge", "spectral"], [-1e-9, math.nan, math.inf]),
+    **dict.fromkeys(["ema", "drop_path"], [-0.1, 1.0, 2, math.nan]),
+    **{"seed": [-1, 2**63], "teacher_px": [0, -56], "max_zoom": [0.99, 0, math.nan, math.inf]},
+    **{"images": [(), [], "", ("a", "")], "backbone": [""], "out": [""], "val": [("",)]},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG_VALUES.items() for value in values]
+)
+def test_a_wrong_value_names_the_setting_when_the_configuration_is_made(name, value):
+    with pytest.raises(BrixelError, match=f"^{name} is "):
+        new(**{name: value})
+
+
+def test_losses_that_are_all_off_are_refused():
+    with pytest.raises(BrixelError, match="l1, edge and spectral"):
+        new(l1=0, edge=0, spectral=0)
+
+
+@pytest.mark.parametrize("name", ["backbone", "images", "out"])
+def test_settings_without_a_default_must_be_given(name):
+    settings = {key: value for key, value in NEEDED.items() if key != name}
+    for given in (settings, {**settings, name: None}):
+        with pytest.raises(BrixelError, match=f"missing: {name}$"):
+            make_config(given)
+
+
+def test_all_that_is_missing_is_said_at_once():
+    with pytest.raises(BrixelError, match="missing: backbone, images, out"):
+        make_config({})
+
+
+def test_paths_single_folders_and_whole_numbers_become_what_the_setting_is():
+    config = new(images=Path("a"), val="b", out=Path("c"), backbone=Path("d"), cache_dir=Path("e"), lr=1, ema=0)
+    assert (config.images, config.val, config.out, config.backbone) == (("a",), ("b",), "c", "d")
+    assert (config.cache_dir, config.lr, config.ema) == ("e", 1.0, 0.0)
+    assert type(config.lr) is type(config.ema) is float
+    assert new(images=["a", Path("b")]).images == ("a", "b")
+
+
+def test_the_configuration_is_frozen_hashable_and_equal_by_value():
+    config = new()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
+    assert config == new()
+    assert hash(config) == hash(new())
+
+
+def test_the_weights_of_the_losses():
+    config = new(l1=0.5, edge=2, spectral=0, true_rings=False)
+    assert config.loss_weights == LossWeights(0.5, 2.0, 0.0, False)
+    assert new().loss_weights == LossWeights()
+
+
+@pytest.mark.parametrize(("name", "meant"), [("learning_rte", None), ("step", "steps"), ("warm_up", "warmup")])
+def test_an_unknown_setting_is_refused_with_the_nearest_one(name, meant):
+    with pytest.raises(BrixelError, match=f"unknown setting '{name}'; ") as caught:
+        make_config({**NEEDED, name: 1})
+    assert (f"did you mean '{meant}'?" if meant else "known: accumulate, architecture") in str(caught.value)
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest_one():
+    with pytest.raises(BrixelError, match="unknown preset 'relase'; did you mean 'release'"):
+        make_config(NEEDED, preset="relase")
+
+
+def test_presets():
+    assert make_config(NEEDED) == make_config(NEEDED, preset="default") == new()
+    release = make_config(NEEDED, preset="release")
+    assert (release.optimizer, release.lr, release.schedule) == ("adam", 1e-3, "release")
+    assert (release.weight_decay, release.clip_norm, release.ema, release.true_rings) == (0.0, 0.0, 0.0, False)
+    assert differences(release, dataclasses.replace(new(), **PRESETS["release"])) == []
+    assert make_config({**NEEDED, "lr": 0.5}, preset="release").lr == 0.5
+    for preset in PRESETS:
+        assert set(PRESETS[preset]) <= set(KINDS) - set(NEEDED)
+    with pytest.raises(TypeError):
+        PRESETS["release"]["lr"] = 1.0
+
+
+# ---------------------------------------------------------------- as TOML
+
+PATHS = [
+    "plain",
+    "a b#c = 'd'",
+    'quo"te"s',
+    "back\\slash\\n",
+    "Bücher/写真/📷",
+    "tab\there\nline",
+    "bell\x07\x7f",
+    "[x]",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_of_all_kinds_survive_the_file(tmp_path, path):
+    config = new(backbone=path, images=(path, "other"), out=path, val=(path,), cache_dir=path)
+    write_settings(tmp_path / "train.toml", config)
+    assert make_config(read_settings(tmp_path / "train.toml")) == config
+
+
+@pytest.mark.parametrize("settings", [{}, OTHER, {"lr": 1e-300, "l1": 1e22, "weight_decay": 0.1 + 0.2}, {"val": ()}])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_setting_survives_the_file_whatever_the_preset(tmp_path, settings, preset):
+    config = make_config({**NEEDED, **settings}, preset=preset)
+    write_settings(tmp_path / "train.toml", config)
+    written = read_settings(tmp_path / "train.toml")
+    expected = {name for name in KINDS if getattr(config, name) is not None}
+    assert set(written) == expected
+    for other in PRESETS:
+        assert make_config(written, preset=other) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["train.toml"]
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path):
+    path = tmp_path / "bad.toml"
+    for content in (b"steps = \n", b"steps = 3\nsteps = 4\n", b"out = '\xff'\n", b"{"):
+        path.write_bytes(content)
+        with pytest.raises(BrixelError, match="bad.toml is not TOML"):
+            read_settings(path)
+
+
+def test_a_file_that_is_missing_is_an_oserror_with_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent.toml"):
+        read_settings(tmp_path / "absent.toml")
+
+
+def test_a_table_in_the_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "train.toml"
+    path.write_text('backbone = "b"\nimages = "i"\nout = "o"\n[data]\nsteps = 3\n')
+    with pytest.raises(BrixelError, match="unknown setting 'data'"):
+        make_config(read_settings(path))
+
+
+# ---------------------------------------------------------------- what matters to the result
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_differences_name_what_matters_with_both_values(name):
+    here, there = new(**{name: OTHER[name]}), new()
+    expected = [] if name in INCIDENTAL else [f"{name}: {OTHER[name]!r}, not {getattr(there, name)!r}"]
+    assert differences(here, there) == expected
+    assert differences(here, here) == []
+
+
+def test_incidental_settings_are_settings():
+    assert set(KINDS) > INCIDENTAL
+    assert not {"steps", "seed", "batch_size", "lr", "cache", "val_every"} & INCIDENTAL
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="there it needs tomli, which the extra brings")
+def test_reading_needs_no_package():
+    import tomllib
+
+    assert tomllib.loads("a = 1") == {"a": 1}
