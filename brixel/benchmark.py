@@ -170,9 +170,11 @@ def _processor() -> str:
     return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def report(run: Report) -> str:
-    """The run as Markdown: a table with medians, ranges and ratios, and the recipe."""
+def report(run: Report, command: str) -> str:
+    """The run as Markdown: a table with medians, ranges and ratios, the recipe, and the command that made it."""
     lines = [
+        "# What a student costs beside its backbone",
+        "",
         "| architecture | variant | time, ms: median (min to max) | of its backbone's | GFLOP | peak memory, MiB |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
@@ -188,7 +190,13 @@ def report(run: Report) -> str:
         extra = (result.flops[STUDENT] - result.flops[BACKBONE]) / 1e9
         counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in result.parameters.items())
         lines.append(f"- {result.architecture}: parameters: {counts}; adapter and head: {extra:.2f} GFLOP.")
-    lines += ["", run.recipe, "Peak memory is of a whole process: resident on the CPU, allocated on CUDA."]
+    lines += [
+        *("", run.recipe, "Ratios are medians over the rounds. Operations are those of products, convolutions and"),
+        *(
+            "attention, two for a multiply-add. Peak memory is of a whole process: resident on the CPU, allocated on CUDA."
+        ),
+        *("", "Made by:", "", f"    {command}"),
+    ]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from brixel.train.plan import plan
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. Errors are one line on standard error, with ``--debug`` a traceback."""
     options = _parser().parse_args(arguments)
+    options.command = shlex.join(["brixel", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         status = int(options.run(options))
         sys.stdout.flush()
@@ -242,7 +244,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         device=options.device,
         dtype=options.dtype,
     )
-    text = report(results)
+    text = report(results, options.command)
     print(text)
     if options.output is not None:
         options.output.write_text(text + "\n", encoding="utf-8")

@@ -37,7 +37,8 @@ def test_operations_and_parameters_are_counted(run):
 
 
 def test_the_report_holds_figures_and_recipe(run):
-    text = report(run)
+    text = report(run, "brixel benchmark --rounds 6")
+    assert text.endswith("    brixel benchmark --rounds 6")
     rows = re.findall(r"\| dinov3-vits16 \| ([^|]+) \| [\d.]+ \([\d.]+ to [\d.]+\) \| ([\d.]+) \| [\d.]+ \| 3 \|", text)
     assert [name for name, _ in rows] == [BACKBONE, STUDENT, LARGE]
     assert rows[0][1] == "1.00"
