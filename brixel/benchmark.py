@@ -191,11 +191,12 @@ def report(run: Report, command: str) -> str:
         counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in result.parameters.items())
         lines.append(f"- {result.architecture}: parameters: {counts}; adapter and head: {extra:.2f} GFLOP.")
     lines += [
-        *("", run.recipe, "Ratios are medians over the rounds. Operations are those of products, convolutions and"),
-        *(
-            "attention, two for a multiply-add. Peak memory is of a whole process: resident on the CPU, allocated on CUDA."
-        ),
-        *("", "Made by:", "", f"    {command}"),
+        "",
+        run.recipe,
+        "Ratios are medians over the rounds. Operations are those of products, convolutions and attention, two for a",
+        "multiply-add. Peak memory is of a whole process: resident on the CPU, allocated on CUDA. Made by:",
+        "",
+        f"    {command}",
     ]
     return "\n".join(lines)
 
