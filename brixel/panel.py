@@ -28,17 +28,21 @@ def show(model: BrixelFeatures, images: Sequence[ImageInput], *, short_side_px: 
 
 
 def stacked(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of tiles of one height, below each other on white."""
+    """Rows of tiles, below each other on white, each as high as its highest tile."""
     width = max(sum(tile.width + MARGIN_PX for tile in row) for row in rows) + MARGIN_PX
-    panel = Image.new("RGB", (width, sum(row[0].height + MARGIN_PX for row in rows) + MARGIN_PX), "white")
+    panel = Image.new("RGB", (width, sum(_height(row) + MARGIN_PX for row in rows) + MARGIN_PX), "white")
     top = MARGIN_PX
     for row in rows:
         left = MARGIN_PX
         for tile in row:
             panel.paste(tile, (left, top))
             left += tile.width + MARGIN_PX
-        top += row[0].height + MARGIN_PX
+        top += _height(row) + MARGIN_PX
     return panel
+
+
+def _height(row: Sequence[Image.Image]) -> int:
+    return max(tile.height for tile in row)
 
 
 def check_output(path: Path, images: Sequence[str | Path] = ()) -> None:

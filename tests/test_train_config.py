@@ -48,12 +48,12 @@ def test_another_value_is_taken_as_it_is(name):
 
 
 WRONG_TYPES = {
-    **dict.fromkeys(WHOLE, ["3", 3.0, True, [3]]),
-    **dict.fromkeys(REAL, ["0.5", True, None, [0.5]]),
-    **dict.fromkeys(CHOICES, ["other", None, 1, ["adam"]]),
-    **dict.fromkeys(TEXTS, [1, True, ["a"], b"a"]),
-    **dict.fromkeys(FOLDERS, [1, None, ["a", 1], {"a": "b"}, b"a"]),
-    **dict.fromkeys(["flip", "true_rings"], [1, 0, "true", None]),
+    **{key: ["3", 3.0, True, [3]] for key in WHOLE},
+    **{key: ["0.5", True, None, [0.5]] for key in REAL},
+    **{key: ["other", None, 1, ["adam"]] for key in CHOICES},
+    **{key: [1, True, ["a"], b"a"] for key in TEXTS},
+    **{key: [1, None, ["a", 1], {"a": "b"}, b"a"] for key in FOLDERS},
+    **{key: [1, 0, "true", None] for key in ["flip", "true_rings"]},
 }
 
 
@@ -66,10 +66,10 @@ def test_a_wrong_type_names_the_setting_and_the_value(name, value):
 
 
 WRONG_VALUES = {
-    **dict.fromkeys(["steps", "batch_size", "accumulate", "val_every", "save_every", "log_every"], [0, -1]),
-    **dict.fromkeys(["cache", "warmup", "workers", "val_pictures"], [-1]),
-    **dict.fromkeys(["lr", "weight_decay", "clip_norm", "l1", "edge", "spectral"], [-1e-9, math.nan, math.inf]),
-    **dict.fromkeys(["ema", "drop_path"], [-0.1, 1.0, 2, math.nan]),
+    **{key: [0, -1] for key in ["steps", "batch_size", "accumulate", "val_every", "save_every", "log_every"]},
+    **{key: [-1] for key in ["cache", "warmup", "workers", "val_pictures"]},
+    **{key: [-1e-09, math.nan, math.inf] for key in ["lr", "weight_decay", "clip_norm", "l1", "edge", "spectral"]},
+    **{key: [-0.1, 1.0, 2, math.nan] for key in ["ema", "drop_path"]},
     **{"seed": [-1, 2**63], "teacher_px": [0, -56], "max_zoom": [0.99, 0, math.nan, math.inf]},
     **{"images": [(), [], "", ("a", "")], "backbone": [""], "out": [""], "val": [("",)]},
 }

@@ -1,5 +1,7 @@
 """The losses of training against slow twins in numpy, float64, after section 3 of `docs/method.md`."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -231,9 +233,10 @@ def test_directions_keep_a_small_spread_beside_a_large_mean() -> None:
     np.testing.assert_allclose(overlap, np.eye(3), atol=1e-3)
 
 
-def fit_one_half(rank: int, folder: str, teacher: Tensor) -> None:
+def fit_one_half(rank: int, folder: str) -> None:
     """What one of two processes does: the directions and the edge loss of its pictures, and of itself alone."""
     torch.set_num_threads(1)
+    teacher = torch.load(f"{folder}/teacher.pt")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     alone = [torch.distributed.new_group([member]) for member in range(2)][rank]
     mine = teacher[rank::2]  # dealt out as torch's DistributedSampler does
@@ -244,7 +247,10 @@ def fit_one_half(rank: int, folder: str, teacher: Tensor) -> None:
 
 def test_two_processes_fit_the_directions_of_the_whole_batch(tmp_path: Path) -> None:
     _, teacher = random_maps((4, 10, 5, 7))  # 35 cells, not a multiple of three
-    torch.multiprocessing.spawn(fit_one_half, (str(tmp_path), teacher), nprocs=2)
+    torch.save(teacher, tmp_path / "teacher.pt")
+    # processes of their own: those that multiprocessing starts could not import this file by its name
+    runs = [subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     whole = principal_directions(teacher)
     assert torch.equal(parts[0][0], parts[1][0])
@@ -311,3 +317,7 @@ def test_directions_of_another_width_are_refused() -> None:
 def test_weights_that_make_no_loss_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(BrixelError, match="weights l1, edge, spectral"):
         LossWeights(**weights)
+
+
+if __name__ == "__main__":
+    fit_one_half(int(sys.argv[1]), sys.argv[2])

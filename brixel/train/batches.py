@@ -61,5 +61,5 @@ def batches(
         else:
             skipped.update(batch.skipped)
             with torch.no_grad():
-                maps = teacher(batch.teacher.to(world.device, non_blocking=True))
+                maps = teacher(batch.teacher.to(world.device, non_blocking=True)).to(world.device)
             yield batch.student.to(world.device, non_blocking=True), maps

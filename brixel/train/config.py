@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import typing
 from dataclasses import dataclass
@@ -72,17 +73,31 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for field, kind in fields():
             object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), kind))
-        for name in ("steps", "batch_size", "accumulate", "val_every", "save_every", "log_every"):
+            if isinstance(getattr(self, field.name), float) and not math.isfinite(getattr(self, field.name)):
+                raise BrixelError(f"{field.name} is {getattr(self, field.name)}; expected a finite number")
+        for name in ("steps", "batch_size", "accumulate", "max_zoom", "val_every", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise BrixelError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("cache", "warmup", "lr", "weight_decay", "clip_norm", "workers", "val_pictures", "seed"):
+        for name in (
+            *("cache", "warmup", "lr", "weight_decay", "clip_norm", "workers", "val_pictures", "seed"),
+            *("l1", "edge", "spectral"),
+        ):
             if getattr(self, name) < 0:
                 raise BrixelError(f"{name} is {getattr(self, name)}; expected zero or more")
         for name in ("ema", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise BrixelError(f"{name} is {getattr(self, name)}; expected from 0 to below 1")
+        if self.teacher_px is not None and self.teacher_px < 1:
+            raise BrixelError(f"teacher_px is {self.teacher_px}; expected a positive number of pixels")
+        if self.seed >= 2**63:
+            raise BrixelError(f"seed is {self.seed}; expected less than 2**63")
+        if not self.l1 + self.edge + self.spectral:
+            raise BrixelError("l1, edge and spectral are all 0; expected at least one above")
         if not self.images:
             raise BrixelError("images is empty; expected at least one folder of pictures")
+        for name in ("backbone", "out", "images", "val"):
+            if "" in (getattr(self, name), *getattr(self, name)):
+                raise BrixelError(f"{name} is {getattr(self, name)!r}; expected a path, '.' for the current folder")
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -118,15 +133,16 @@ def read_settings(path: Path) -> dict[str, Any]:
         import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BrixelError(f"{path} is not TOML ({error})") from error
 
 
 def write_settings(path: Path, config: TrainConfig) -> None:
     """Write every setting as TOML, whole or not at all; those that are None are left out, as TOML has no such value."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-    # JSON's strings, numbers, booleans and flat lists are TOML's, too
-    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in settings.items()]
+    # JSON's strings, numbers, booleans and flat lists are TOML's, too, but for one control character
+    written = {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()}
+    lines = [f"{name} = {text}\n".replace("\x7f", "\\u007f") for name, text in written.items()]
     with atomic_path(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
 

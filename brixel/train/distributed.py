@@ -1,9 +1,11 @@
 """Several processes under `torchrun`: who we are, sums over all, batch norm over all. One process needs none of it."""
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from brixel.devices import choose_device
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, how many there are, its device."""
+    """This process among all: its rank, how many there are, its device; a group that waits for as long as it takes."""
 
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -41,7 +44,13 @@ def joined(device: str) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        # while the first fills a cache of teacher features the others wait, longer than a step may take
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        yield World(dist.get_rank(), dist.get_world_size(), chosen, patient)
+    except BaseException as error:
+        # frames that failed hold DistributedDataParallel; if it goes after its group, torch may wait for itself forever
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -57,7 +66,7 @@ def mean_over_all(value: Tensor, world: World) -> Tensor:
 def wait_for_all(world: World) -> None:
     """Return when every process has come here."""
     if world.size > 1:
-        dist.barrier()
+        dist.barrier(world.patient)
 
 
 class _SumOverAll(torch.autograd.Function):

@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from brixel.adapter import Extractor
+from brixel.checkpoints import read_tensors
 from brixel.config import BrixelConfig
 from brixel.errors import BrixelError
-from brixel.features import BrixelFeatures
+from brixel.features import ADAPTER, BrixelFeatures
 from brixel.student import UPSCALE
 from brixel.train.batches import batches
 from brixel.train.cache import TeacherCache
@@ -51,7 +52,7 @@ def distill(
     Raises BrixelError for settings that do not go together, a run with other settings in ``out``, a loss that is not
     finite (the last good state is kept).
     """
-    with joined(config.device) as world, torch.random.fork_rng():
+    with joined(config.device) as world, torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         run = Run(config, world, model, teacher)
         return run.train()
 
@@ -85,7 +86,9 @@ class Run:
         self.average = Average(self.module, config.ema)
         self.kept = _model_like(self.model, self.average.module)
         self.optimizer = make_optimizer(config, self.module)
-        self.progress = Progress()
+        self.progress = Progress(processes=world.size)
+        self.given = model is not None
+        self.buffers: list[Tensor] = []  # the running statistics of before this step
         self.skipped: set[str] = set()
 
     # ---------------------------------------------------------------- the run
@@ -115,13 +118,20 @@ class Run:
         bar.close()
         wait_for_all(self.world)
         self._say_skipped()
-        return BrixelFeatures.from_pretrained(self.out, backbone=self.config.backbone, device=self.world.device)
+        self.model.eval()
+        if not self.given:
+            return BrixelFeatures.from_pretrained(self.out, backbone=self.config.backbone, device=self.world.device)
+        best = nn.ModuleDict({"adapter": self.kept.adapter, "head": self.kept.head})
+        best.load_state_dict(read_tensors(self.out / ADAPTER))
+        return self.kept
 
     def _begin(self) -> None:
         """Take up the state in ``out``, if there is one, and write down the settings."""
         state = self.out / STATE
         if state.exists():
-            self.progress = load_state(state, self.config, self.module, self.average, self.optimizer)
+            self.progress = load_state(
+                state, self.config, self.module, self.average, self.optimizer, processes=self.world.size
+            )
         wait_for_all(self.world)
         if self.world.leads:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -139,6 +149,7 @@ class Run:
         config = self.config
         self.module.train()
         torch.manual_seed(hash((config.seed, self.progress.step, self.world.rank)))  # of stochastic depth
+        self.buffers = [buffer.clone() for buffer in self.module.buffers()]
         totals: list[Tensor] = []
         sums: dict[str, float] = {}
         for number in range(config.accumulate):
@@ -153,7 +164,7 @@ class Run:
         loss = float(mean_over_all(torch.stack(totals).sum(), self.world))
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip_norm or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):
-            self._stop_at_nonfinite(loss, float(norm))
+            self._stop(f"loss {loss}, gradient norm {norm}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config, self.progress.step)
         self.optimizer.step()
@@ -162,6 +173,8 @@ class Run:
         return loss, sums
 
     def _loss(self, wrapped: nn.Module, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        if mean_over_all(target.isfinite().all().float(), self.world) < 1:  # all stop, or none
+            self._stop("the teacher's maps are not finite")
         with self._autocast():
             with torch.no_grad():
                 maps = self.model.backbone.block_maps(pixels, self.model.blocks)
@@ -175,12 +188,14 @@ class Run:
         with self._autocast(), torch.no_grad():
             return self.model.backbone_features(pixels.to(self.world.device))
 
-    def _stop_at_nonfinite(self, loss: float, norm: float) -> None:
-        """The weights of before this step are still good: keep them, and stop."""
+    def _stop(self, reason: str) -> None:
+        """Something is not finite. The weights of before this step are still good: keep them, and stop."""
+        for buffer, before in zip(self.module.buffers(), self.buffers, strict=True):
+            buffer.copy_(before)
         self._save()
         raise BrixelError(
-            f"step {self.progress.step}: loss {loss}, gradient norm {norm}; training stops here. The state before this "
-            f"step is kept in {self.out / STATE}; try a smaller lr, or look at the pictures of this batch"
+            f"step {self.progress.step}: {reason}; training stops here. The state before this step is kept in "
+            f"{self.out / STATE}; look at the pictures of this batch, or try a smaller lr with another --out"
         )
 
     # ---------------------------------------------------------------- pictures
@@ -296,6 +311,7 @@ def prepared_model(config: TrainConfig, model: BrixelFeatures | None) -> BrixelF
         model = BrixelFeatures.from_backbone(
             config.backbone, architecture=config.architecture, device="cpu", dtype=torch.float32
         )
+    model = model.float()
     adapter = dataclasses.replace(model.config.adapter, short_side_px=teacher_side(config, model.patch_px) // UPSCALE)
     model.config = BrixelConfig(model.config.backbone, adapter)
     for extractor in model.adapter.extractors:
@@ -306,7 +322,7 @@ def prepared_model(config: TrainConfig, model: BrixelFeatures | None) -> BrixelF
 
 def teacher_side(config: TrainConfig, patch_px: int) -> int:
     """Side of the teacher's crops in pixels; BrixelError where it is not four whole patches of the student's."""
-    side = config.teacher_px or _TEACHER_PATCHES * patch_px
+    side = _TEACHER_PATCHES * patch_px if config.teacher_px is None else config.teacher_px
     check_teacher_px(side, patch_px)
     return side
 

@@ -19,10 +19,14 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Progress:
-    """Where a run stands: steps done, and the best validation so far (cosine to the teacher, None before the first)."""
+    """Where a run stands: steps done, the best validation so far (cosine to the teacher, None before the first).
+
+    ``processes`` share it: with another number of them the rest of the run would take other batches.
+    """
 
     step: int = 0
     best: float | None = None
+    processes: int = 1
 
 
 class Average:
@@ -59,16 +63,30 @@ def save_state(
         "average": average.module.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch's own writer says RuntimeError of a full disk
+        raise BrixelError(
+            f"cannot write {path} ({error}); the state before it is kept: make room and start again"
+        ) from error
 
 
 def load_state(
-    path: Path, config: TrainConfig, module: nn.Module, average: Average, optimizer: torch.optim.Optimizer
+    path: Path,
+    config: TrainConfig,
+    module: nn.Module,
+    average: Average,
+    optimizer: torch.optim.Optimizer,
+    *,
+    processes: int = 1,
 ) -> Progress:
     """Put a saved run back in place. BrixelError if it was made with settings that matter and differ."""
     content = _read(path)
+    progress = Progress(**content["progress"])
     changed = differences(config, make_config(content["config"]))
+    if progress.processes != processes:
+        changed.append(f"processes: {processes}, not {progress.processes}")
     if changed:
         raise BrixelError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}): "
@@ -77,7 +95,7 @@ def load_state(
     module.load_state_dict(content["module"])
     average.module.load_state_dict(content["average"])
     optimizer.load_state_dict(content["optimizer"])
-    return Progress(**content["progress"])
+    return progress
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -85,10 +103,14 @@ def _read(path: Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise BrixelError(damaged)
     try:
+        with zipfile.ZipFile(path) as archive:  # torch reads over damage inside a tensor
+            sound = archive.testzip() is None
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damage surfaces as any of a dozen kinds
         raise BrixelError(damaged) from error
-    version = content.get("format_version")
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if not sound or version is None:
+        raise BrixelError(damaged)
     if version != FORMAT_VERSION:
         raise BrixelError(f"{path} has format {version}; this version reads {FORMAT_VERSION}: go on with the other one")
     return content

@@ -1,6 +1,7 @@
 """To watch a run: metrics as JSON lines, a curve, a panel of pictures with the student's map beside the teacher's."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from brixel.atomic import atomic_path
 from brixel.panel import enlarge, labelled, save, stacked
 from brixel.pca import PcaBasis
 
@@ -24,7 +26,8 @@ class Metrics:
         self.path = path
         kept = [record for record in self.records() if record["step"] <= done_steps]
         text = "".join(f"{json.dumps(record)}\n" for record in kept)
-        path.write_text(text, encoding="utf-8")
+        with atomic_path(path) as temporary:  # a run may be killed here, too
+            temporary.write_text(text, encoding="utf-8")
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a record, which has at least a ``step``."""
@@ -48,6 +51,10 @@ def draw_curve(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         "loss": ("#1f6fb4", [(record["step"], record["loss"]) for record in records if "loss" in record]),
         "1 - cosine, validation": ("#c23b22", [(r["step"], 1 - r["cosine"]) for r in records if "cosine" in r]),
         "1 - cosine, bilinear": ("#888888", [(r["step"], 1 - r["bilinear_cosine"]) for r in records if "cosine" in r]),
+    }
+    series = {
+        name: (colour, [(step, value) for step, value in line if math.isfinite(value)])
+        for name, (colour, line) in series.items()
     }
     points = [point for _, line in series.values() for point in line]
     if not points:
