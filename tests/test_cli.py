@@ -89,6 +89,7 @@ def test_show_never_writes_over_its_picture(model_folder, picture, tmp_path, cap
     assert mine.read_bytes() == picture.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_reader_that_closes_early_is_no_error(model_folder):
     command = f"{sys.executable} -m brixel info {model_folder}"
     done = subprocess.run(

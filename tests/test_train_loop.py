@@ -327,6 +327,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(killed, uninterrupted, c
     assert [record["step"] for record in told(config.out) if "cosine" in record] == [4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "call"), [(0, 1), (0, 8), (2, 5)])
 def test_a_run_that_an_exception_stopped_ends_as_one_that_was_not(
     backbone_folder, drawn, uninterrupted, tmp_path, workers, call
@@ -433,6 +434,7 @@ def test_a_newer_format_is_refused_by_number(stopped):
         distill(stopped)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), RuntimeError("file write failed")])
 def test_a_full_disk_leaves_the_state_before_it(config, monkeypatch, plain, error):
     saved = []
@@ -458,6 +460,7 @@ def test_a_full_disk_leaves_the_state_before_it(config, monkeypatch, plain, erro
 # ---------------------------------------------------------------- numbers that are not finite
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "call", "settings"),
     [(math.nan, 3, {}), (math.inf, 7, {"accumulate": 2, "edge": 0.0, "spectral": 0.0})],
@@ -500,6 +503,7 @@ def random_states():
     return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_callers_random_state_is_left_alone(config, backbone_folder, workers):
     teacher = Teacher(backbone_folder, {3: RuntimeError("interrupted")})
@@ -578,6 +582,7 @@ def test_with_a_cache_the_teacher_sees_every_crop_once(config, backbone_folder, 
 # ---------------------------------------------------------------- pictures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"workers": 2}, {"cache": 8}])
 def test_unreadable_pictures_are_counted_and_listed_and_not_fatal(config, drawn, tmp_path, capsys, settings):
     folder = tmp_path / "pictures"
@@ -599,6 +604,7 @@ def test_where_no_picture_can_be_read_the_run_says_so(config, tmp_path):
         distill(changed(config, images=(str(folder),)))
 
 
+@pytest.mark.slow
 def test_small_pictures_are_upsampled_or_passed_over(config, drawn, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -610,6 +616,7 @@ def test_small_pictures_are_upsampled_or_passed_over(config, drawn, tmp_path, ca
     assert f"1 pictures could not be used: {folder / 'small.png'}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["images", "val"])
 def test_folders_that_are_missing_or_empty_are_named(config, tmp_path, setting):
     (tmp_path / "empty").mkdir()
@@ -659,6 +666,7 @@ def test_without_held_out_pictures_the_best_is_the_latest(config):
 # ---------------------------------------------------------------- averages, rates, groups
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.05, 0.9])
 def test_the_average_is_what_an_explicit_loop_gives(config, monkeypatch, decay):
     """Young averages decay by (1 + step) / (10 + step), where that is less."""
@@ -757,6 +765,7 @@ def test_the_release_preset_runs(config):
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5])
 def test_gradients_are_clipped_to_the_norm_that_is_set(config, monkeypatch, clip_norm):
     norms = []
