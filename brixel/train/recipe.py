@@ -1,0 +1,59 @@
+"""What a run is set up with: the model to train, the size of its crops, the optimiser, the rate of each step."""
+
+import dataclasses
+import math
+
+import torch
+from torch import nn
+
+from brixel.adapter import Extractor
+from brixel.config import BrixelConfig
+from brixel.features import BrixelFeatures
+from brixel.student import UPSCALE
+from brixel.train.config import TrainConfig
+from brixel.train.data import check_teacher_px
+
+_TEACHER_PATCHES = 64  # on a side of the teacher's crop, if the user says nothing: 1024 px at patch 16
+
+
+def prepared_model(config: TrainConfig, model: BrixelFeatures | None) -> BrixelFeatures:
+    """The model to train, in float32, its size set to what it is trained on and its rate of stochastic depth set."""
+    if model is None:
+        model = BrixelFeatures.from_backbone(
+            config.backbone, architecture=config.architecture, device="cpu", dtype=torch.float32
+        )
+    model = model.float()
+    adapter = dataclasses.replace(model.config.adapter, short_side_px=teacher_side(config, model.patch_px) // UPSCALE)
+    model.config = BrixelConfig(model.config.backbone, adapter)
+    for extractor in model.adapter.extractors:
+        assert isinstance(extractor, Extractor)
+        extractor.drop_path = config.drop_path
+    return model
+
+
+def teacher_side(config: TrainConfig, patch_px: int) -> int:
+    """Side of the teacher's crops in pixels; BrixelError where it is not four whole patches of the student's."""
+    side = _TEACHER_PATCHES * patch_px if config.teacher_px is None else config.teacher_px
+    check_teacher_px(side, patch_px)
+    return side
+
+
+def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
+    """Adam or AdamW; matrices and kernels decay, vectors do not."""
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    parameters = list(module.parameters())
+    groups = [
+        {"params": [each for each in parameters if each.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return kind(groups, lr=config.lr)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """The rate of step ``step``, from 0."""
+    if config.schedule == "release":
+        return config.lr * (0.1 if 3 * step < config.steps else 1.0)
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
