@@ -33,7 +33,6 @@ class Result:
     """One architecture's figures; the mappings are by variant, seconds a list over the rounds."""
 
     architecture: str
-    image_px: int
     seconds: Mapping[str, Sequence[float]]
     flops: Mapping[str, int]
     peak_bytes: Mapping[str, int | None]
@@ -48,11 +47,11 @@ class Report:
     recipe: str
 
 
-def random_student(architecture: str, *, detour: bool = True) -> Student:
+def random_student(architecture: str) -> Student:
     """A student of released shape with random weights, its last layer too, so that nothing is a product with zero."""
     torch.manual_seed(0)
     vit = known_backbone(architecture).vit
-    config = AdapterConfig(default_blocks(vit.depth), residual_detour=detour, short_side_px=256)
+    config = AdapterConfig(default_blocks(vit.depth), residual_detour=True, short_side_px=256)
     trainable = new_trainable(vit.width, config)
     torch.nn.init.normal_(trainable["head"].out.weight, std=0.02)  # type: ignore[union-attr, arg-type]
     return Student(ViT(vit), trainable["adapter"], trainable["head"], config.blocks)  # type: ignore[arg-type]
@@ -113,7 +112,7 @@ def _measure(architecture: str, image_px: int, rounds: int, device: torch.device
         "backbone": sum(each.numel() for each in student.backbone.parameters()),
         "adapter and head": sum(each.numel() for part in (student.adapter, student.head) for each in part.parameters()),
     }
-    return Result(architecture, image_px, seconds, flops, peaks, counts)
+    return Result(architecture, seconds, flops, peaks, counts)
 
 
 def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:

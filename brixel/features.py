@@ -133,14 +133,15 @@ class BrixelFeatures(Student):
         dtype = choose_dtype(dtype, device)
         adapter_path, backbone_path = locate(adapter_pth, what="adapter"), locate(backbone, what="backbone")
         loaded = load_backbone(backbone_path, architecture=architecture, dtype=dtype, fields=vit_fields)
-        config = AdapterConfig(_blocks(blocks, loaded.vit), residual_detour=True, short_side_px=short_side_px)
-        what = f"{adapter_path} does not fit an adapter for {_config(loaded, backbone_path, config).backbone.title}"
+        adapter = AdapterConfig(_blocks(blocks, loaded.vit), residual_detour=True, short_side_px=short_side_px)
+        config = _config(loaded, backbone_path, adapter)
+        what = f"{adapter_path} does not fit an adapter for {config.backbone.title}"
 
         def build() -> nn.ModuleDict:
-            return new_trainable(loaded.vit.width, config)
+            return new_trainable(loaded.vit.width, adapter)
 
         trainable = fit(build, read_release(adapter_path, shapes_of(build), what=what), dtype, what=what)
-        return cls(loaded.vit, trainable, _config(loaded, backbone_path, config)).to(device)
+        return cls(loaded.vit, trainable, config).to(device)
 
     def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False) -> None:
         """Write `config.json` and `adapter.safetensors` (and `backbone.safetensors`) into a folder, made if need be.

@@ -66,7 +66,6 @@ def live_parts(state: State) -> State:
 
 RELEASE = KeyMap(
     name="the BRIXEL release",
-    marks=("adapter.level_embed", "head.out_conv.weight"),
     tensors={
         **_conv_norm("adapter.prior.stem.0", "adapter.spm.stem.0", "adapter.spm.stem.1"),
         **_conv_norm("adapter.prior.stem.1", "adapter.spm.stem.3", "adapter.spm.stem.4"),

@@ -51,7 +51,6 @@ def batches(
         num_workers=config.workers,
         collate_fn=None if cached else collate,
         pin_memory=world.device.type == "cuda",
-        persistent_workers=False,
         generator=torch.Generator(),  # else it draws from the global one
     )
     for batch in loader:

@@ -86,6 +86,7 @@ class Run:
         self.progress = Progress(processes=world.size)
         self.given = model is not None
         self.buffers: list[Tensor] = []  # the running statistics of before this step
+        self.plain: dict[str, float] = {}  # what interpolation gives on the held-out crops, once it was measured
         self.skipped: set[str] = set()
 
     # ---------------------------------------------------------------- the run
@@ -147,18 +148,15 @@ class Run:
         self.module.train()
         torch.manual_seed(hash((config.seed, self.progress.step, self.world.rank)))  # of stochastic depth
         self.buffers = [buffer.clone() for buffer in self.module.buffers()]
-        totals: list[Tensor] = []
-        sums: dict[str, float] = {}
+        figures: list[Tensor] = []  # of each pass: the total, then its parts
         for number in range(config.accumulate):
             last = number == config.accumulate - 1
             quiet = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
             with quiet:
                 total, parts = self._loss(wrapped, *next(passes))
                 (total / config.accumulate).backward()
-            totals.append(total.detach() / config.accumulate)
-            for name, part in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(mean_over_all(part, self.world)) / config.accumulate
-        loss = float(mean_over_all(torch.stack(totals).sum(), self.world))
+            figures.append(torch.stack([total.detach(), *parts.values()]))
+        loss, *means = mean_over_all(torch.stack(figures).mean(0), self.world).tolist()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip_norm or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._stop(f"loss {loss}, gradient norm {norm}")
@@ -167,7 +165,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update(self.module, self.progress.step)
-        return loss, sums
+        return loss, dict(zip(parts, means, strict=True))
 
     def _loss(self, wrapped: nn.Module, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if mean_over_all(target.isfinite().all().float(), self.world) < 1:  # all stop, or none
@@ -262,11 +260,8 @@ class Run:
         record: dict[str, Any] = {"step": self.progress.step}
         if held_out is not None:
             record |= validate(self.kept, held_out, self.world.device)
-            grid_hw = held_out[0][1].shape[1:]
-            for mode in BASELINES:
-                plain = validate(interpolated(self.kept.backbone_features, mode, grid_hw), held_out, self.world.device)
-                record |= {f"{mode}_{name}": value for name, value in plain.items()}
-            metrics.add(record)
+            self.plain = self.plain or self._baselines(held_out)
+            metrics.add(record | self.plain)
             self._draw_panel(held_out)
         draw_curve(self.out / "curve.png", metrics.records())
         self.kept.save_pretrained(self.out / LAST)
@@ -274,6 +269,15 @@ class Run:
         if self.progress.best is None or score > self.progress.best:
             self.progress.best = score
             self.kept.save_pretrained(self.out)
+
+    def _baselines(self, held_out: TeacherCache) -> dict[str, float]:
+        """The figures of plain interpolation, which do not change in a run."""
+        figures: dict[str, float] = {}
+        for mode in BASELINES:
+            predict = interpolated(self.kept.backbone_features, mode, held_out[0][1].shape[1:])
+            plain = validate(predict, held_out, self.world.device)
+            figures |= {f"{mode}_{name}": value for name, value in plain.items()}
+        return figures
 
     @torch.no_grad()
     def _draw_panel(self, held_out: TeacherCache) -> None:
