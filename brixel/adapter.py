@@ -2,7 +2,8 @@
 
 Section 1 of the paper's graph (arXiv 2511.05168; `docs/method.md`), the live part only, written in units of the patch
 grid so that patch size and aspect do not matter. Differences from the text: offsets and attention logits come from one
-linear layer; the prior is resized before its 1x1 convolution rather than after (both are linear: same numbers).
+linear layer; the prior is resized before its 1x1 convolution rather than after (both are linear: same numbers). Fresh
+adapters also blend the four maps into the one that the head starts from; the released ones know only the last.
 
 Shapes: B batch, D width, h x w patch grid, N = 2h*2w queries, A heads, P points, S channels of the prior.
 In memory channels come last everywhere, so that maps and tokens are the same bytes.
@@ -163,20 +164,22 @@ def _drop_path(branch: Tensor, rate: float) -> Tensor:
 
 
 class Adapter(nn.Module):
-    """Pixels and four maps of the backbone -> the prior on the 4h x 4w grid and refined queries on the 2h x 2w grid.
+    """Pixels and four maps of the backbone -> the prior on the 4h x 4w grid, refined queries on the 2h x 2w grid, and
+    the base on the h x w grid, which :class:`brixel.head.Head` joins.
 
-    :class:`brixel.head.Head` joins the two.
+    ``blend``: the base is a linear map of all four maps, at first the last of them; else it is the last.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, blend: bool = False) -> None:
         super().__init__()
         self.prior = SpatialPrior()
         self.query = nn.Linear(2 * PRIOR_CHANNELS, width)
         self.level = nn.Parameter(torch.zeros(width))
         self.extractors = nn.ModuleList(Extractor(width) for _ in range(EXTRACTORS))
+        self.blend = _blend_of_four(width) if blend else None
 
-    def forward(self, pixels: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """``pixels`` (B, 3, H, W), ``maps`` four of (B, D, h, w) -> (B, S, 4h, 4w) and (B, D, 2h, 2w)."""
+    def forward(self, pixels: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """``pixels`` (B, 3, H, W), ``maps`` four of (B, D, h, w) -> (B, S, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w)."""
         height, width = maps[0].shape[2:]
         quarter, eighth = self.prior(pixels)
         quarter = resize(quarter, (4 * height, 4 * width))
@@ -188,4 +191,20 @@ class Adapter(nn.Module):
         features += [features[-1]] * (EXTRACTORS - len(features))
         for extractor, feature in zip(self.extractors, features, strict=True):
             queries = extractor(queries, feature, (height, width))
-        return quarter, map_of(queries, (2 * height, 2 * width))
+        return quarter, map_of(queries, (2 * height, 2 * width)), self.base(maps)
+
+    def base(self, maps: Sequence[Tensor]) -> Tensor:
+        """What the head starts from: four of (B, D, h, w) -> (B, D, h, w)."""
+        if self.blend is None:
+            return maps[-1]
+        tokens = torch.cat([tokens_of(each) for each in maps], dim=-1)  # B h*w 4D
+        return map_of(self.blend(tokens), (maps[-1].shape[2], maps[-1].shape[3]))
+
+
+def _blend_of_four(width: int) -> nn.Linear:
+    """A linear layer on the channels of four maps that gives the last as it is."""
+    layer = nn.Linear(4 * width, width)
+    nn.init.zeros_(layer.bias)
+    nn.init.zeros_(layer.weight)
+    nn.init.eye_(layer.weight.data[:, 3 * width :])
+    return layer

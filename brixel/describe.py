@@ -29,6 +29,7 @@ def describe(folder: Path) -> dict[str, str]:
         "adapter": str(folder / ADAPTER) if (folder / ADAPTER).is_file() else f"missing: {folder / ADAPTER}",
         "blocks": ", ".join(map(str, adapter.blocks)),
         "short side": f"{adapter.short_side_px} px",
+        "starts from": "a blend of four maps" if adapter.blend else "the last map",
         "residual detour": "yes, as in the release" if adapter.residual_detour else "no",
     }
     own, trained = shapes_of(lambda: ViT(vit)), shapes_of(lambda: new_trainable(vit.width, adapter))

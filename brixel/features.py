@@ -106,6 +106,7 @@ class BrixelFeatures(Student):
             blocks=_blocks(blocks, loaded.vit),
             residual_detour=False,
             short_side_px=_PATCHES_ON_SHORT_SIDE * loaded.vit.patch_px if short_side_px is None else short_side_px,
+            blend=True,
         )
         trainable = new_trainable(loaded.vit.width, config).to(dtype)
         return cls(loaded.vit, trainable, _config(loaded, path, config)).to(device)

@@ -1,4 +1,4 @@
-"""The head: joins the prior with the refined queries, and adds what it makes of them to the backbone's own map.
+"""The head: joins the prior with the refined queries, and adds what it makes of them to the base, upsampled.
 
 Sections "fusion", "residual path" and "head" of `docs/method.md` (arXiv 2511.05168). Difference from the text: the
 fused map f = fine(prior) + upsampled queries, (B, D, 4h, 4w), is never formed. Only its group statistics and one
@@ -112,9 +112,9 @@ class TrunkBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Prior, queries and the backbone's last map -> the dense map. Starts as the identity on the last map, upsampled.
+    """Prior, queries and base (the backbone's last map, or a blend of four) -> the dense map. Starts as the base alone.
 
-    ``residual_detour``: the backbone's map goes down by two before it goes up by four. The released heads were trained
+    ``residual_detour``: the base goes down by two before it goes up by four. The released heads were trained
     so; new ones take it straight up.
     """
 
@@ -129,19 +129,19 @@ class Head(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, prior: Tensor, queries: Tensor, last_map: Tensor) -> Tensor:
-        """``prior`` (B, S, 4h, 4w), ``queries`` (B, D, 2h, 2w), ``last_map`` (B, D, h, w) -> (B, D, 4h, 4w)."""
+    def forward(self, prior: Tensor, queries: Tensor, base: Tensor) -> Tensor:
+        """``prior`` (B, S, 4h, 4w), ``queries`` (B, D, 2h, 2w), ``base`` (B, D, h, w) -> (B, D, 4h, 4w)."""
         aligned = self.fusion(prior, queries).permute(0, 2, 3, 1)  # B 4h 4w T
         mixed = self.mix((aligned + self.trunk(aligned)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        details = self.norm(mixed).flatten(1, 2).to(last_map.dtype)  # B 4h*4w T; autocast may have made it wider
+        details = self.norm(mixed).flatten(1, 2).to(base.dtype)  # B 4h*4w T; autocast may have made it wider
 
         # the bias joins the small map: bilinear interpolation keeps constants
-        base = self._base(last_map + self.out.bias[:, None, None])  # B D 4h 4w
+        base = self._upsampled(base + self.out.bias[:, None, None])  # B D 4h 4w
         dense = tokens_of(base).baddbmm_(details, self.out.weight.mT.expand(details.shape[0], -1, -1))
         return map_of(dense, (base.shape[2], base.shape[3]))
 
-    def _base(self, last_map: Tensor) -> Tensor:
-        height, width = last_map.shape[2:]
+    def _upsampled(self, base: Tensor) -> Tensor:
+        height, width = base.shape[2:]
         if self.residual_detour:
-            last_map = resize(last_map, (torch.sym_max(1, height // 2), torch.sym_max(1, width // 2)))
-        return resize(last_map, (4 * height, 4 * width))
+            base = resize(base, (torch.sym_max(1, height // 2), torch.sym_max(1, width // 2)))
+        return resize(base, (4 * height, 4 * width))

@@ -24,16 +24,19 @@ class AdapterConfig:
 
     ``blocks``: the four blocks, from 0, whose outputs feed the extractors; the last must be the backbone's last.
     ``residual_detour``: see :class:`brixel.head.Head`. ``short_side_px``: short side of the pictures it was trained on.
+    ``blend``: see :class:`brixel.adapter.Adapter`.
     """
 
     blocks: tuple[int, ...]
     residual_detour: bool
     short_side_px: int
+    blend: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _four_blocks(self.blocks))
-        if not isinstance(self.residual_detour, bool):
-            raise BrixelError(f"residual_detour is {self.residual_detour!r}; expected True or False")
+        for name in ("residual_detour", "blend"):
+            if not isinstance(getattr(self, name), bool):
+                raise BrixelError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if type(self.short_side_px) is not int or self.short_side_px < 1:
             raise BrixelError(f"short_side_px is {self.short_side_px!r}; expected a positive number of pixels")
 
@@ -77,8 +80,7 @@ class Student(nn.Module):
         head (and the pixels); wrap it in ``torch.no_grad()`` where no gradient is wanted.
         """
         maps = self.backbone.block_maps(pixels, self.blocks)
-        prior, queries = self.adapter(pixels, maps)
-        return self.head(prior, queries, maps[-1])
+        return self.head(*self.adapter(pixels, maps))
 
     def backbone_features(self, pixels: Tensor) -> Tensor:
         """The frozen backbone's own last normalised map: (B, 3, H, W) as for the model itself -> (B, D, h, w)."""
@@ -101,4 +103,5 @@ def new_trainable(width: int, config: AdapterConfig) -> nn.ModuleDict:
     """A fresh adapter and head for a backbone of this width: what a student adds to it, and what its file holds."""
     if width % GROUPS:
         raise BrixelError(f"the backbone is {width} wide; the adapter needs a multiple of {GROUPS}")
-    return nn.ModuleDict({"adapter": Adapter(width), "head": Head(width, residual_detour=config.residual_detour)})
+    adapter, head = Adapter(width, blend=config.blend), Head(width, residual_detour=config.residual_detour)
+    return nn.ModuleDict({"adapter": adapter, "head": head})

@@ -133,7 +133,7 @@ def test_equals_twin(patch_px: int, grid_hw: tuple[int, int]) -> None:
     randomise(adapter)
     pixels, maps = random_input(grid_hw, patch_px)
     with torch.no_grad():
-        found = adapter(pixels, maps)
+        found = adapter(pixels, maps)[:2]
     expected = twin_adapter(in_float64(adapter), pixels.double(), [each.double() for each in maps])
     for mine, other in zip(found, expected, strict=True):
         assert mine.shape == other.shape
@@ -150,7 +150,7 @@ def test_equals_twin_in_float64_with_gradients() -> None:
     names = [name for name, _ in adapter.named_parameters()]
     for name in names:
         state[name].requires_grad_()
-    found, expected = adapter(pixels, maps), twin_adapter(state, pixels, maps)
+    found, expected = adapter(pixels, maps)[:2], twin_adapter(state, pixels, maps)
     losses = []
     for pair in (found, expected):
         losses.append(sum((each * torch.randn(each.shape, generator=generator(2)).double()).sum() for each in pair))
@@ -177,8 +177,19 @@ def test_half_precision_finds_its_places_on_a_wide_grid(dtype: torch.dtype, boun
     assert (found.double() - expected).square().mean().sqrt() < bound  # of values whose own is 1.1
 
 
+@pytest.mark.parametrize("grid_hw", GRIDS)
+def test_the_blend_is_a_1x1_convolution_of_all_four_maps(grid_hw: tuple[int, int]) -> None:
+    adapter = Adapter(WIDTH, blend=True).double().eval()
+    randomise(adapter)
+    pixels, maps = random_input(grid_hw, patch_px=14)
+    maps = [each.double() for each in maps]
+    kernel = adapter.blend.weight[..., None, None]
+    expected = F.conv2d(torch.cat(maps, dim=1), kernel, adapter.blend.bias)
+    torch.testing.assert_close(adapter(pixels.double(), maps)[2], expected, rtol=0, atol=1e-12)
+
+
 def test_maps_may_lie_in_memory_as_they_like() -> None:
-    adapter = Adapter(WIDTH).eval()
+    adapter = Adapter(WIDTH, blend=True).eval()
     randomise(adapter)
     pixels, maps = random_input((3, 4), patch_px=16)
     last = torch.channels_last

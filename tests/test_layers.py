@@ -19,7 +19,7 @@ LAYERS = (
     {"features"},
     {"panel", "extraction", "benchmark", "train.losses", "describe"},
     {"train.config", "train.data", "train.distributed", "train.watch"},
-    {"train.cache", "train.state", "train.recipe"},
+    {"train.cache", "train.state", "train.recipe", "train.start"},
     {"train.batches", "train.validation"},
     {"train.loop"},
     {"train.plan"},

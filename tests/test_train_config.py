@@ -18,7 +18,7 @@ OTHER = {
     **{"small": "skip", "cache": 9, "cache_dir": "c", "optimizer": "adam", "lr": 1e-5, "weight_decay": 0.5},
     **{"warmup": 3, "schedule": "release", "clip_norm": 0.0, "ema": 0.5, "drop_path": 0.0, "l1": 0.5, "edge": 0.0},
     **{"spectral": 1e-7, "true_rings": False, "val_pictures": 0, "val_every": 5, "save_every": 6, "log_every": 7},
-    **{"workers": 0, "seed": 2**40, "device": "cpu"},
+    **{"workers": 0, "seed": 2**40, "device": "cpu", "fit": 5},
 }
 KINDS = {field.name: kind for field, kind in fields()}
 WHOLE = [name for name, kind in KINDS.items() if kind is int or kind == int | None]

@@ -17,7 +17,7 @@ from brixel.train.losses import LossWeights
 # the recipe of the release; three epochs are for the user to say in steps
 RELEASE = MappingProxyType(
     {"optimizer": "adam", "lr": 1e-3, "schedule": "release", "weight_decay": 0.0, "clip_norm": 0.0, "ema": 0.0,
-     "true_rings": False}
+     "true_rings": False, "fit": 0}
 )  # fmt: skip
 PRESETS = MappingProxyType({"default": MappingProxyType({}), "release": RELEASE})
 # settings that change nothing about the result, and so may differ when a run is taken up again
@@ -30,10 +30,12 @@ class TrainConfig:
 
     ``images`` and ``val`` are folders, searched through. ``teacher_px``: side of the square crops that the teacher
     sees, 64 patches where None; the student sees them at a quarter. ``batch_size`` is per process and pass; a step
-    takes ``accumulate`` passes. ``cache``: that many fixed crops go through the teacher once, into ``cache_dir`` (below
-    ``out`` where None); 0 runs the teacher in every step. ``schedule``: "cosine" warms up, then falls to zero;
-    "release" takes a tenth of ``lr`` for the first third. ``ema``: decay of the averaged weights that are validated and
-    kept; 0 for none. ``l1``, ``edge``, ``spectral``, ``true_rings``: see :class:`brixel.train.LossWeights`.
+    takes ``accumulate`` passes. ``fit``: the blend of the backbone's maps is fitted to that many crops by least squares
+    before the first step, to no more than the run reads; 0 leaves it at the last map. ``cache``: that many fixed crops
+    go through the teacher once, into ``cache_dir`` (below ``out`` where None); 0 runs the teacher in every step.
+    ``schedule``: "cosine" warms up, then falls to zero; "release" takes a tenth of ``lr`` for the first third.
+    ``ema``: decay of the averaged weights that are validated and kept; 0 for none. ``l1``, ``edge``, ``spectral``,
+    ``true_rings``: see :class:`brixel.train.LossWeights`.
     """
 
     backbone: str
@@ -48,6 +50,7 @@ class TrainConfig:
     max_zoom: float = 1.5
     flip: bool = True
     small: Literal["upsample", "skip"] = "upsample"
+    fit: int = 4096
     cache: int = 0
     cache_dir: str | None = None
     optimizer: Literal["adamw", "adam"] = "adamw"
@@ -79,7 +82,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise BrixelError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in (
-            *("cache", "warmup", "lr", "weight_decay", "clip_norm", "workers", "val_pictures", "seed"),
+            *("fit", "cache", "warmup", "lr", "weight_decay", "clip_norm", "workers", "val_pictures", "seed"),
             *("l1", "edge", "spectral"),
         ):
             if getattr(self, name) < 0:

@@ -5,6 +5,7 @@ state to the same weights. Only the adapter and head are trained, wrapped for se
 """
 
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -27,7 +28,8 @@ from brixel.train.config import TrainConfig, write_settings
 from brixel.train.data import CropDataset, CropSettings, find_training_pictures
 from brixel.train.distributed import World, joined, mean_over_all, synchronised, wait_for_all
 from brixel.train.losses import total_loss
-from brixel.train.recipe import learning_rate, make_optimizer, prepared_model, teacher_side
+from brixel.train.recipe import learning_rate, make_optimizer, passes_to_fit, prepared_model, teacher_side
+from brixel.train.start import fit_blend, is_fresh
 from brixel.train.state import Average, Progress, load_state, save_state
 from brixel.train.validation import BASELINES, interpolated, validate
 from brixel.train.watch import Metrics, draw_curve, draw_panel
@@ -63,8 +65,7 @@ class Trainable(nn.Module):
 
     def forward(self, pixels: Tensor, *maps: Tensor) -> Tensor:
         """``pixels`` (B, 3, H, W), the backbone's four ``maps`` (B, D, h, w) -> (B, D, 4h, 4w)."""
-        prior, queries = self.adapter(pixels, maps)
-        return self.head(prior, queries, maps[-1])
+        return self.head(*self.adapter(pixels, maps))
 
 
 class Run:
@@ -93,17 +94,17 @@ class Run:
 
     def train(self) -> BrixelFeatures:
         """All steps that are left; the best model."""
-        self._begin()
+        taken_up = self._begin()
         source, held_out = self._source(), self._held_out()
+        if not taken_up:
+            self._fit(source)
         metrics = Metrics(self.out / METRICS, self.progress.step) if self.world.leads else None
         wrapped = self._wrapped()
         bar = tqdm(
             total=self.config.steps, initial=self.progress.step, unit="step", disable=None if self.world.leads else True
         )
         started, pictures = time.perf_counter(), 0
-        passes = batches(
-            self.config, source, self.teacher, self.world, start_step=self.progress.step, skipped=self.skipped
-        )
+        passes = self._passes(source)
         while self.progress.step < self.config.steps:
             loss, parts = self.step(wrapped, passes)
             self.progress.step += 1
@@ -123,10 +124,11 @@ class Run:
         best.load_state_dict(read_tensors(self.out / ADAPTER))
         return self.kept
 
-    def _begin(self) -> None:
-        """Take up the state in ``out``, if there is one, and write down the settings."""
+    def _begin(self) -> bool:
+        """Take up the state in ``out``, if there is one, and write down the settings; whether there was one."""
         state = self.out / STATE
-        if state.exists():
+        taken_up = state.exists()
+        if taken_up:
             self.progress = load_state(
                 state, self.config, self.module, self.average, self.optimizer, processes=self.world.size
             )
@@ -134,6 +136,27 @@ class Run:
         if self.world.leads:
             self.out.mkdir(parents=True, exist_ok=True)
             write_settings(self.out / SETTINGS, self.config)
+        return taken_up
+
+    def _passes(self, source: CropDataset | TeacherCache) -> Iterator[tuple[Tensor, Tensor]]:
+        return batches(
+            self.config, source, self.teacher, self.world, start_step=self.progress.step, skipped=self.skipped
+        )
+
+    def _fit(self, source: CropDataset | TeacherCache) -> None:
+        """Fit a fresh blend to the first crops of the run; one that was trained before is left alone."""
+        blend, number = self.model.adapter.blend, passes_to_fit(self.config, self.world.size)
+        if blend is None or not number or not is_fresh(blend):
+            return
+        bar = tqdm(
+            itertools.islice(self._passes(source), number),
+            desc="fit",
+            total=number,
+            unit="pass",
+            disable=None if self.world.leads else True,
+        )
+        fit_blend(blend, lambda pixels: self.model.backbone.block_maps(pixels, self.model.blocks), bar, self.world)
+        self.average.module.load_state_dict(self.module.state_dict())
 
     def _wrapped(self) -> nn.Module:
         if self.world.size == 1:

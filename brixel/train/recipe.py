@@ -25,6 +25,8 @@ def prepared_model(config: TrainConfig, model: BrixelFeatures | None) -> BrixelF
     model = model.float()
     adapter = dataclasses.replace(model.config.adapter, short_side_px=teacher_side(config, model.patch_px) // UPSCALE)
     model.config = BrixelConfig(model.config.backbone, adapter)
+    if model.adapter.blend is not None:
+        model.adapter.blend.requires_grad_(False)  # fitted, not trained: brixel.train.start
     for extractor in model.adapter.extractors:
         assert isinstance(extractor, Extractor)
         extractor.drop_path = config.drop_path
@@ -41,12 +43,18 @@ def teacher_side(config: TrainConfig, patch_px: int) -> int:
 def make_optimizer(config: TrainConfig, module: nn.Module) -> torch.optim.Optimizer:
     """Adam or AdamW; matrices and kernels decay, vectors do not."""
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    parameters = list(module.parameters())
+    parameters = [each for each in module.parameters() if each.requires_grad]
     groups = [
         {"params": [each for each in parameters if each.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [each for each in parameters if each.ndim <= 1], "weight_decay": 0.0},
     ]
     return kind(groups, lr=config.lr)
+
+
+def passes_to_fit(config: TrainConfig, world_size: int) -> int:
+    """Passes whose crops the blend is fitted to: enough for ``config.fit``, and no more than the run has."""
+    crops = min(config.fit, config.cache or config.fit)
+    return min(math.ceil(crops / (config.batch_size * world_size)), config.steps * config.accumulate)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
