@@ -3,9 +3,7 @@
 Times of the variants are taken in turn within one run, so that what else the machine does falls on all of them alike.
 """
 
-import datetime
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from brixel.backbones.vit import ViT
-from brixel.devices import choose_device, choose_dtype, dtype_name, peak_bytes
+from brixel.devices import choose_device, choose_dtype, dtype_name, machine, peak_bytes
 from brixel.errors import BrixelError
 from brixel.model_table import known_backbone
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
@@ -151,22 +149,10 @@ def _peak_of_this_process(
 
 
 def _recipe(image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return (
         f"One picture of {image_px} x {image_px} px, {dtype_name(dtype)}, random weights, {rounds} rounds in turn; "
-        f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{datetime.date.today().isoformat()}."
+        f"{machine(device)}."
     )
-
-
-def _processor() -> str:
-    """The processor as Linux names it, with what vectors it has; elsewhere what Python knows."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def report(run: Report, command: str) -> str:

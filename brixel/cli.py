@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from brixel import __version__, panel
-from brixel.benchmark import DEFAULT_ARCHITECTURES, benchmark, report
+from brixel.atomic import atomic_path
+from brixel.benchmark import DEFAULT_ARCHITECTURES, benchmark
+from brixel.benchmark import report as benchmark_report
 from brixel.describe import describe
 from brixel.errors import BrixelError
+from brixel.evaluate.fidelity import fidelity
+from brixel.evaluate.fidelity import report as fidelity_report
 from brixel.extraction import extract_files
 from brixel.features import BrixelFeatures
 from brixel.geometry import NATIVE
@@ -57,7 +61,9 @@ def _add_using(commands: Any) -> None:
     one = _command(commands, "show", _show, "a panel of pictures with their backbone's map and their dense map")
     one.add_argument("images", nargs="+", metavar="IMAGE")
     one.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="default: %(default)s")
+    one.add_argument("--teacher", action="store_true", help="also the backbone's map of the picture x 4")
     _add_model_options(one)
+    _add_short_side(one)
 
     one = _command(commands, "extract", _extract, "the dense map of every picture, a file each")
     one.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures, and folders of them")
@@ -66,9 +72,10 @@ def _add_using(commands: Any) -> None:
     one.add_argument("--batch-size", type=_positive, default=1, help="pictures of one size at once; default: 1")
     one.add_argument("--overwrite", action="store_true", help="also where the output exists")
     _add_model_options(one)
+    _add_short_side(one)
 
     one = _command(commands, "info", _info, "what a model is made of")
-    one.add_argument("model", type=Path, metavar="MODEL", help="a folder written by save_pretrained or convert")
+    one.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained wrote")
 
 
 def _add_making(commands: Any) -> None:
@@ -94,10 +101,18 @@ def _add_making(commands: Any) -> None:
     one.add_argument("--image-px", type=_positive, default=256, help="side of the picture; default: 256")
     one.add_argument("--rounds", type=_positive, default=20, help="default: 20")
     one.add_argument("--threads", type=_positive, help="default: torch's own choice")
-    one.add_argument("-o", "--output", type=Path, help="also write the report (Markdown) here")
+    one.add_argument("-o", "--output", type=Path, help=_REPORT_HELP)
     _add_device_options(one)
 
+    judges = commands.add_parser("evaluate", help="how good a model is").add_subparsers(required=True, metavar="WHAT")
+    one = _command(judges, "fidelity", _fidelity, "nearness to the backbone on the large picture, beside interpolation")
+    one.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="pictures, and folders")
+    one.add_argument("--teacher-px", nargs="+", type=_positive, required=True, metavar="PX", help="sides, in pixels")
+    one.add_argument("-o", "--output", type=Path, help=_REPORT_HELP)
+    _add_model_options(one)
 
+
+_REPORT_HELP = "also write the report (Markdown) here"
 _BACKBONE_HELP = "a folder in Hugging Face or timm layout, or a weight file"
 _ARCHITECTURE_HELP = "what the backbone is, such as dinov3-vits16, where its files leave it open"
 
@@ -115,13 +130,16 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="a folder written by save_pretrained or convert")
+    parser.add_argument("--model", type=Path, help="a folder that save_pretrained wrote")
     parser.add_argument("--backbone", type=Path, help=f"without --model: {_BACKBONE_HELP}, with a fresh adapter")
     parser.add_argument("--architecture", help=_ARCHITECTURE_HELP)
+    _add_device_options(parser)
+
+
+def _add_short_side(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--short-side", type=_short_side, metavar="PX", help="pixels, or 'native'; default: as the adapter was trained"
     )
-    _add_device_options(parser)
 
 
 def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:
@@ -172,7 +190,8 @@ def _load(options: argparse.Namespace) -> BrixelFeatures:
 
 def _show(options: argparse.Namespace) -> int:
     panel.check_output(options.output, options.images)
-    panel.save(panel.show(_load(options), options.images, short_side_px=options.short_side), options.output)
+    made = panel.show(_load(options), options.images, short_side_px=options.short_side, teacher=options.teacher)
+    panel.save(made, options.output)
     print(options.output)
     return 0
 
@@ -234,8 +253,7 @@ def _print_table(rows: Mapping[str, str]) -> None:
 
 
 def _benchmark(options: argparse.Namespace) -> int:
-    if options.output is not None and not options.output.parent.is_dir():
-        raise BrixelError(f"no folder {options.output.parent} to write {options.output.name} into")
+    _check_report(options.output)
     results = benchmark(
         options.architectures,
         image_px=options.image_px,
@@ -244,8 +262,24 @@ def _benchmark(options: argparse.Namespace) -> int:
         device=options.device,
         dtype=options.dtype,
     )
-    text = report(results, options.command)
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text + "\n", encoding="utf-8")
+    _tell(benchmark_report(results, options.command), options.output)
     return 0
+
+
+def _fidelity(options: argparse.Namespace) -> int:
+    _check_report(options.output)
+    pictures = [path for path, _ in find_pictures(options.images)]
+    _tell(fidelity_report(fidelity(_load(options), pictures, options.teacher_px), options.command), options.output)
+    return 0
+
+
+def _check_report(output: Path | None) -> None:
+    if output is not None and not output.parent.is_dir():
+        raise BrixelError(f"no folder {output.parent} to write {output.name} into")
+
+
+def _tell(text: str, output: Path | None) -> None:
+    print(text)
+    if output is not None:
+        with atomic_path(output) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")

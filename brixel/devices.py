@@ -1,5 +1,7 @@
-"""What "auto" means, names for dtypes, and how much memory was used."""
+"""What "auto" means, names for dtypes and machines, and how much memory was used."""
 
+import datetime
+import platform
 import sys
 
 import torch
@@ -57,3 +59,22 @@ def peak_bytes(device: torch.device) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine(device: torch.device) -> str:
+    """What figures were taken on, and when: the device, threads, versions, date."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return (
+        f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{datetime.date.today().isoformat()}"
+    )
+
+
+def _processor() -> str:
+    """The processor as Linux names it, with what vectors it has; elsewhere what Python knows."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"

@@ -10,21 +10,30 @@ from PIL import Image, ImageDraw, ImageFont
 
 from brixel.atomic import atomic_path
 from brixel.errors import BrixelError
+from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
 from brixel.images import ImageInput, load_image
 from brixel.pca import PcaBasis
+from brixel.student import UPSCALE
 
 HEIGHT_PX = 384  # of one tile, about: cells are enlarged by whole numbers, so that their edges stay sharp
 MARGIN_PX = 12
 LABEL_PX = 22
 
 
-def show(model: BrixelFeatures, images: Sequence[ImageInput], *, short_side_px: int | str | None = None) -> Image.Image:
+def show(
+    model: BrixelFeatures,
+    images: Sequence[ImageInput],
+    *,
+    short_side_px: int | str | None = None,
+    teacher: bool = False,
+) -> Image.Image:
     """One row per picture: the picture, the backbone's map, the dense map. Maps of a row share one PCA basis.
 
+    ``teacher``: also what the dense map should be, the backbone's map of the picture at four times the size.
     Raises ImageError for a picture that cannot be used; ``short_side_px`` as in :meth:`BrixelFeatures.extract`.
     """
-    return stacked([_row(model, image, short_side_px) for image in images])
+    return stacked([_row(model, image, short_side_px, teacher) for image in images])
 
 
 def stacked(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -62,20 +71,28 @@ def save(panel: Image.Image, path: Path) -> None:
         panel.save(temporary)
 
 
-def _row(model: BrixelFeatures, image: ImageInput, short_side_px: int | str | None) -> list[Image.Image]:
+def _row(model: BrixelFeatures, image: ImageInput, short_side_px: int | str | None, teacher: bool) -> list[Image.Image]:
     planes = load_image(image)
-    coarse = model.extract_backbone(planes, short_side_px=short_side_px)
     dense = model.extract(planes, short_side_px=short_side_px)
-    basis = PcaBasis.fit([dense.features, coarse.features])
+    maps = {"backbone": model.extract_backbone(planes, short_side_px=short_side_px), "brixel": dense}
+    if teacher:
+        maps["teacher"] = model.extract_backbone(planes, short_side_px=_teacher_px(dense))
+    basis = PcaBasis.fit([each.features for each in maps.values()])
     zoom = max(1, round(min(HEIGHT_PX / dense.grid_hw[0], 4 * HEIGHT_PX / dense.grid_hw[1])))
     # the last cells may reach over the picture's edge: every tile is cut where the picture ends
     height, width = (round(side / step * zoom) for side, step in zip(dense.image_hw, dense.stride, strict=True))
     tiles = [(_photograph(planes.numpy(), (height, width)), "picture {} x {}".format(*dense.image_hw))]
-    for feature_map, name in ((coarse, "backbone"), (dense, "brixel")):
-        step = round(zoom * feature_map.stride[0] / dense.stride[0])
+    for name, feature_map in maps.items():
+        step = max(1, round(zoom * feature_map.stride[0] / dense.stride[0]))
         tile = enlarge(feature_map.pca(basis), step)[:height, :width]
         tiles.append((tile, "{} {} x {}".format(name, *feature_map.grid_hw)))
     return [labelled(tile, text) for tile, text in tiles]
+
+
+def _teacher_px(dense: FeatureMap) -> int:
+    """Four times the short side that a picture had in the model."""
+    resized_hw = (int(each) for each in dense.meta["resized_hw"].split("x"))
+    return UPSCALE * min(resized_hw)
 
 
 def enlarge(colours: npt.NDArray[np.uint8], times: int) -> npt.NDArray[np.uint8]:

@@ -29,11 +29,22 @@ def test_a_row_shows_picture_backbone_and_dense_map_in_one_basis(model, picture)
     top = MARGIN_PX + LABEL_PX
     tiles = [panel[top : top + height, MARGIN_PX + i * (width + MARGIN_PX) :][:, :width] for i in range(3)]
     dense, coarse = model.extract(picture), model.extract_backbone(picture)
-    basis = PcaBasis.fit([dense.features, coarse.features])
+    basis = PcaBasis.fit([coarse.features, dense.features])
     np.testing.assert_array_equal(tiles[2], enlarge(dense.pca(basis), 48))
     np.testing.assert_array_equal(tiles[1], enlarge(coarse.pca(basis), 4 * 48)[:height, :width])
     expected = Image.open(picture).resize((width, height), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(tiles[0], np.asarray(expected))
+
+
+def test_the_teacher_stands_beside_them_in_the_same_basis(model, picture):
+    panel = np.asarray(show(model, [picture], teacher=True))
+    height, width = 8 * 48, 12 * 48
+    assert panel.shape == (height + LABEL_PX + 2 * MARGIN_PX, 4 * (width + MARGIN_PX) + MARGIN_PX, 3)
+    dense, coarse = model.extract(picture), model.extract_backbone(picture)
+    teacher = model.extract_backbone(picture, short_side_px=4 * 28)
+    basis = PcaBasis.fit([coarse.features, dense.features, teacher.features])
+    tile = panel[MARGIN_PX + LABEL_PX :, MARGIN_PX + 3 * (width + MARGIN_PX) :][:height, :width]
+    np.testing.assert_array_equal(tile, enlarge(teacher.pca(basis), 48))
 
 
 def test_tiles_end_where_the_picture_ends(model):

@@ -16,9 +16,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from brixel import BrixelError
+from brixel.crops import CropSettings
 from brixel.train import cache as cache_module
 from brixel.train.cache import TeacherCache
-from brixel.train.data import CropDataset, CropSettings, find_training_pictures
+from brixel.train.data import CropDataset, find_training_pictures
 
 T, COUNT = 32, 7
 CROP_BYTES = 2 * (6 * 4 * 4 + 3 * 8 * 8)

@@ -11,17 +11,8 @@ from torch.utils.data import DataLoader
 
 from brixel import BrixelError
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD
-from brixel.train.data import (
-    CropDataset,
-    CropSettings,
-    PositionSampler,
-    check_teacher_px,
-    collate,
-    find_training_pictures,
-    shuffled,
-    student_view,
-    teacher_crop,
-)
+from brixel.crops import CropSettings, check_teacher_px, student_view, teacher_crop
+from brixel.train.data import CropDataset, PositionSampler, collate, find_training_pictures, shuffled
 
 T = 32
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from brixel import BrixelError
-from brixel.train.validation import BASELINES, interpolated, nearness, validate
+from brixel.evaluate.fidelity import BASELINES, interpolated, nearness
+from brixel.train.validation import validate
 from brixel.train.watch import CURVE_PX, Metrics, draw_curve, draw_panel
 
 # ---------------------------------------------------------------- metrics

@@ -8,23 +8,19 @@ Shapes: B batch, H x W a picture, T the side of the teacher's crop, all in pixel
 
 import functools
 import hashlib
-import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from brixel.crops import CropSettings, student_view, teacher_crop
 from brixel.errors import BrixelError, ImageError
 from brixel.images import load_image
 from brixel.pictures import find_pictures
-
-DOWNSAMPLING = 4  # how much smaller the student's view is, along each side
 
 
 def find_training_pictures(folders: Sequence[Path]) -> list[Path]:
@@ -39,78 +35,6 @@ def find_training_pictures(folders: Sequence[Path]) -> list[Path]:
             raise BrixelError(f"{folder} is {'a file' if folder.exists() else 'missing'}; expected a folder")
         found |= {os.path.abspath(path): path for path, _ in find_pictures([folder])}
     return list(found.values())
-
-
-@dataclass(frozen=True)
-class CropSettings:
-    """How square crops are cut from pictures; plain JSON values only.
-
-    ``teacher_px``: side of the teacher's crop, see :func:`check_teacher_px`. ``max_zoom``: the picture's short side
-    becomes ``teacher_px`` times a random factor from 1 to this, yet no more than it is, if that is more. ``flip``:
-    mirror half of the crops. ``small``: what becomes of pictures with a short side below ``teacher_px``. ``random``:
-    False for centre crops without zoom and flip, as in validation.
-    """
-
-    teacher_px: int
-    max_zoom: float = 1.0
-    flip: bool = True
-    small: Literal["upsample", "skip"] = "upsample"
-    seed: int = 0
-    random: bool = True
-
-    def __post_init__(self) -> None:
-        check_teacher_px(self.teacher_px, patch_px=1)
-        if not 1 <= self.max_zoom < math.inf:
-            raise BrixelError(f"max_zoom is {self.max_zoom!r}; expected a number from 1 up, such as 1.5")
-        if self.small not in ("upsample", "skip"):
-            raise BrixelError(f"small is {self.small!r}; expected 'upsample' or 'skip'")
-
-
-def check_teacher_px(teacher_px: int, patch_px: int) -> None:
-    """Raise BrixelError unless the student's view, a quarter of the crop, is made of whole patches."""
-    unit = DOWNSAMPLING * patch_px
-    if isinstance(teacher_px, bool) or not isinstance(teacher_px, int) or teacher_px <= 0:
-        raise BrixelError(f"teacher_px is {teacher_px!r}; expected a whole number of pixels, such as {64 * patch_px}")
-    if teacher_px % unit:
-        below = teacher_px // unit * unit
-        near = f"{below} or {below + unit}" if below else f"{unit}"
-        raise BrixelError(f"teacher_px is {teacher_px}; expected a multiple of {unit}, 4 x {patch_px}: take {near}")
-
-
-def teacher_crop(planes: Tensor, settings: CropSettings, generator: torch.Generator) -> Tensor:
-    """A square crop of a picture, resized: (3, H, W) from `load_image` -> (3, T, T), float32 in [0, 1].
-
-    As if the picture were resized to cover the crop and then cropped; but a region of whole pixels is cut first, and
-    only that is resized. The generator moves on by the same amount whatever the settings.
-    """
-    zoom, down, right, flip = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    if not settings.random:
-        zoom, down, right, flip = 0.0, 0.5, 0.5, 1.0
-    crop_px, (height_px, width_px) = settings.teacher_px, planes.shape[-2:]
-    short_px = min(height_px, width_px)
-    resized_px = min(crop_px * (1 + zoom * (settings.max_zoom - 1)), max(short_px, crop_px))  # of the short side
-    region_px = max(1, round(short_px * crop_px / resized_px))
-    top, left = (int(at * (side - region_px + 1)) for at, side in ((down, height_px), (right, width_px)))
-    region = planes[:, top : top + region_px, left : left + region_px]  # 3 region_px region_px
-    region = region.float().div_(255) if region.dtype == torch.uint8 else region.float()
-    crop = _resized(region, crop_px)
-    return crop.flip(-1) if settings.flip and flip < 0.5 else crop.contiguous()
-
-
-def student_view(crop: Tensor) -> Tensor:
-    """What the student sees of the teacher's crop: (..., 3, T, T) in [0, 1] -> (..., 3, T/4, T/4), antialiased."""
-    side_px = crop.shape[-1] // DOWNSAMPLING
-    assert crop.shape[-2:] == (DOWNSAMPLING * side_px, DOWNSAMPLING * side_px), tuple(crop.shape)
-    return _resized(crop, side_px)
-
-
-def _resized(square: Tensor, side_px: int) -> Tensor:
-    """Squares (..., 3, S, S) at another size, by bicubic interpolation with antialiasing, in [0, 1]."""
-    if square.shape[-1] == side_px:
-        return square.clamp(0, 1)
-    batch = square.reshape(-1, *square.shape[-3:])
-    batch = F.interpolate(batch, (side_px, side_px), mode="bicubic", antialias=True, align_corners=False)
-    return batch.reshape(*square.shape[:-2], side_px, side_px).clamp_(0, 1)
 
 
 class Crop(NamedTuple):

@@ -20,18 +20,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from brixel.checkpoints import read_tensors
+from brixel.crops import CropSettings
 from brixel.errors import BrixelError
+from brixel.evaluate.fidelity import BASELINES, interpolated
 from brixel.features import ADAPTER, BrixelFeatures
 from brixel.train.batches import batches
 from brixel.train.cache import TeacherCache
 from brixel.train.config import TrainConfig, write_settings
-from brixel.train.data import CropDataset, CropSettings, find_training_pictures
+from brixel.train.data import CropDataset, find_training_pictures
 from brixel.train.distributed import World, joined, mean_over_all, synchronised, wait_for_all
 from brixel.train.losses import total_loss
 from brixel.train.recipe import learning_rate, make_optimizer, passes_to_fit, prepared_model, teacher_side
 from brixel.train.start import fit_blend, is_fresh
 from brixel.train.state import Average, Progress, load_state, save_state
-from brixel.train.validation import BASELINES, interpolated, validate
+from brixel.train.validation import validate
 from brixel.train.watch import Metrics, draw_curve, draw_panel
 
 SETTINGS, STATE, METRICS, LAST = "train.toml", "state.pt", "metrics.jsonl", "last"

@@ -8,10 +8,10 @@ from torch import nn
 
 from brixel.adapter import Extractor
 from brixel.config import BrixelConfig
+from brixel.crops import check_teacher_px
 from brixel.features import BrixelFeatures
 from brixel.student import UPSCALE
 from brixel.train.config import TrainConfig
-from brixel.train.data import check_teacher_px
 
 _TEACHER_PATCHES = 64  # on a side of the teacher's crop, if the user says nothing: 1024 px at patch 16
 

@@ -1,21 +1,12 @@
-"""How near the student's maps are to the teacher's on held-out crops, with plain interpolation beside it."""
+"""How near maps are to the teacher's on held-out crops."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from brixel.evaluate.fidelity import mean_of, nearness
 from brixel.train.cache import TeacherCache
-
-BASELINES = ("bilinear", "bicubic")
-
-
-def nearness(maps: Tensor, teacher: Tensor) -> dict[str, float]:
-    """Mean absolute difference and mean cosine similarity, cell by cell, of maps (B, D, H, W)."""
-    maps, teacher = maps.float(), teacher.float()
-    cosine = F.cosine_similarity(maps, teacher, dim=1).mean()
-    return {"l1": float((maps - teacher).abs().mean()), "cosine": float(cosine)}
 
 
 def validate(predict: Callable[[Tensor], Tensor], crops: TeacherCache, device: torch.device) -> dict[str, float]:
@@ -25,13 +16,4 @@ def validate(predict: Callable[[Tensor], Tensor], crops: TeacherCache, device: t
         for index in range(len(crops)):
             pixels, teacher = crops[index]
             results.append(nearness(predict(pixels[None].to(device)).cpu(), teacher[None]))
-    return {name: sum(each[name] for each in results) / len(results) for name in results[0]}
-
-
-def interpolated(backbone: Callable[[Tensor], Tensor], mode: str, grid_hw: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """The backbone's own map, brought to the teacher's grid by plain interpolation: what a student must beat."""
-
-    def predict(pixels: Tensor) -> Tensor:
-        return F.interpolate(backbone(pixels), size=tuple(grid_hw), mode=mode, align_corners=False)
-
-    return predict
+    return mean_of(results)
