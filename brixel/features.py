@@ -181,12 +181,12 @@ class BrixelFeatures(Student):
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.backbone.cls_token.device
+        return self.backbone.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype, and so the maps'."""
-        return self.backbone.cls_token.dtype
+        return self.backbone.norm.weight.dtype
 
     # ---------------------------------------------------------------- pictures
 

@@ -1,4 +1,4 @@
-"""How a ViT knows where a patch lies: rotary angles (DINOv3) and interpolated learned positions (DINOv2).
+"""How a ViT knows where a patch lies: rotary angles (DINOv3), interpolated learned positions (DINOv2, SigLIP).
 
 Both work for any grid h x w >= 1 and are computed in float32 whatever the model's dtype.
 Facts: `docs/backbones.md`. Shapes: N = prefix tokens + h*w patches, E = channels of one attention head.
@@ -40,16 +40,16 @@ def rotate(x: Tensor, cosine: Tensor, signed_sine: Tensor) -> Tensor:
 
 
 def interpolate_positions(
-    positions: Tensor, grid_hw: tuple[int, int], *, antialias: bool, scale_offset: float
+    positions: Tensor, grid_hw: tuple[int, int], *, antialias: bool, scale_offset: float, mode: str = "bicubic"
 ) -> Tensor:
-    """Learned positions (1, D, h0, w0) on another grid, bicubic: (1, D, h, w).
+    """Learned positions (1, D, h0, w0) on another grid, ``mode`` bicubic or bilinear: (1, D, h, w).
 
     ``scale_offset``: added to h and w before the scale is formed; 0.1 in the first DINOv2 release, whose sampling
     grid is therefore a little off. On the grid of the positions themselves nothing is changed.
     """
     if not scale_offset:
-        return F.interpolate(positions, grid_hw, mode="bicubic", antialias=antialias, align_corners=False)
-    assert not antialias, "no checkpoint was made with both"
+        return F.interpolate(positions, grid_hw, mode=mode, antialias=antialias, align_corners=False)
+    assert not antialias and mode == "bicubic", "no checkpoint was made with an offset and either"
     # torch's own takes the scale as a number, and a comparison of sizes is a branch: either fixes an exported graph
     native_hw = (positions.shape[2], positions.shape[3])
     counts = [torch.full((), cells, dtype=torch.float64) for cells in grid_hw]

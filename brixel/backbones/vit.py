@@ -1,10 +1,12 @@
-"""The Vision Transformer of DINOv3 and DINOv2, at inference: pictures in, normalised patch maps of any blocks out.
+"""The Vision Transformer of DINOv3, DINOv2 and SigLIP, at inference: pictures in, normalised maps of any blocks out.
 
-One model for both families; they differ only in the fields of :class:`ViTConfig`. Left out on purpose: masking, drop
+One model for all families; they differ only in the fields of :class:`ViTConfig`. Left out on purpose: masking, drop
 path, the random rescaling of rotary positions in training (the backbone is frozen), pooling heads.
-Papers: DINOv3 arXiv 2508.10104, DINOv2 arXiv 2304.07193, registers arXiv 2309.16588. Facts: `docs/backbones.md`.
+Papers: DINOv3 arXiv 2508.10104, DINOv2 arXiv 2304.07193, registers arXiv 2309.16588, SigLIP arXiv 2303.15343, SigLIP 2
+arXiv 2502.14786. Facts: `docs/backbones.md`.
 
-Shapes: B batch, D width, h x w patch grid, N = 1 + registers + h*w tokens, A attention heads, E = D / A.
+Shapes: B batch, D width, h x w patch grid, N = prefix + h*w tokens (prefix: class token, registers), A attention
+heads, E = D / A.
 """
 
 from collections.abc import Sequence
@@ -39,16 +41,17 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with an exact GELU between."""
+    """Two layers with a GELU between."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
         self.up = nn.Linear(config.width, config.ffn_width)
         self.down = nn.Linear(config.ffn_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return self.down(F.gelu(self.up(x)))
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
 
 
 class SwiGlu(nn.Module):
@@ -66,21 +69,30 @@ class SwiGlu(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each scaled per channel (LayerScale)."""
+    """Pre-norm attention and feed-forward, each scaled per channel (LayerScale) where the family does so."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.scale1 = nn.Parameter(torch.ones(config.width))
+        self.scale1 = _layer_scale(config)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.ffn = Mlp(config) if config.ffn == "mlp" else SwiGlu(config)
-        self.scale2 = nn.Parameter(torch.ones(config.width))
+        self.scale2 = _layer_scale(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        x = torch.addcmul(x, self.scale1, self.attention(self.norm1(x), rotary))
-        return torch.addcmul(x, self.scale2, self.ffn(self.norm2(x)))
+        x = _add(x, self.attention(self.norm1(x), rotary), self.scale1)
+        return _add(x, self.ffn(self.norm2(x)), self.scale2)
+
+
+def _layer_scale(config: ViTConfig) -> nn.Parameter | None:
+    return nn.Parameter(torch.ones(config.width)) if config.layer_scale else None
+
+
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """A branch onto its input (B, N, D), scaled per channel (D) or not."""
+    return x + branch if scale is None else torch.addcmul(x, scale, branch)
 
 
 class ViT(nn.Module):
@@ -90,11 +102,12 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_px, config.patch_px)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         if config.registers:
             self.registers = nn.Parameter(torch.zeros(1, config.registers, config.width))
         if config.positions == "learned":
-            self.positions = nn.Parameter(torch.zeros(1, 1 + config.native_grid**2, config.width))
+            self.positions = nn.Parameter(torch.zeros(1, config.class_token + config.native_grid**2, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
@@ -128,7 +141,7 @@ class ViT(nn.Module):
         for index in range(max(blocks) + 1):
             x = self.blocks[index](x, rotary)
             if index in blocks:
-                patches = self.norm(x[:, 1 + self.config.registers :])  # B h*w D
+                patches = self.norm(x[:, self.config.prefix :])  # B h*w D
                 maps[index] = patches.unflatten(1, grid_hw).permute(0, 3, 1, 2)  # B D h w
         return [maps[index] for index in blocks]
 
@@ -139,7 +152,7 @@ class ViT(nn.Module):
             raise BrixelError(f"pixels are a {type(pixels).__name__}; expected a tensor (B, 3, H, W)")
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise BrixelError(f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W)")
-        ours = self.cls_token
+        ours = self.norm.weight
         cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         if pixels.device != ours.device or (pixels.dtype != ours.dtype and not cast):
             raise BrixelError(
@@ -156,22 +169,26 @@ class ViT(nn.Module):
     def _embed(self, pixels: Tensor, grid_hw: tuple[int, int]) -> Tensor:
         """Patches, positions, and the prefix tokens before them: (B, N, D)."""
         patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)  # B h*w D
-        prefix: Tensor = self.cls_token
-        if self.config.positions == "learned":
+        learned = self.config.positions == "learned"
+        if learned:
             patches = patches + self._learned_positions(grid_hw)
-            prefix = prefix + self.positions[:, :1]
+        prefix: list[Tensor] = []
+        if self.config.class_token:
+            prefix.append(self.cls_token + self.positions[:, :1] if learned else self.cls_token)
         if self.config.registers:
-            prefix = torch.cat([prefix, self.registers], dim=1)  # registers get no position
-        return torch.cat([prefix.expand(pixels.shape[0], -1, -1), patches], dim=1)
+            prefix.append(self.registers)  # they get no position
+        return torch.cat([*(each.expand(pixels.shape[0], -1, -1) for each in prefix), patches], dim=1)
 
     def _learned_positions(self, grid_hw: tuple[int, int]) -> Tensor:
         native = self.config.native_grid
-        positions = self.positions[:, 1:].float().transpose(1, 2).unflatten(2, (native, native))  # 1 D h0 w0
+        positions = self.positions[:, self.config.class_token :]  # 1 h0*w0 D
+        positions = positions.float().transpose(1, 2).unflatten(2, (native, native))  # 1 D h0 w0
         resized = interpolate_positions(
             positions,
             grid_hw,
             antialias=self.config.position_antialias,
             scale_offset=self.config.position_scale_offset,
+            mode=self.config.position_mode,
         )
         return resized.flatten(2).transpose(1, 2).to(self.positions.dtype)  # 1 h*w D
 
@@ -179,5 +196,5 @@ class ViT(nn.Module):
         config = self.config
         rounding = torch.bfloat16 if config.rope_rounding == "bfloat16" else torch.float32
         periods = rotary_periods(config.width // config.heads, config.rope_theta, rounding).to(tokens.device)
-        cosine, sine = rotary_table(grid_hw, periods, prefix=1 + config.registers)
+        cosine, sine = rotary_table(grid_hw, periods, prefix=config.prefix)
         return cosine.to(tokens.dtype), sine.to(tokens.dtype)

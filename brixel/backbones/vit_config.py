@@ -23,9 +23,11 @@ _RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     **dict.fromkeys(("width", "depth", "heads", "patch_px", "ffn_width", "native_grid"), _COUNT),
     "registers": ((int,), lambda value: value >= 0, "a whole number from 0 up"),
     **dict.fromkeys(("norm_eps", "rope_theta", "position_scale_offset"), _NUMBER),
-    **dict.fromkeys(("qkv_bias", "position_antialias"), _SWITCH),
+    **dict.fromkeys(("class_token", "layer_scale", "qkv_bias", "position_antialias"), _SWITCH),
     "ffn": _one_of("mlp", "swiglu"),
+    "gelu": _one_of("exact", "tanh"),
     "positions": _one_of("rotary", "learned"),
+    "position_mode": _one_of("bicubic", "bilinear"),
     "rope_rounding": _one_of("float32", "bfloat16"),
 }
 
@@ -34,7 +36,8 @@ _RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
 class ViTConfig:
     """Everything that distinguishes one ViT from another; plain JSON values only.
 
-    ``native_grid`` and the two ``position_*`` fields matter for learned positions, the two ``rope_*`` for rotary ones.
+    ``gelu`` is the MLP's: exact, or the approximation by tanh. ``native_grid`` and the three ``position_*`` fields
+    matter for learned positions, the two ``rope_*`` for rotary ones.
     ``mean`` and ``std`` are those of the pictures the weights were trained on, for RGB in [0, 1].
     """
 
@@ -53,6 +56,10 @@ class ViTConfig:
     native_grid: int = 37
     position_antialias: bool = False
     position_scale_offset: float = 0.0
+    position_mode: Literal["bicubic", "bilinear"] = "bicubic"
+    class_token: bool = True
+    layer_scale: bool = True
+    gelu: Literal["exact", "tanh"] = "exact"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
@@ -63,14 +70,21 @@ class ViTConfig:
             value = getattr(self, name)
             if type(value) not in kind or not allowed(value):
                 raise BrixelError(f"ViTConfig.{name} is {value!r}; expected {expected}")
-        if self.position_antialias and self.position_scale_offset:
-            raise BrixelError("ViTConfig: position_antialias goes with position_scale_offset=0 alone")
+        if self.position_scale_offset and (self.position_antialias or self.position_mode != "bicubic"):
+            raise BrixelError(
+                "ViTConfig: position_scale_offset goes with position_mode='bicubic' and position_antialias=False alone"
+            )
         multiple = 4 if self.positions == "rotary" else 1
         if self.width % (self.heads * multiple):
             raise BrixelError(
                 f"ViTConfig: width {self.width} does not divide into {self.heads} heads"
                 + (" of a multiple of four channels, as rotary positions need" if multiple > 1 else "")
             )
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the patches: class token and registers."""
+        return self.class_token + self.registers
 
 
 def _three_numbers(name: str, values: Iterable[float]) -> tuple[float, ...]:
