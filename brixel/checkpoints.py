@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from brixel.atomic import atomic_path
@@ -30,9 +30,13 @@ _FOLDER_NAMES = (
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def read_tensors(path: str | os.PathLike[str]) -> State:
+Needed = Callable[[str], bool]
+
+
+def read_tensors(path: str | os.PathLike[str], needed: Needed = lambda name: True) -> State:
     """All tensors of a weight file, or of a folder that holds one (single or sharded), on the CPU.
 
+    ``needed``: which of them, by name; of others the shape alone is read, and they come on the meta device.
     Raises FileNotFoundError where there is none, CheckpointError where it cannot be read as tensors.
     """
     source = Path(path)
@@ -40,7 +44,7 @@ def read_tensors(path: str | os.PathLike[str]) -> State:
         source = weight_file_in(source)
     if not source.is_file():
         raise FileNotFoundError(f"no weight file at {source}")
-    return _read_shards(source) if source.name.endswith(".index.json") else _read_file(source)
+    return _read_shards(source, needed) if source.name.endswith(".index.json") else _read_file(source, needed)
 
 
 def weight_file_in(folder: Path) -> Path:
@@ -55,22 +59,30 @@ def weight_file_in(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder}: expected model.safetensors or a single weight file; found {found}")
 
 
-def _read_file(path: Path) -> State:
+def _read_file(path: Path, needed: Needed) -> State:
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return _read_safetensors(path, needed)
     if path.suffix in PICKLED:
-        return _read_pickled(path)
+        # mapped from the file rather than in memory, but for the oldest format
+        content = _read_pickled(path)
+        return {name: tensor if needed(name) else tensor.to("meta") for name, tensor in content.items()}
     raise CheckpointError(f"{path}: expected a weight file: .safetensors, {', '.join(PICKLED)}, or a folder with one")
 
 
-def _read_safetensors(path: Path) -> State:
+def _read_safetensors(path: Path, needed: Needed) -> State:
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {
+                name: file.get_tensor(name)
+                if needed(name)
+                else torch.empty(file.get_slice(name).get_shape(), device="meta")
+                for name in file.keys()  # noqa: SIM118 (no mapping)
+            }
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
 
 
-def _read_shards(index: Path) -> State:
+def _read_shards(index: Path, needed: Needed) -> State:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -83,7 +95,7 @@ def _read_shards(index: Path) -> State:
         raise FileNotFoundError(f"{index.parent} lacks {len(absent)} of {len(names)} weight shards: {absent[0]}, ...")
     state: State = {}
     for name in names:
-        state.update(_read_file(index.parent / name))
+        state.update(_read_file(index.parent / name, needed))
     return state
 
 

@@ -21,19 +21,22 @@ State = dict[str, Tensor]
 class KeyMap:
     """One checkpoint format. ``{i}`` in a key stands for a block's index, on both sides.
 
-    ``marks`` are keys that only this format has, ``unmarked`` keys that it never has. ``tensors``: ours to theirs;
-    several of theirs are concatenated along the first axis. ``zeros``: theirs that a whole file may lack, read as
-    zeros. ``dropped``: theirs that are known and not needed (shell patterns). ``aliases``: spellings of theirs, as
-    (regular expression, replacement). ``prepare`` reworks values before renaming. ``options``: settings of the model
-    that files of this format were made for.
+    ``marks`` are keys that only this format has, ``unmarked`` keys that it never has, ``axes`` how many axes a tensor
+    of theirs has where that tells formats apart. ``tensors``: ours to theirs; several of theirs are concatenated along
+    the first axis. ``zeros``: theirs that a whole file may lack, read as zeros. ``dropped``: theirs that are known and
+    not needed (shell patterns); ``unread``: the same, left in the file. ``aliases``: spellings of theirs, as (regular
+    expression, replacement). ``prepare`` reworks values before renaming. ``options``: settings of the model that files
+    of this format were made for.
     """
 
     name: str
     tensors: Mapping[str, tuple[str, ...]]
     marks: tuple[str, ...] = ()
     unmarked: tuple[str, ...] = ()
+    axes: Mapping[str, int] = field(default_factory=dict)
     zeros: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     prepare: Callable[[State], State] | None = None
     options: Mapping[str, object] = field(default_factory=dict)
@@ -45,10 +48,19 @@ class KeyMap:
             state = {key if new != key and new in state else new: state[key] for key, new in spelt.items()}
         return state
 
+    def prepared(self, state: State) -> State:
+        """The state under this format's own names, its values as the table takes them."""
+        state = self.canonical(state)
+        return state if self.prepare is None else self.prepare(state)
+
     def matches(self, state: State) -> bool:
         """Whether the keys are those of this format."""
-        keys = self.canonical(state).keys()
-        return all(mark in keys for mark in self.marks) and not any(mark in keys for mark in self.unmarked)
+        state = self.canonical(state)
+        return (
+            all(mark in state for mark in self.marks)
+            and not any(mark in state for mark in self.unmarked)
+            and all(key in state and state[key].ndim == axes for key, axes in self.axes.items())
+        )
 
 
 def rename(state: State, key_map: KeyMap, shapes: Mapping[str, tuple[int, ...]], *, what: str) -> State:
@@ -56,15 +68,16 @@ def rename(state: State, key_map: KeyMap, shapes: Mapping[str, tuple[int, ...]],
 
     ``what`` opens that error: "FILE does not fit MODEL".
     """
-    state = key_map.canonical(state)
-    if key_map.prepare is not None:
-        state = key_map.prepare(state)
+    state = key_map.prepared(state)
     ours: State = {}
     used: set[str] = set()
     missing: list[str] = []
     misshaped: list[str] = []
     for key, shape in shapes.items():
         sources = _sources(key, key_map)
+        if not sources:
+            missing.append(f"{key} (never in this layout)")
+            continue
         used.update(sources)
         pieces = [_piece(source, state, key_map, len(sources), shape) for source in sources]
         missing += [source for source, piece in zip(sources, pieces, strict=True) if piece is None]
@@ -77,7 +90,8 @@ def rename(state: State, key_map: KeyMap, shapes: Mapping[str, tuple[int, ...]],
             misshaped.append(f"{' + '.join(sources)} {came}, model has {tuple(shape)}")
             continue
         ours[key] = tensor
-    unknown = [key for key in state if key not in used and not any(fnmatchcase(key, each) for each in key_map.dropped)]
+    left = (*key_map.dropped, *key_map.unread)
+    unknown = [key for key in state if key not in used and not any(fnmatchcase(key, each) for each in left)]
     complain(what, missing=missing, misshaped=misshaped, unknown=unknown)
     return ours
 
@@ -95,13 +109,14 @@ def _sample(keys: list[str], most: int = 4) -> str:
 
 
 def _sources(key: str, key_map: KeyMap) -> tuple[str, ...]:
-    """Their keys for one of ours."""
+    """Their keys for one of ours; none where the format has nothing of the kind."""
     if key in key_map.tensors:
         return key_map.tensors[key]
     index = re.search(r"(?<=\.)\d+(?=\.)", key)
-    assert index is not None, f"{key_map.name} has no entry for {key}"
+    if index is None:
+        return ()
     template = f"{key[: index.start()]}{{i}}{key[index.end() :]}"
-    return tuple(source.replace("{i}", index[0]) for source in key_map.tensors[template])
+    return tuple(source.replace("{i}", index[0]) for source in key_map.tensors.get(template, ()))
 
 
 def _piece(source: str, state: State, key_map: KeyMap, parts: int, shape: tuple[int, ...]) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, ViTConfig
+from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, SIGLIP_MEAN, SIGLIP_STD, ViTConfig
 from brixel.errors import BrixelError, did_you_mean
 
 # of the satellite pictures that the sat493m weights were trained on
@@ -18,13 +18,17 @@ SATELLITE_STD = (0.213, 0.156, 0.143)
 
 @dataclass(frozen=True)
 class KnownBackbone:
-    """One published backbone. ``huggingface`` and ``timm`` are repositories on the Hub; ``licence`` is the Hub's id."""
+    """One published backbone. ``huggingface`` and ``timm`` are repositories on the Hub; ``licence`` is the Hub's id.
+
+    ``vocabulary``: the number of words that the text tower beside it knows, where there is one.
+    """
 
     name: str
     vit: ViTConfig
     licence: str
     huggingface: str
     timm: str
+    vocabulary: int | None = None
 
 
 def _dinov3(
@@ -98,6 +102,60 @@ _DINOV2_SIZES: tuple[tuple[str, str, int, int, int, Literal["mlp", "swiglu"], in
     ("l", "large", 1024, 24, 16, "mlp", 4096),
     ("g", "giant", 1536, 40, 24, "swiglu", 4096),
 )
+_SIGLIP_SIZES = {  # width, depth, heads, feed-forward
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+    "giant-opt": (1536, 40, 16, 6144),
+}
+
+
+def _siglip(size: str, patch_px: int, side: str, *, version: str = "", timm: str, vocabulary: int) -> KnownBackbone:
+    """``side``: of the pictures it was trained on, in pixels and what may follow in the name, or "naflex": of any."""
+    width, depth, heads, ffn_width = _SIGLIP_SIZES[size]
+    naflex = side == "naflex"
+    vit = ViTConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch_px=patch_px,
+        ffn="mlp",
+        ffn_width=ffn_width,
+        positions="learned",
+        norm_eps=1e-6,
+        native_grid=16 if naflex else int(side.split("-")[0]) // patch_px,
+        position_antialias=naflex,
+        position_mode="bilinear" if naflex else "bicubic",
+        class_token=False,
+        layer_scale=False,
+        gelu="tanh",
+        mean=SIGLIP_MEAN,
+        std=SIGLIP_STD,
+    )
+    return KnownBackbone(
+        f"siglip{version}-{size}-p{patch_px}-{side}",
+        vit,
+        "apache-2.0",
+        f"google/siglip{version}-{size}-patch{patch_px}-{side}",
+        f"timm/{timm}",
+        vocabulary,
+    )
+
+
+def _siglip1(size: str, patch_px: int, side: str) -> KnownBackbone:
+    pixels, _, languages = side.partition("-")
+    timm = f"vit_{size}_patch{patch_px}_siglip_{pixels}.webli" + ("_i18n" if languages else "")
+    return _siglip(size, patch_px, side, timm=timm, vocabulary=250_000 if languages else 32_000)
+
+
+def _siglip2(size: str, patch_px: int, side: str) -> KnownBackbone:
+    pixels = "378" if (patch_px, side) == (14, "384") else side  # timm's name for what 27 patches cover
+    timm = f"vit_{size.replace('-', '')}_patch{patch_px}_siglip_{pixels}.v2_webli"
+    if side == "naflex":
+        timm = f"naflexvit_{size}_patch{patch_px}_siglip.v2_webli"
+    return _siglip(size, patch_px, side, version="2", timm=timm, vocabulary=256_000)
+
+
 _ROWS = (
     _dinov3("vits16", "small", 384, 12, 6, "mlp", 1536),
     _dinov3("vits16plus", "small_plus", 384, 12, 6, "swiglu", 1536),
@@ -108,6 +166,16 @@ _ROWS = (
     _dinov3("vitl16", "large", 1024, 24, 16, "mlp", 4096, satellite=True),
     _dinov3("vit7b16", "7b", 4096, 40, 32, "swiglu", 8192, satellite=True),
     *(_dinov2(*size, registers=registers) for size in _DINOV2_SIZES for registers in (0, 4)),
+    *(_siglip2("base", 16, side) for side in ("224", "256", "384", "512", "naflex")),
+    _siglip2("base", 32, "256"),
+    *(_siglip2("large", 16, side) for side in ("256", "384", "512")),
+    *(_siglip2("so400m", 14, side) for side in ("224", "384")),
+    *(_siglip2("so400m", 16, side) for side in ("256", "384", "512", "naflex")),
+    *(_siglip2("giant-opt", 16, side) for side in ("256", "384")),
+    *(_siglip1("base", 16, side) for side in ("224", "256", "384", "512", "256-multilingual")),
+    *(_siglip1("large", 16, side) for side in ("256", "384")),
+    *(_siglip1("so400m", 14, side) for side in ("224", "384")),
+    _siglip1("so400m", 16, "256-i18n"),
 )
 KNOWN_BACKBONES: Mapping[str, KnownBackbone] = MappingProxyType({row.name: row for row in _ROWS})
 

@@ -504,14 +504,20 @@ def test_an_unknown_layout(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_what_tells_its_size(tmp_path: Path) -> None:
     state = meta_state("dinov2")
-    del state["cls_token"]
-    with pytest.raises(CheckpointError, match="lacks 'cls_token'; fetch the file again"):
+    del state["patch_embed.proj.weight"]
+    with pytest.raises(CheckpointError, match="lacks 'patch_embed.proj.weight'; fetch the file again"):
         load_backbone(as_pth(state, tmp_path))
+
+
+def test_an_architecture_with_parts_that_the_layout_never_has(tmp_path: Path) -> None:
+    path = as_pth(v3_huggingface(meta_state("dinov3")), tmp_path)
+    with pytest.raises(CheckpointError, match=r"does not fit dinov2: 1 missing: positions \(never in this layout\); 1 "):
+        load_backbone(path, architecture="dinov2")
 
 
 @pytest.mark.parametrize(
     ("name", "key", "shape"),
-    [("dinov2", "cls_token", (1, W)), ("dinov3-gated", "blocks.0.mlp.w1.weight", (F,))],
+    [("dinov2", "patch_embed.proj.weight", (W, 3)), ("dinov3-gated", "blocks.0.mlp.w1.weight", (F,))],
 )
 def test_tensors_of_other_dimensions(name: str, key: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     state = meta_state(name) | {key: torch.ones(shape)}
@@ -589,7 +595,7 @@ def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
     [
         ("{not json", "config.json is not JSON"),
         ("[1]", "config.json holds list; expected a JSON object"),
-        ('{"model_type": "siglip"}', "model_type 'siglip'; we read dinov3_vit, dinov2, dinov2_with_registers"),
+        ('{"model_type": "clip"}', "model_type 'clip'; we read dinov3_vit, dinov2, dinov2_with_registers, siglip"),
         ('{"model_type": "dinov2"}', "config.json lacks 'hidden_size' of a dinov2 model"),
         (
             '{"model_type": "dinov2", "hidden_size": null, "use_swiglu_ffn": false, "mlp_ratio": 4}',

@@ -77,7 +77,7 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Read:
     """`load_backbone` of a state on meta; keyword ``path`` names a folder with settings."""
 
     def load(state: dict[str, Tensor], path: Path = tmp_path / "file.pth", **options: Any) -> LoadedBackbone:
-        monkeypatch.setattr(loading, "read_tensors", lambda _: state)
+        monkeypatch.setattr(loading, "read_tensors", lambda _, needed: state)
         monkeypatch.setattr(loading, "fit", fit_on_meta)
         return load_backbone(path, **options)
 

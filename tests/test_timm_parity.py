@@ -23,7 +23,7 @@ from brixel.backbones.vit_config import ViTConfig
 from brixel.model_table import KnownBackbone
 
 GOLDEN = Path(__file__).parent / "golden"
-NAMES = ("dinov3_swiglu_qkvb", "dinov2", "dinov2_reg4")
+NAMES = ("dinov3_swiglu_qkvb", "dinov2", "dinov2_reg4", "siglip", "siglip_naflex")
 GRIDS = {"native": (5, 5), "wide": (3, 8)}
 
 
@@ -60,15 +60,22 @@ def test_every_block_as_timm_computes_it(name: str, tmp_path: Path, monkeypatch:
     assert_same_maps(loaded.vit, io)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov2_reg4"])
-def test_the_golden_tells_the_position_rules_apart(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        *((name, {"position_antialias": True}, {"position_antialias": False}) for name in NAMES[1:]),
+        ("siglip_naflex", {"position_mode": "bilinear"}, {"position_mode": "bicubic"}),
+    ],
+)
+def test_the_golden_tells_the_position_rules_apart(
+    name: str, right: dict[str, Any], wrong: dict[str, Any], tmp_path: Path
+) -> None:
     weights, io, dims = read_golden(name)
     save_file(weights, tmp_path / "model.safetensors")
-    plain = ViTConfig(**dims)  # as Hugging Face and Meta have it without registers: not antialiased
-    wrong = load_backbone(tmp_path, architecture=plain).vit.block_maps(io["wide.input"], [1])[0]
-    assert (wrong - io["wide.block1"]).abs().max() > 0.01
-    right = dataclasses.replace(plain, position_antialias=True)
-    assert_same_maps(load_backbone(tmp_path, architecture=right).vit, io)
+    other = ViTConfig(**{**dims, **wrong})
+    maps = load_backbone(tmp_path, architecture=other).vit.block_maps(io["wide.input"], [1])[0]
+    assert (maps - io["wide.block1"]).abs().max() > 0.01
+    assert_same_maps(load_backbone(tmp_path, architecture=dataclasses.replace(other, **right)).vit, io)
 
 
 def test_the_biases_matter(tmp_path: Path) -> None:

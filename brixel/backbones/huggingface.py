@@ -1,10 +1,11 @@
 """Reading the `config.json` and `preprocessor_config.json` beside a Hugging Face or timm checkpoint."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from brixel.backbones.vit_config import ViTConfig
+from brixel.backbones.vit_config import SIGLIP_MEAN, SIGLIP_STD, ViTConfig
 from brixel.errors import BrixelError, CheckpointError
 
 
@@ -27,7 +28,11 @@ def vit_config(folder: Path) -> ViTConfig | None:
     kind = config.get("model_type")
     if kind is None:
         return None
-    readers = {"dinov3_vit": _dinov3, "dinov2": _dinov2, "dinov2_with_registers": _dinov2}
+    readers = {
+        "dinov3_vit": _dinov3,
+        **dict.fromkeys(("dinov2", "dinov2_with_registers"), _dinov2),
+        **dict.fromkeys(("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"), _siglip),
+    }
     if kind not in readers:
         raise CheckpointError(f"{folder / 'config.json'}: model_type {kind!r}; we read {', '.join(readers)}")
     try:
@@ -45,6 +50,12 @@ def normalisation(folder: Path) -> dict[str, tuple[float, float, float]]:
     mean = stated.get("image_mean", timm.get("mean"))
     std = stated.get("image_std", timm.get("std"))
     return {"mean": tuple(mean), "std": tuple(std)} if mean and std else {}
+
+
+def timm_tag(folder: Path) -> str | None:
+    """Which weights of its architecture a timm folder's `config.json` says these are, such as "lvd1689m"."""
+    tag = (read_json(folder / "config.json").get("pretrained_cfg") or {}).get("tag")
+    return tag if isinstance(tag, str) else None
 
 
 def _dinov3(config: dict[str, Any]) -> ViTConfig:
@@ -93,4 +104,42 @@ def _dinov2(config: dict[str, Any]) -> ViTConfig:
         registers=config.get("num_register_tokens", 0),
         qkv_bias=config["qkv_bias"],
         native_grid=config["image_size"] // config["patch_size"],
+    )
+
+
+# what transformers takes where a configuration leaves a field out, as the published ones do
+_SIGLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "patch_size": 16,
+    "image_size": 224,
+    "num_patches": 256,
+    "layer_norm_eps": 1e-6,
+}
+
+
+def _siglip(config: dict[str, Any]) -> ViTConfig:
+    """Of both towers or of the vision tower; `siglip2` is NaFlex alone, SigLIP 2 of one resolution is `siglip`."""
+    vision = {**_SIGLIP_DEFAULTS, **config.get("vision_config", config)}
+    naflex = config["model_type"].startswith("siglip2")
+    _check_activation(vision, "gelu_pytorch_tanh")
+    return ViTConfig(
+        width=vision["hidden_size"],
+        depth=vision["num_hidden_layers"],
+        heads=vision["num_attention_heads"],
+        patch_px=vision["patch_size"],
+        ffn="mlp",
+        ffn_width=vision["intermediate_size"],
+        positions="learned",
+        norm_eps=vision["layer_norm_eps"],
+        native_grid=math.isqrt(vision["num_patches"]) if naflex else vision["image_size"] // vision["patch_size"],
+        position_antialias=naflex,
+        position_mode="bilinear" if naflex else "bicubic",
+        class_token=False,
+        layer_scale=False,
+        gelu="tanh",
+        mean=SIGLIP_MEAN,
+        std=SIGLIP_STD,
     )

@@ -1,6 +1,8 @@
-"""The checkpoint formats of DINOv3 and DINOv2: Meta's own, Hugging Face's, timm's. Facts: `docs/backbones.md`."""
+"""The checkpoint formats of DINOv3, DINOv2 and SigLIP: Meta's, Hugging Face's, timm's. Facts: `docs/backbones.md`."""
 
+import math
 from dataclasses import replace
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -42,22 +44,47 @@ def prepend_class_position(state: State) -> State:
     return {**state, "pos_embed": torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)}
 
 
+def unfold_naflex(state: State) -> State:
+    """Positions as (1, h*w, D), from (h*w, D) or (1, h, w, D); a patch embedding of two axes as a convolution."""
+    parts = dict(state)
+    for key in ("embeddings.position_embedding.weight", "embeds.pos_embed"):
+        if key in parts:
+            table = parts[key]
+            square = table.ndim == 4 and table.shape[1] == table.shape[2]
+            parts[key] = table.flatten(1, 2) if square else table[None]
+    for key in ("embeddings.patch_embedding.weight", "embeds.proj.weight"):
+        if key in parts and parts[key].ndim == 2:
+            parts[key] = _as_convolution(parts[key])
+    return parts
+
+
+def _as_convolution(weight: Tensor) -> Tensor:
+    """A linear layer on flattened patches, (D, p*p*3) in the order y, x, colour, as (D, 3, p, p), if it is one."""
+    side = math.isqrt(weight.shape[1] // 3)
+    if 3 * side * side != weight.shape[1]:
+        return weight
+    return weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+
+
 # The parts that Meta's layouts and timm's share.
-_OUTER = {
-    "cls_token": ("cls_token",),
+_EMBEDDING = {
     "positions": ("pos_embed",),
     **_pairs("patch_embed", "patch_embed.proj"),
     **_pairs("norm", "norm"),
 }
-_BLOCK = {
+_OUTER = {"cls_token": ("cls_token",), **_EMBEDDING}
+_PLAIN_BLOCK = {
     **_pairs("blocks.{i}.norm1", "blocks.{i}.norm1"),
     **_pairs("blocks.{i}.norm2", "blocks.{i}.norm2"),
     **_pairs("blocks.{i}.attention.qkv", "blocks.{i}.attn.qkv"),
     **_pairs("blocks.{i}.attention.out", "blocks.{i}.attn.proj"),
-    "blocks.{i}.scale1": ("blocks.{i}.ls1.gamma",),
-    "blocks.{i}.scale2": ("blocks.{i}.ls2.gamma",),
     **_pairs("blocks.{i}.ffn.up", "blocks.{i}.mlp.fc1"),
     **_pairs("blocks.{i}.ffn.down", "blocks.{i}.mlp.fc2"),
+}
+_BLOCK = {
+    **_PLAIN_BLOCK,
+    "blocks.{i}.scale1": ("blocks.{i}.ls1.gamma",),
+    "blocks.{i}.scale2": ("blocks.{i}.ls2.gamma",),
 }
 _GATED_DOWN = (r"\.mlp\.w3\.", ".mlp.fc2.")  # the gated feed-forward's name for its last layer
 
@@ -195,6 +222,58 @@ DINOV2_TIMM = KeyMap(
     options={"position_antialias": True, "position_scale_offset": 0.0},
 )
 
+# the text tower's table of words, in files of both towers; the maps below leave it unread
+VOCABULARY = "text_model.embeddings.token_embedding.weight"
+_NAFLEX_POSITIONS = {"position_antialias": True, "position_scale_offset": 0.0, "position_mode": "bilinear"}
+
+SIGLIP_HUGGINGFACE = KeyMap(
+    name="SigLIP in Hugging Face's layout",
+    marks=("embeddings.position_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+    unmarked=("embeddings.class_embedding",),  # CLIP's
+    axes={"embeddings.patch_embedding.weight": 4},
+    tensors={
+        "positions": ("embeddings.position_embedding.weight",),
+        **_pairs("patch_embed", "embeddings.patch_embedding"),
+        **_pairs("norm", "post_layernorm"),
+        **_pairs("blocks.{i}.norm1", "encoder.layers.{i}.layer_norm1"),
+        **_pairs("blocks.{i}.norm2", "encoder.layers.{i}.layer_norm2"),
+        **_joined("blocks.{i}.attention.qkv", *(f"encoder.layers.{{i}}.self_attn.{each}_proj" for each in "qkv")),
+        **_pairs("blocks.{i}.attention.out", "encoder.layers.{i}.self_attn.out_proj"),
+        **_pairs("blocks.{i}.ffn.up", "encoder.layers.{i}.mlp.fc1"),
+        **_pairs("blocks.{i}.ffn.down", "encoder.layers.{i}.mlp.fc2"),
+    },
+    unread=(
+        *("text_model.*", "logit_scale", "logit_bias"),
+        *("head.probe", "head.attention.*", "head.layernorm.*", "head.mlp.*"),
+    ),
+    aliases=((r"^vision_model\.", ""),),
+    prepare=unfold_naflex,
+    options={"position_antialias": False, "position_scale_offset": 0.0, "position_mode": "bicubic"},
+)
+SIGLIP_NAFLEX_HUGGINGFACE = replace(
+    SIGLIP_HUGGINGFACE,
+    name="SigLIP 2 NaFlex in Hugging Face's layout",
+    axes={"embeddings.patch_embedding.weight": 2},
+    options=_NAFLEX_POSITIONS,
+)
+
+SIGLIP_TIMM = KeyMap(
+    name="SigLIP in timm's layout",
+    marks=("attn_pool.latent", "pos_embed", "patch_embed.proj.weight"),
+    unmarked=("cls_token", "blocks.0.ls1.gamma"),
+    tensors={**_EMBEDDING, **_PLAIN_BLOCK},
+    unread=("attn_pool.*",),
+    options={"position_antialias": True, "position_scale_offset": 0.0, "position_mode": "bicubic"},
+)
+SIGLIP_NAFLEX_TIMM = replace(
+    SIGLIP_TIMM,
+    name="SigLIP 2 NaFlex in timm's layout",
+    marks=("attn_pool.latent", "embeds.pos_embed", "embeds.proj.weight"),
+    tensors={**SIGLIP_TIMM.tensors, "positions": ("embeds.pos_embed",), **_pairs("patch_embed", "embeds.proj")},
+    prepare=unfold_naflex,
+    options=_NAFLEX_POSITIONS,
+)
+
 KEY_MAPS = (
     DINOV3_META,
     DINOV3_HUGGINGFACE,
@@ -204,9 +283,19 @@ KEY_MAPS = (
     DINOV2_HUGGINGFACE,
     DINOV2_HUGGINGFACE_REGISTERS,
     DINOV2_TIMM,
+    SIGLIP_HUGGINGFACE,
+    SIGLIP_NAFLEX_HUGGINGFACE,
+    SIGLIP_TIMM,
+    SIGLIP_NAFLEX_TIMM,
 )
 # what wrappers (DataParallel, a trainer, a bigger model) put before every key
 _PREFIXES = ("module.", "backbone.", "model.")
+
+
+def needed(name: str) -> bool:
+    """Whether a tensor of this name must be read: no format leaves it in the file, whatever stands before the name."""
+    left = (pattern for key_map in KEY_MAPS for pattern in key_map.unread)
+    return not any(fnmatchcase(name, each) or fnmatchcase(name, f"*.{each}") for each in left)
 
 
 def without_prefix(state: State) -> State:

@@ -1,14 +1,15 @@
 """A backbone from what a user has on disk: a folder in Hugging Face or timm layout, or a weight file of any layout."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from brixel.backbones.huggingface import normalisation, vit_config
-from brixel.backbones.key_maps import recognise, without_prefix
+from brixel.backbones.huggingface import normalisation, timm_tag, vit_config
+from brixel.backbones.key_maps import VOCABULARY, needed, recognise, without_prefix
 from brixel.backbones.positions import rotary_periods
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
@@ -40,7 +41,7 @@ def load_backbone(
     of :class:`ViTConfig`, over what the file's family implies.
     Raises CheckpointError where the file fits no architecture, or not the one that was given.
     """
-    state = without_prefix(read_tensors(path))
+    state = without_prefix(read_tensors(path, needed))
     key_map = recognise(state, str(path))
     state = key_map.canonical(state)
     config, name = _architecture(path, state, key_map, architecture)
@@ -75,9 +76,10 @@ def _architecture(
         return row.vit, row.name
     fields = {name: value for name, value in dataclasses.asdict(described).items() if name not in ("mean", "std")}
     rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**fields, **stated})]
-    if len(rows) > 1:
-        raise _ambiguous(path, rows)
-    return (rows[0].vit, rows[0].name) if rows else (_with_fields(described, stated), None)
+    if not rows:
+        return _with_fields(described, stated), None
+    row = _told_apart(path, state, rows)
+    return row.vit, row.name
 
 
 def _file_fields(
@@ -120,23 +122,31 @@ def _with_fields(config: ViTConfig, fields: Mapping[str, object]) -> ViTConfig:
 def _by_shapes(path: Path, state: State, key_map: KeyMap, stated: Mapping[str, object]) -> KnownBackbone:
     """The known backbone whose tensors have these shapes; the stated normalisation decides between twins."""
     try:
-        signature = _signature(state, key_map)
+        signature = _signature(key_map.prepared(state), key_map)
     except KeyError as error:
         raise CheckpointError(f"{path} ({key_map.name}) lacks {error}; fetch the file again") from error
     except (IndexError, ValueError) as error:
         raise CheckpointError(f"{path} ({key_map.name}) has tensors of unexpected dimensions ({error})") from error
     rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**signature, **stated})]
+    if not rows:
+        told = ", ".join(f"{name} {value}" for name, value in signature.items())
+        raise CheckpointError(f"{path} ({key_map.name}) fits no known architecture ({told}); give it as a ViTConfig")
+    return _told_apart(path, state, rows)
+
+
+def _told_apart(path: Path, state: State, rows: list[KnownBackbone]) -> KnownBackbone:
+    """The only one, or that of several which timm's tag, or the words that a text tower knows, speak for."""
     if len(rows) == 1:
         return rows[0]
-    told = ", ".join(f"{name} {value}" for name, value in signature.items())
-    if not rows:
-        raise CheckpointError(f"{path} ({key_map.name}) fits no known architecture ({told}); give it as a ViTConfig")
-    raise _ambiguous(path, rows)
-
-
-def _ambiguous(path: Path, rows: list[KnownBackbone]) -> CheckpointError:
+    tag = timm_tag(path) if path.is_dir() else None
+    words = len(state[VOCABULARY]) if VOCABULARY in state else None
+    told = [row for row in rows if (tag and row.timm.endswith(f".{tag}")) or (words and row.vocabulary == words)]
+    if len(told) == 1:
+        return told[0]
     names = " or ".join(repr(row.name) for row in rows)
-    return CheckpointError(f"{path} may be {names}, which differ in normalisation: say which, as its architecture")
+    alike = len({(row.vit.mean, row.vit.std) for row in rows}) == 1
+    difference = "their weights alone" if alike else "normalisation"
+    raise CheckpointError(f"{path} may be {names}, which differ in {difference}: say which, as its architecture")
 
 
 def _matches(config: ViTConfig, wanted: Mapping[str, object]) -> bool:
@@ -147,7 +157,7 @@ def _signature(state: State, key_map: KeyMap) -> dict[str, object]:
     """What the shapes of a checkpoint tell of its architecture. Raises KeyError with what is missing."""
 
     def shapes(ours: str) -> list[tuple[int, ...]]:
-        names = [name.replace("{i}", "0") for name in key_map.tensors[ours]]
+        names = [name.replace("{i}", "0") for name in key_map.tensors.get(ours, ())]
         return [tuple(state[name].shape) for name in names if name in state]
 
     def shape(ours: str) -> tuple[int, ...]:
@@ -162,9 +172,19 @@ def _signature(state: State, key_map: KeyMap) -> dict[str, object]:
     depth = 0
     while block.replace("{i}", str(depth)) in state:
         depth += 1
+    class_token = "cls_token" in key_map.tensors
+    positions: dict[str, object] = {"positions": "rotary"}
+    if shapes("positions"):
+        positions = {
+            "positions": "learned",
+            "position_mode": key_map.options.get("position_mode", "bicubic"),
+            "native_grid": math.isqrt(shape("positions")[1] - class_token),
+        }
     return {
-        "positions": "learned" if "positions" in key_map.tensors and shapes("positions") else "rotary",
-        "width": shape("cls_token")[2],
+        **positions,
+        "class_token": class_token,
+        "layer_scale": "blocks.{i}.scale1" in key_map.tensors,
+        "width": shape("norm.weight")[0],
         "depth": depth,
         "patch_px": shape("patch_embed.weight")[3],
         "registers": sum(each[1] for each in shapes("registers")),

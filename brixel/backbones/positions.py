@@ -49,7 +49,7 @@ def interpolate_positions(
     """
     if not scale_offset:
         return F.interpolate(positions, grid_hw, mode=mode, antialias=antialias, align_corners=False)
-    assert not antialias and mode == "bicubic", "no checkpoint was made with an offset and either"
+    assert (antialias, mode) == (False, "bicubic"), "no checkpoint was made with an offset and another rule"
     # torch's own takes the scale as a number, and a comparison of sizes is a branch: either fixes an exported graph
     native_hw = (positions.shape[2], positions.shape[3])
     counts = [torch.full((), cells, dtype=torch.float64) for cells in grid_hw]

@@ -9,6 +9,7 @@ from brixel.errors import BrixelError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
 def _one_of(*choices: str) -> tuple[tuple[type, ...], Callable[[Any], bool], str]:
