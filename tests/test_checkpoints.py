@@ -511,7 +511,9 @@ def test_a_checkpoint_without_what_tells_its_size(tmp_path: Path) -> None:
 
 def test_an_architecture_with_parts_that_the_layout_never_has(tmp_path: Path) -> None:
     path = as_pth(v3_huggingface(meta_state("dinov3")), tmp_path)
-    with pytest.raises(CheckpointError, match=r"does not fit dinov2: 1 missing: positions \(never in this layout\); 1 "):
+    with pytest.raises(
+        CheckpointError, match=r"does not fit dinov2: 1 missing: positions \(never in this layout\); 1 "
+    ):
         load_backbone(path, architecture="dinov2")
 
 

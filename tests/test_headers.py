@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from brixel.backbones import loading
 from brixel.backbones.huggingface import vit_config
+from brixel.backbones.key_maps import VOCABULARY, needed
 from brixel.backbones.loading import LoadedBackbone, load_backbone
 from brixel.errors import CheckpointError
 from brixel.model_table import IMAGENET_MEAN, IMAGENET_STD, KNOWN_BACKBONES, SATELLITE_MEAN, SATELLITE_STD
@@ -26,7 +27,7 @@ CHECKPOINTS = {
     for file in FILES
     for name, entry in json.loads((HEADERS / f"{file}.json").read_text())["checkpoints"].items()
 }
-# the parameters of the models as published by Meta, buffers not counted
+# the parameters of the models as published, buffers not counted; SigLIP's with its pooling head
 PUBLISHED = {
     "dinov3-vits16": 21_601_152,
     "dinov3-vits16plus": 28_697_472,
@@ -34,6 +35,11 @@ PUBLISHED = {
     "dinov3-vitl16": 303_154_176,
     "dinov3-vith16plus": 840_633_600,
     "dinov3-vit7b16": 6_716_043_264,
+}
+PUBLISHED_SIGLIP = {
+    "siglip2-base-p16-naflex": 92_930_304,
+    "siglip2-so400m-p14-384": 428_225_600,
+    "siglip2-giant-opt-p16-256": 1_163_168_256,
 }
 # one checkpoint of each file, and a key of its last block in that file's spelling
 SAMPLES = {
@@ -43,6 +49,8 @@ SAMPLES = {
     "dinov3-huggingface:dinov3-vith16plus": "layer.31.attention.q_proj.weight",
     "dinov3-meta:dinov3-vit7b16": "blocks.39.mlp.w2.weight",
     "dinov3-timm:dinov3-vitb16-qkvb": "blocks.11.attn.v_bias",
+    "siglip-huggingface:siglip2-giant-opt-p16-384": "encoder.layers.39.self_attn.q_proj.weight",
+    "siglip-timm:siglip2-so400m-p16-naflex": "blocks.26.mlp.fc2.weight",
 }
 Read = Callable[..., LoadedBackbone]
 
@@ -53,6 +61,11 @@ def architecture_of(checkpoint: str) -> str:
 
 def has_twin(architecture: str) -> bool:
     return "vitl16" in architecture or "vit7b16" in architecture
+
+
+def is_told_by_its_shapes(checkpoint: str) -> bool:
+    """timm's files have no text tower, whose vocabulary would tell SigLIP 2 of this size from SigLIP."""
+    return not has_twin(architecture_of(checkpoint)) and checkpoint != "siglip-timm:siglip2-so400m-p14-384"
 
 
 def on_meta(checkpoint: str) -> dict[str, Tensor]:
@@ -95,11 +108,11 @@ def test_nothing_is_missing_or_left_over(checkpoint: str, read: Read) -> None:
     """
     entry, name, state = CHECKPOINTS[checkpoint], architecture_of(checkpoint), on_meta(checkpoint)
     assert sum(each.numel() for each in state.values()) == entry["parameters"]
-    loaded = read(state, architecture=name if has_twin(name) else None)
+    loaded = read(state, architecture=None if is_told_by_its_shapes(checkpoint) else name)
     assert loaded.architecture == name
     assert len(loaded.vit.blocks) == entry["depth"]
     unused = ("mask_token", "rope_embed.periods", "bias_mask", "local_cls_norm.weight", "local_cls_norm.bias")
-    dropped = sum(each.numel() for key, each in state.items() if key.endswith(unused))
+    dropped = sum(each.numel() for key, each in state.items() if key.endswith(unused) or not needed(key))
     ours = sum(each.numel() for each in loaded.vit.parameters())
     assert ours == entry["parameters"] - dropped + left_out(checkpoint, entry["depth"])
 
@@ -110,7 +123,7 @@ def left_out(checkpoint: str, depth: int) -> int:
     width = KNOWN_BACKBONES[architecture_of(checkpoint)].vit.width
     if layout == "dinov2-timm":
         return width if "reg4" in name else 0  # the class token's position
-    if layout in ("dinov2-meta", "dinov2-huggingface", "dinov3-meta") or "7b" in name:
+    if layout in ("dinov2-meta", "dinov2-huggingface", "dinov3-meta") or "7b" in name or "siglip" in name:
         return 0
     return depth * width * (1 if layout == "dinov3-huggingface" or "qkvb" in name else 3)  # k, or q and k and v
 
@@ -121,6 +134,19 @@ def test_published_parameter_count(name: str, read: Read) -> None:
     norm_of_training = 2 * vit.width if name == "dinov3-vit7b16" else 0
     mask_token = vit.width
     assert sum(each.numel() for each in vit.parameters()) + mask_token + norm_of_training == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIGLIP)
+def test_published_parameter_count_of_siglip(name: str, read: Read) -> None:
+    state = on_meta(f"siglip-timm:{name}")
+    pooling = sum(each.numel() for key, each in state.items() if key.startswith("attn_pool."))
+    vit = read(state, architecture=name).vit
+    assert sum(each.numel() for each in vit.parameters()) + pooling == PUBLISHED_SIGLIP[name]
+
+
+def test_both_towers_are_as_large_as_their_published_file() -> None:
+    numbers = CHECKPOINTS["siglip-huggingface:siglip2-so400m-p14-384"]["parameters"]
+    assert round(4 * numbers / 1e9, 2) == 4.54
 
 
 # ---- the architecture from the shapes ----
@@ -148,6 +174,62 @@ def test_stated_normalisation_tells_twins_apart(checkpoint: str, read: Read, tmp
     assert (loaded.vit.config.mean, loaded.vit.config.std) == (mean, std)
 
 
+SIGLIP = {name: row for name, row in KNOWN_BACKBONES.items() if name.startswith("siglip")}
+
+
+def like_siglip(name: str, layout: str) -> dict[str, Tensor]:
+    """The state of any SigLIP in the table: that of one of its width, with its own patches, positions and words."""
+    row = SIGLIP[name]
+    model = next(
+        each
+        for each in CHECKPOINTS
+        if each.startswith(f"siglip-{layout}:")
+        and ("naflex" in each) == ("naflex" in name)
+        and SIGLIP[architecture_of(each)].vit.width == row.vit.width
+    )
+    state = on_meta(model)
+    for key, tensor in state.items():
+        if key.endswith("position_embedding.weight") and "text" not in key:
+            state[key] = tensor.new_empty(row.vit.native_grid**2, row.vit.width)
+        elif key == "pos_embed":
+            state[key] = tensor.new_empty(1, row.vit.native_grid**2, row.vit.width)
+        elif key.endswith(("patch_embed.proj.weight", "patch_embedding.weight")) and tensor.ndim == 4:
+            state[key] = tensor.new_empty(row.vit.width, 3, row.vit.patch_px, row.vit.patch_px)
+        elif key == VOCABULARY:
+            state[key] = tensor.new_empty(row.vocabulary, tensor.shape[1])
+    return state
+
+
+@pytest.mark.parametrize("name", SIGLIP)
+def test_siglip_of_both_towers_is_told_by_shapes_and_vocabulary(name: str, read: Read) -> None:
+    loaded = read(like_siglip(name, "huggingface"))
+    assert loaded.architecture == name
+    assert loaded.vit.config == SIGLIP[name].vit
+
+
+@pytest.mark.parametrize("name", SIGLIP)
+def test_siglip_in_timms_folders_is_told_by_their_tag(name: str, read: Read, tmp_path: Path) -> None:
+    architecture, _, tag = SIGLIP[name].timm.removeprefix("timm/").partition(".")
+    stated = {"tag": tag, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "pretrained_cfg": stated}))
+    loaded = read(like_siglip(name, "timm"), tmp_path)
+    assert loaded.architecture == name
+    assert loaded.vit.config.position_antialias
+    assert loaded.vit.config.mean == loaded.vit.config.std == (0.5, 0.5, 0.5)
+
+
+def test_siglip_that_nothing_tells_apart_is_not_guessed(read: Read) -> None:
+    names = "'siglip2-base-p16-256' or 'siglip-base-p16-256' or 'siglip-base-p16-256-multilingual'"
+    with pytest.raises(CheckpointError, match=f"may be {names}, which differ in their weights alone: say which, as"):
+        read(like_siglip("siglip2-base-p16-256", "timm"))
+
+
+def test_a_vocabulary_of_nobody_is_not_guessed(read: Read) -> None:
+    state = like_siglip("siglip2-base-p16-224", "huggingface") | {VOCABULARY: torch.empty(7, 768, device="meta")}
+    with pytest.raises(CheckpointError, match="may be 'siglip2-base-p16-224' or 'siglip-base-p16-224', which differ"):
+        read(state)
+
+
 def test_shapes_of_no_known_model(read: Read) -> None:
     state = on_meta("dinov3-meta:dinov3-vits16")
     shallower = {key: each for key, each in state.items() if not key.startswith("blocks.11.")}
@@ -167,11 +249,16 @@ def test_shapes_of_no_known_model(read: Read) -> None:
         ("dinov2-huggingface:dinov2-vits14-reg4", True, 0.0),
         ("dinov2-timm:dinov2-vits14", True, 0.0),
         ("dinov2-timm:dinov2-vits14-reg4", True, 0.0),
+        ("siglip-huggingface:siglip2-base-p32-256", False, 0.0),
+        ("siglip-huggingface:siglip2-base-p16-naflex", True, 0.0),
+        ("siglip-timm:siglip2-base-p32-256", True, 0.0),
+        ("siglip-timm:siglip2-base-p16-naflex", True, 0.0),
     ],
 )
 def test_position_rule_of_each_layout(checkpoint: str, antialias: bool, offset: float, read: Read) -> None:
     config = read(on_meta(checkpoint)).vit.config
     assert (config.position_antialias, config.position_scale_offset) == (antialias, offset)
+    assert config.position_mode == ("bilinear" if "naflex" in checkpoint else "bicubic")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +307,38 @@ def published_dinov2(width: int, depth: int, heads: int, gated: bool, registers:
         "layer_norm_eps": 1e-06,
         **({"num_register_tokens": registers} if registers else {}),
     }
+
+
+def published_siglip(size: dict[str, int], **vision: int) -> dict[str, Any]:
+    """`config.json` of both towers; what is left out is the class's default. NaFlex has no image size."""
+    kind = "siglip" if "image_size" in vision else "siglip2"
+    towers = {tower: {"model_type": f"{kind}_{tower}_model", **size} for tower in ("text", "vision")}
+    text = {"vocab_size": 256_000, **towers["text"]}
+    return {"model_type": kind, "text_config": text, "vision_config": {**towers["vision"], **vision}}
+
+
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("siglip2-base-p16-512", published_siglip({}, image_size=512)),
+        ("siglip2-base-p32-256", published_siglip({}, image_size=256, patch_size=32)),
+        ("siglip2-base-p16-naflex", published_siglip({}, num_patches=256, patch_size=16)),
+        ("siglip2-so400m-p14-384", published_siglip(SO400M, image_size=384, patch_size=14)),
+        ("siglip2-so400m-p16-naflex", published_siglip(SO400M, num_patches=256)),
+    ],
+)
+def test_published_siglip_configuration_is_the_tables(
+    name: str, content: dict[str, Any], read: Read, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert vit_config(tmp_path) == SIGLIP[name].vit
+    loaded = read(like_siglip(name, "huggingface"), tmp_path)
+    assert (loaded.architecture, loaded.vit.config) == (name, SIGLIP[name].vit)
+    (tmp_path / "config.json").write_text(json.dumps(content["vision_config"]))  # as the tower alone is saved
+    assert vit_config(tmp_path) == SIGLIP[name].vit
 
 
 @pytest.mark.parametrize(
