@@ -28,8 +28,6 @@ _FOLDER_NAMES = (
 )
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
 Needed = Callable[[str], bool]
 
 
@@ -72,14 +70,12 @@ def _read_file(path: Path, needed: Needed) -> State:
 def _read_safetensors(path: Path, needed: Needed) -> State:
     try:
         with safe_open(path, framework="pt") as file:
-            return {
-                name: file.get_tensor(name)
-                if needed(name)
-                else torch.empty(file.get_slice(name).get_shape(), device="meta")
-                for name in file.keys()  # noqa: SIM118 (no mapping)
-            }
+            names = file.keys()
+            unread = {name: file.get_slice(name).get_shape() for name in names if not needed(name)}
+            read = {name: file.get_tensor(name) for name in names if name not in unread}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+    return read | {name: torch.empty(shape, device="meta") for name, shape in unread.items()}
 
 
 def _read_shards(index: Path, needed: Needed) -> State:

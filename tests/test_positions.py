@@ -158,19 +158,21 @@ def test_offset_rule_is_the_call_of_the_first_release(grid_hw: tuple[int, int]) 
 
 @pytest.mark.parametrize("grid_hw", [(3, 7), (16, 16), (1, 1), (50, 41)])
 @pytest.mark.parametrize("antialias", [False, True])
-def test_size_rule_is_torchs_resize(grid_hw: tuple[int, int], antialias: bool) -> None:
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_size_rule_is_torchs_resize(grid_hw: tuple[int, int], antialias: bool, mode: str) -> None:
     positions = random_positions(37)
-    reference = F.interpolate(positions, size=grid_hw, mode="bicubic", antialias=antialias)
-    found = interpolate_positions(positions, grid_hw, antialias=antialias, scale_offset=0.0)
+    reference = F.interpolate(positions, size=grid_hw, mode=mode, antialias=antialias)
+    found = interpolate_positions(positions, grid_hw, antialias=antialias, scale_offset=0.0, mode=mode)
     torch.testing.assert_close(found, reference, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("grid_hw", [(3, 7), (16, 16), (50, 41)])
-def test_antialiased_rule_is_pillows_resize(grid_hw: tuple[int, int]) -> None:
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_antialiased_rule_is_pillows_resize(grid_hw: tuple[int, int], mode: str) -> None:
     positions = random_positions(37, width=2)
-    found = interpolate_positions(positions, grid_hw, antialias=True, scale_offset=0.0)
+    found = interpolate_positions(positions, grid_hw, antialias=True, scale_offset=0.0, mode=mode)
     for channel, resized in zip(positions[0], found[0], strict=True):
-        picture = Image.fromarray(channel.numpy()).resize((grid_hw[1], grid_hw[0]), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(channel.numpy()).resize((grid_hw[1], grid_hw[0]), Image.Resampling[mode.upper()])
         np.testing.assert_allclose(resized.numpy(), np.asarray(picture), rtol=0, atol=5e-5)  # as above
 
 
@@ -178,3 +180,10 @@ def test_antialiased_rule_is_pillows_resize(grid_hw: tuple[int, int]) -> None:
 def test_native_grid_is_untouched(antialias: bool, offset: float) -> None:
     positions = random_positions(5)
     assert torch.equal(interpolate_positions(positions, (5, 5), antialias=antialias, scale_offset=offset), positions)
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_native_grid_is_untouched_by_the_bilinear_rule(antialias: bool) -> None:
+    positions = random_positions(5)
+    found = interpolate_positions(positions, (5, 5), antialias=antialias, scale_offset=0.0, mode="bilinear")
+    assert torch.equal(found, positions)

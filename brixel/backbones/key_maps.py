@@ -44,14 +44,14 @@ def prepend_class_position(state: State) -> State:
     return {**state, "pos_embed": torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)}
 
 
-def unfold_naflex(state: State) -> State:
+def unfold_tables(state: State) -> State:
     """Positions as (1, h*w, D), from (h*w, D) or (1, h, w, D); a patch embedding of two axes as a convolution."""
     parts = dict(state)
     for key in ("embeddings.position_embedding.weight", "embeds.pos_embed"):
         if key in parts:
             table = parts[key]
             square = table.ndim == 4 and table.shape[1] == table.shape[2]
-            parts[key] = table.flatten(1, 2) if square else table[None]
+            parts[key] = table.flatten(1, 2) if square else table[None] if table.ndim == 2 else table
     for key in ("embeddings.patch_embedding.weight", "embeds.proj.weight"):
         if key in parts and parts[key].ndim == 2:
             parts[key] = _as_convolution(parts[key])
@@ -247,7 +247,7 @@ SIGLIP_HUGGINGFACE = KeyMap(
         *("head.probe", "head.attention.*", "head.layernorm.*", "head.mlp.*"),
     ),
     aliases=((r"^vision_model\.", ""),),
-    prepare=unfold_naflex,
+    prepare=unfold_tables,
     options={"position_antialias": False, "position_scale_offset": 0.0, "position_mode": "bicubic"},
 )
 SIGLIP_NAFLEX_HUGGINGFACE = replace(
@@ -270,7 +270,7 @@ SIGLIP_NAFLEX_TIMM = replace(
     name="SigLIP 2 NaFlex in timm's layout",
     marks=("attn_pool.latent", "embeds.pos_embed", "embeds.proj.weight"),
     tensors={**SIGLIP_TIMM.tensors, "positions": ("embeds.pos_embed",), **_pairs("patch_embed", "embeds.proj")},
-    prepare=unfold_naflex,
+    prepare=unfold_tables,
     options=_NAFLEX_POSITIONS,
 )
 
