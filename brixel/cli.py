@@ -75,7 +75,7 @@ def _add_using(commands: Any) -> None:
     _add_short_side(one)
 
     one = _command(commands, "info", _info, "what a model is made of")
-    one.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained wrote")
+    one.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained wrote, or brixel-tiny")
 
 
 def _add_making(commands: Any) -> None:
@@ -130,7 +130,7 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="a folder that save_pretrained wrote")
+    parser.add_argument("--model", type=Path, help="a folder that save_pretrained wrote; default: brixel-tiny")
     parser.add_argument("--backbone", type=Path, help=f"without --model: {_BACKBONE_HELP}, with a fresh adapter")
     parser.add_argument("--architecture", help=_ARCHITECTURE_HELP)
     _add_device_options(parser)
@@ -182,7 +182,9 @@ def _load(options: argparse.Namespace) -> BrixelFeatures:
             raise BrixelError("--architecture goes with --backbone alone; a model folder says what its backbone is")
         return BrixelFeatures.from_pretrained(options.model, backbone=options.backbone, **where)
     if options.backbone is None:
-        raise BrixelError("give --model FOLDER, or --backbone FOLDER for a backbone with a fresh adapter")
+        if options.architecture is not None:
+            raise BrixelError("--architecture goes with --backbone; without it the model is the bundled brixel-tiny")
+        return BrixelFeatures.from_pretrained(**where)
     model = BrixelFeatures.from_backbone(options.backbone, architecture=options.architecture, **where)
     print("brixel: no --model: a fresh adapter, so the dense map is the backbone's own, upsampled", file=sys.stderr)
     return model

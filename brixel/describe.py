@@ -8,8 +8,10 @@ from brixel.checkpoints import shapes_of
 from brixel.config import read_config
 from brixel.features import ADAPTER, BACKBONE, CONFIG
 from brixel.model_table import KNOWN_BACKBONES
-from brixel.sources import locate
+from brixel.sources import BUNDLED, locate
 from brixel.student import UPSCALE, new_trainable
+
+_LICENCES = {BUNDLED: "apache-2.0"}  # of backbones that are not in the table, as they are published nowhere else
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -22,7 +24,7 @@ def describe(folder: Path) -> dict[str, str]:
         "backbone": backbone.title,
         "its weights": _whereabouts(folder, backbone.source),
         "published as": f"{known.huggingface}, {known.timm}" if known else "-",
-        "licence": known.licence if known else "-",
+        "licence": known.licence if known else _LICENCES.get(backbone.title, "-"),
         "width, depth, heads": f"{vit.width}, {vit.depth}, {vit.heads}",
         "patch": f"{vit.patch_px} px; a cell of the dense map: {vit.patch_px / UPSCALE:g} px",
         "mean, deviation": f"{vit.mean}, {vit.std}",

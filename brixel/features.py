@@ -23,7 +23,7 @@ from brixel.geometry import Geometry, plan_geometry
 from brixel.images import ImageInput, load_image, preprocess
 from brixel.model_table import KNOWN_BACKBONES
 from brixel.release import read_release
-from brixel.sources import locate
+from brixel.sources import BUNDLED, locate
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
 
 PathLike = str | os.PathLike[str]
@@ -49,7 +49,7 @@ class BrixelFeatures(Student):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: PathLike,
+        name_or_path: PathLike = BUNDLED,
         *,
         backbone: PathLike | None = None,
         device: str | torch.device = "auto",
@@ -59,8 +59,10 @@ class BrixelFeatures(Student):
         cache_dir: PathLike | None = None,
         local_files_only: bool = False,
     ) -> "BrixelFeatures":
-        """Load a folder that :meth:`save_pretrained` wrote.
+        """Load a folder that :meth:`save_pretrained` wrote, or the model that comes with the package.
 
+        ``name_or_path``: a folder; "brixel-tiny", also where nothing is given, is the small model inside the package
+        (5 M parameters, Apache-2.0, no download; `docs/brixel-tiny.md` tells what it is good for and what not).
         ``backbone``: where its backbone lies, if the folder does not hold it and it is no longer where it was.
         ``device``: "auto" takes CUDA, then MPS, then the CPU. ``dtype``: "auto" is bfloat16 on CUDA devices that
         compute in it, else float32. ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` concern downloads,

@@ -1,8 +1,8 @@
 """One picture to a dense feature map, and its three main directions as colours.
 
-    python examples/quickstart.py docs/scene.jpg dinov2-small
+    python examples/quickstart.py docs/scene.jpg [dinov2-small]
 
-The second argument is a folder: a model's (written by save_pretrained), or a backbone's in Hugging Face layout.
+With the model that comes with the package, or with a folder: a model's (written by save_pretrained), or a backbone's.
 """
 
 import sys
@@ -13,13 +13,15 @@ from PIL import Image
 from brixel import BrixelFeatures
 
 
-def load(folder: str) -> BrixelFeatures:
+def load(folder: str | None = None) -> BrixelFeatures:
+    if folder is None:
+        return BrixelFeatures.from_pretrained()
     if (Path(folder) / "adapter.safetensors").exists():
         return BrixelFeatures.from_pretrained(folder)
     return BrixelFeatures.from_backbone(folder)  # with a fresh adapter
 
 
-def main(picture: str, folder: str, output: str = "features.safetensors") -> None:
+def main(picture: str, folder: str | None = None, output: str = "features.safetensors") -> None:
     model = load(folder)
     feature_map = model.extract(picture)  # a FeatureMap: (D, Hf, Wf) and where its cells lie on the picture
     print(feature_map)

@@ -1,6 +1,6 @@
-"""Click a pixel, see what is like it (red): `python examples/similarity.py docs/scene.jpg dinov2-small [ROW COLUMN]`.
+"""Click a pixel, see what is like it (red): `python examples/similarity.py docs/scene.jpg [ROW COLUMN [FOLDER]]`.
 
-With a pixel on the command line there is no window; the picture is written to heat.png.
+With a pixel on the command line there is no window; the picture is written to heat.png. FOLDER as in quickstart.py.
 """
 
 import sys
@@ -10,7 +10,8 @@ from PIL import Image
 from quickstart import load
 
 
-def main(path: str, folder: str, *pixel: str) -> None:
+def main(path: str, *pixel_and_folder: str) -> None:
+    pixel, folder = pixel_and_folder[:2], dict(enumerate(pixel_and_folder)).get(2)
     picture = Image.open(path).convert("RGB")
     feature_map = load(folder).extract(picture)
 

@@ -117,7 +117,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("show", "PICTURE"), "give --model FOLDER, or --backbone FOLDER"),
+        (("show", "PICTURE", "--architecture", "dinov2-vits14"), "--architecture goes with --backbone"),
         (("show", "PICTURE", "--model", "nowhere"), "no model at 'nowhere'"),
         (("show", "missing.png", "--model", "MODEL"), "missing.png"),
         (("show", "http://example.org/a.png", "--model", "MODEL"), "a URL must be downloaded first"),

@@ -24,9 +24,15 @@ def test_quickstart(backbone_folder, picture, tmp_path):
 
 
 def test_similarity_without_a_window(backbone_folder, picture, tmp_path):
-    run("similarity.py", picture, backbone_folder, 30, 40, cwd=tmp_path)
+    run("similarity.py", picture, 30, 40, backbone_folder, cwd=tmp_path)
     with Image.open(tmp_path / "heat.png") as made:
         assert made.size == (90, 60)
+
+
+def test_without_a_folder_they_take_the_bundled_model(picture, tmp_path):
+    assert "FeatureMap((192, 64, 96)" in run("quickstart.py", picture, cwd=tmp_path)
+    run("similarity.py", picture, 30, 40, cwd=tmp_path)
+    assert (tmp_path / "heat.png").exists()
 
 
 def test_the_drawn_scene(tmp_path):

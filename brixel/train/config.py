@@ -50,7 +50,7 @@ class TrainConfig:
     max_zoom: float = 1.5
     flip: bool = True
     small: Literal["upsample", "skip"] = "upsample"
-    fit: int = 4096
+    fit: int = 2048
     cache: int = 0
     cache_dir: str | None = None
     optimizer: Literal["adamw", "adam"] = "adamw"

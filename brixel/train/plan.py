@@ -49,7 +49,7 @@ def _plan(run: Run, config: TrainConfig, world: World) -> dict[str, str]:
     fit_s = 0.0 if config.cache else teacher_s * fitted
     all_s = config.steps * (step_s + live_s) + fit_s + config.cache * teacher_s
     peak = peak_bytes(world.device)
-    trained = sum(each.numel() for each in run.module.parameters())
+    trained = sum(each.numel() for each in run.module.parameters() if each.requires_grad)
     return {
         "pictures": f"{len(dataset)} to train on, {min(validated, config.val_pictures)} to validate with",
         "crops": f"{run.teacher_px} px for the teacher, {run.teacher_px // 4} px for the student",
