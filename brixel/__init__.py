@@ -8,7 +8,7 @@
 from importlib.metadata import version
 
 from brixel.backbones.vit_config import ViTConfig
-from brixel.errors import BrixelError, CheckpointError, ImageError
+from brixel.errors import BrixelError, CheckpointError, DownloadError, ImageError
 from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
 from brixel.pca import PcaBasis
@@ -18,6 +18,7 @@ __all__ = [
     "BrixelError",
     "BrixelFeatures",
     "CheckpointError",
+    "DownloadError",
     "FeatureMap",
     "ImageError",
     "PcaBasis",

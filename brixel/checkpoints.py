@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from brixel.atomic import atomic_path
-from brixel.errors import CheckpointError
+from brixel.errors import CheckpointError, DamagedFileError
 from brixel.key_map import State, complain
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 # names that a folder's weights go by, in order of preference
-_FOLDER_NAMES = (
+WEIGHT_NAMES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
@@ -47,7 +47,7 @@ def read_tensors(path: str | os.PathLike[str], needed: Needed = lambda name: Tru
 
 def weight_file_in(folder: Path) -> Path:
     """The weight file (or index of shards) of a folder in Hugging Face layout, or the only weight file in it."""
-    for name in _FOLDER_NAMES:
+    for name in WEIGHT_NAMES:
         if (folder / name).is_file():
             return folder / name
     files = sorted(each for each in folder.iterdir() if each.suffix in (".safetensors", *PICKLED))
@@ -74,18 +74,24 @@ def _read_safetensors(path: Path, needed: Needed) -> State:
             unread = {name: file.get_slice(name).get_shape() for name in names if not needed(name)}
             read = {name: file.get_tensor(name) for name in names if name not in unread}
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
+        raise DamagedFileError(f"{path} is damaged or no safetensors file ({error}); fetch it again") from error
     return read | {name: torch.empty(shape, device="meta") for name, shape in unread.items()}
 
 
-def _read_shards(index: Path, needed: Needed) -> State:
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, all of its own folder; CheckpointError where one is not."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of weight shards ({error!r})") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        raise DamagedFileError(f"{index} is no index of weight shards ({error!r})") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name or name == ".."]
     if outside:
         raise CheckpointError(f"{index} names a shard outside its own folder: {outside[0]!r}")
+    return sorted(names)
+
+
+def _read_shards(index: Path, needed: Needed) -> State:
+    names = shard_names(index)
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{index.parent} lacks {len(absent)} of {len(names)} weight shards: {absent[0]}, ...")
@@ -105,7 +111,7 @@ def _read_pickled(path: Path) -> State:
     except MemoryError:
         raise
     except Exception as error:  # damage surfaces as any of a dozen kinds: IndexError, struct.error, BadZipFile, ...
-        raise CheckpointError(f"{path} is damaged or no PyTorch weight file ({error})") from error
+        raise DamagedFileError(f"{path} is damaged or no PyTorch weight file ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a dict of tensors by name")
     for nested in ("teacher", "state_dict", "model"):

@@ -75,7 +75,7 @@ def _add_using(commands: Any) -> None:
     _add_short_side(one)
 
     one = _command(commands, "info", _info, "what a model is made of")
-    one.add_argument("model", type=Path, metavar="MODEL", help="a folder that save_pretrained wrote, or brixel-tiny")
+    one.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
 
 
 def _add_making(commands: Any) -> None:
@@ -84,7 +84,7 @@ def _add_making(commands: Any) -> None:
     one.add_argument("--blocks", type=_blocks, help="four blocks from 0, as 3,6,9,11; default: by depth")
     one.add_argument("--include-backbone", action="store_true", help="also write the backbone's weights")
     one.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    one.add_argument("--backbone", type=Path, required=True, help=_BACKBONE_HELP)
+    one.add_argument("--backbone", required=True, help=_BACKBONE_HELP)
     one.add_argument("--architecture", help=_ARCHITECTURE_HELP)
     one.add_argument("--short-side", type=_positive, default=256, help="pixels that it was trained on; default: 256")
     one.add_argument("--dtype", default="float32", help="of the weights that are written; default: %(default)s")
@@ -113,7 +113,8 @@ def _add_making(commands: Any) -> None:
 
 
 _REPORT_HELP = "also write the report (Markdown) here"
-_BACKBONE_HELP = "a folder in Hugging Face or timm layout, or a weight file"
+_MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] of one on the Hub, or brixel-tiny"
+_BACKBONE_HELP = "a folder in Hugging Face or timm layout, ORG/NAME[@REVISION] of one on the Hub, or a weight file"
 _ARCHITECTURE_HELP = "what the backbone is, such as dinov3-vits16, where its files leave it open"
 
 
@@ -130,8 +131,8 @@ def _add_device_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="a folder that save_pretrained wrote; default: brixel-tiny")
-    parser.add_argument("--backbone", type=Path, help=f"without --model: {_BACKBONE_HELP}, with a fresh adapter")
+    parser.add_argument("--model", help=f"{_MODEL_HELP}; default: brixel-tiny")
+    parser.add_argument("--backbone", help=f"without --model: {_BACKBONE_HELP}, with a fresh adapter")
     parser.add_argument("--architecture", help=_ARCHITECTURE_HELP)
     _add_device_options(parser)
 

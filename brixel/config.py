@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from brixel.atomic import atomic_path
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
-from brixel.errors import BrixelError, CheckpointError, did_you_mean
+from brixel.errors import BrixelError, CheckpointError, DamagedFileError, did_you_mean
 from brixel.student import AdapterConfig
 
 FORMAT_VERSION = 1
@@ -26,15 +27,19 @@ class BackboneConfig:
     """Which backbone an adapter belongs to.
 
     ``architecture``: its name in the table of models, or None for one of the user's own; ``vit``: all of it.
-    ``source``: where it was loaded from. ``fingerprint``: some of its weights, to tell it from others of its size.
+    ``sources``: where it can be had, in order of preference, each a path on disk or ORG/NAME or ORG/NAME@REVISION on
+    the Hub. ``fingerprint``: some of its weights, to tell it from others of its size.
     """
 
     architecture: str | None
-    source: str
+    sources: tuple[str, ...]
     vit: ViTConfig
     fingerprint: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if isinstance(self.sources, str) or not all(isinstance(each, str) and each for each in self.sources):
+            raise BrixelError(f"sources is {self.sources!r}; expected a list of paths and names of repositories")
+        object.__setattr__(self, "sources", tuple(self.sources))
         if not all(type(value) in (int, float) and math.isfinite(value) for value in self.fingerprint):
             raise BrixelError("fingerprint holds something else than finite numbers")
         object.__setattr__(self, "fingerprint", tuple(self.fingerprint))
@@ -50,16 +55,25 @@ class BackboneConfig:
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=_FINGERPRINT_TOLERANCE, atol=1e-5):
             raise CheckpointError(
                 f"the backbone at {where} has the shape of {self.title} but other weights than the adapter was made "
-                f"for, which came from {self.source}"
+                f"for, which came from {', '.join(self.sources) or 'nowhere'}"
             )
 
 
 @dataclass(frozen=True)
 class BrixelConfig:
-    """All that a saved folder says of its model beside the weights."""
+    """All that a saved folder says of its model beside the weights.
+
+    ``commits``: of the repositories on the Hub whose files it was made of, by name; to trace results, not to load by.
+    """
 
     backbone: BackboneConfig
     adapter: AdapterConfig
+    commits: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        texts = [*self.commits, *self.commits.values()] if isinstance(self.commits, Mapping) else [None]
+        if not all(isinstance(each, str) for each in texts):
+            raise BrixelError(f"commits is {self.commits!r}; expected commits by name of repository")
 
 
 def fingerprint(vit: ViT) -> tuple[float, ...]:
@@ -88,7 +102,7 @@ def read_config(path: Path) -> BrixelConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error})") from error
+        raise DamagedFileError(f"{path} is not JSON ({error})") from error
     version = content.pop("format_version", None) if isinstance(content, dict) else None
     if type(version) is not int:
         raise CheckpointError(f"{path} is no brixel model's: it lacks format_version; for a backbone use from_backbone")
@@ -96,9 +110,13 @@ def read_config(path: Path) -> BrixelConfig:
         raise CheckpointError(f"{path} has format {version}, newer than {FORMAT_VERSION}, which we read: update brixel")
     try:
         backbone = dict(content.pop("backbone"))
+        if "source" in backbone:  # as it was written before there could be several
+            backbone["sources"] = (backbone.pop("source"),)
         vit = _section(ViTConfig, backbone.pop("vit"))
         config = BrixelConfig(
-            _section(BackboneConfig, {**backbone, "vit": vit}), _section(AdapterConfig, content.pop("adapter"))
+            _section(BackboneConfig, {**backbone, "vit": vit}),
+            _section(AdapterConfig, content.pop("adapter")),
+            content.pop("commits", {}),
         )
     except (KeyError, TypeError, BrixelError) as error:
         raise CheckpointError(f"{path} does not describe a model: {error}") from error

@@ -1,34 +1,36 @@
 """What a saved model is made of, told from its `config.json` alone: no weights are read."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from brixel.backbones.vit import ViT
 from brixel.checkpoints import shapes_of
 from brixel.config import read_config
-from brixel.features import ADAPTER, BACKBONE, CONFIG
+from brixel.features import ADAPTER, BACKBONE, CONFIG, PathLike
+from brixel.hub import parse_repository
 from brixel.model_table import KNOWN_BACKBONES
-from brixel.sources import BUNDLED, locate
+from brixel.sources import BUNDLED, Place, locate
 from brixel.student import UPSCALE, new_trainable
 
 _LICENCES = {BUNDLED: "apache-2.0"}  # of backbones that are not in the table, as they are published nowhere else
 
 
-def describe(folder: Path) -> dict[str, str]:
+def describe(name_or_path: PathLike) -> dict[str, str]:
     """Facts by name, for people. Raises as :meth:`brixel.BrixelFeatures.from_pretrained` does for a wrong folder."""
-    folder = locate(folder, what="model")
-    config = read_config(folder / CONFIG)
+    place = locate(name_or_path, what="model")
+    config = read_config(place.need(CONFIG))
     backbone, adapter, vit = config.backbone, config.adapter, config.backbone.vit
     known = KNOWN_BACKBONES.get(backbone.architecture or "")
     rows = {
         "backbone": backbone.title,
-        "its weights": _whereabouts(folder, backbone.source),
+        "its weights": _whereabouts(place, backbone.sources),
         "published as": f"{known.huggingface}, {known.timm}" if known else "-",
         "licence": known.licence if known else _LICENCES.get(backbone.title, "-"),
         "width, depth, heads": f"{vit.width}, {vit.depth}, {vit.heads}",
         "patch": f"{vit.patch_px} px; a cell of the dense map: {vit.patch_px / UPSCALE:g} px",
         "mean, deviation": f"{vit.mean}, {vit.std}",
-        "adapter": str(folder / ADAPTER) if (folder / ADAPTER).is_file() else f"missing: {folder / ADAPTER}",
+        "adapter": _where(place, ADAPTER) or f"missing: {place.path / ADAPTER}",
         "blocks": ", ".join(map(str, adapter.blocks)),
         "short side": f"{adapter.short_side_px} px",
         "starts from": "a blend of four maps" if adapter.blend else "the last map",
@@ -38,10 +40,22 @@ def describe(folder: Path) -> dict[str, str]:
     return rows | {"numbers": f"backbone {_millions(own)}, adapter and head {_millions(trained)}"}
 
 
-def _whereabouts(folder: Path, source: str) -> str:
-    if (folder / BACKBONE).is_file():
-        return str(folder / BACKBONE)
-    return source if Path(source).exists() else f"missing: they were at {source}"
+def _where(place: Place, file: str) -> str | None:
+    """Where a model's file is, without fetching it."""
+    if place.snapshot is None:
+        found = place.find(file)
+        return None if found is None else str(found)
+    return f"{file} of {place.source}, commit {place.snapshot.commit}" if place.snapshot.holds(file) else None
+
+
+def _whereabouts(place: Place, sources: Sequence[str]) -> str:
+    """Where the backbone's weights are: with the model, or the sources that a path or a repository can still be."""
+    own = _where(place, BACKBONE)
+    if own is not None:
+        return own
+    local = [] if place.snapshot else [each for each in sources if Path(each).exists()]
+    usable = [each for each in sources if each in local or parse_repository(each)]
+    return ", else ".join(usable) if usable else f"missing: they were at {', '.join(sources)}"
 
 
 def _millions(shapes: dict[str, tuple[int, ...]]) -> str:

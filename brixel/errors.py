@@ -16,6 +16,14 @@ class CheckpointError(BrixelError):
     """A weight file, a configuration or a folder of either that does not fit."""
 
 
+class DamagedFileError(CheckpointError):
+    """A weight file or a configuration that cannot be read at all, as one that was cut off."""
+
+
+class DownloadError(BrixelError):
+    """What cannot be had from the Hub: gated, missing, out of reach, damaged. Its cause is the client's own error."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause to append to "unknown ...": the nearest known name, or all of them where none is near."""
     names = sorted(known)

@@ -1,5 +1,6 @@
 """The public class: a backbone and its adapter from files, pictures in, feature maps out."""
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from brixel.backbones.huggingface import vit_config
 from brixel.backbones.loading import LoadedBackbone, load_backbone
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
@@ -17,13 +19,14 @@ from brixel.checkpoints import fit, read_tensors, shapes_of, write_tensors
 from brixel.config import BackboneConfig, BrixelConfig, fingerprint, read_config, write_config
 from brixel.devices import choose_device, choose_dtype, dtype_name
 from brixel.engine import run_batches
-from brixel.errors import BrixelError, CheckpointError
+from brixel.errors import BrixelError
 from brixel.feature_map import FeatureMap
 from brixel.geometry import Geometry, plan_geometry
+from brixel.hub import Access
 from brixel.images import ImageInput, load_image, preprocess
 from brixel.model_table import KNOWN_BACKBONES
 from brixel.release import read_release
-from brixel.sources import BUNDLED, locate
+from brixel.sources import BUNDLED, Place, locate, locate_first, repositories_in
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
 
 PathLike = str | os.PathLike[str]
@@ -59,25 +62,33 @@ class BrixelFeatures(Student):
         cache_dir: PathLike | None = None,
         local_files_only: bool = False,
     ) -> "BrixelFeatures":
-        """Load a folder that :meth:`save_pretrained` wrote, or the model that comes with the package.
+        """Load a model that :meth:`save_pretrained` wrote, or the one that comes with the package.
 
-        ``name_or_path``: a folder; "brixel-tiny", also where nothing is given, is the small model inside the package
+        ``name_or_path``: a folder, or a repository on the Hub as a string, "ORG/NAME" or "ORG/NAME@REVISION";
+        "brixel-tiny", also where nothing is given, is the small model inside the package
         (5 M parameters, Apache-2.0, no download; `docs/brixel-tiny.md` tells what it is good for and what not).
-        ``backbone``: where its backbone lies, if the folder does not hold it and it is no longer where it was.
+        ``backbone``: its backbone, as in :meth:`from_backbone`, if it is not where the model's config says.
         ``device``: "auto" takes CUDA, then MPS, then the CPU. ``dtype``: "auto" is bfloat16 on CUDA devices that
-        compute in it, else float32. ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` concern downloads,
-        which this version does not do: a local folder needs none of them.
-        Raises BrixelError where there is no such folder, CheckpointError where files in it do not fit.
+        compute in it, else float32. Of downloads: ``revision`` of the model is a branch, tag or commit, of which the
+        last needs no request once it is cached; ``token`` is another than that of `hf auth login`; ``cache_dir`` is the
+        client's cache; ``local_files_only`` takes files from there alone.
+        Raises BrixelError where there is no such folder, DownloadError where something cannot be had from the Hub,
+        CheckpointError where files do not fit.
         """
-        folder = locate(name_or_path, what="model")
-        config = read_config(folder / CONFIG)
+        access = _access(token, cache_dir, local_files_only)
+        place = locate(name_or_path, what="model", revision=revision, access=access)
+        config = read_config(place.need(CONFIG))
+        path = place.need(ADAPTER)
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
-        vit = _backbone_of(folder, config.backbone, backbone, dtype)
-        what = f"{folder / ADAPTER} does not fit an adapter for {config.backbone.title}"
-        trainable = fit(
-            lambda: new_trainable(vit.width, config.adapter), read_tensors(folder / ADAPTER), dtype, what=what
-        )
+        vit, commits = _backbone_of(place, config, backbone, dtype, access)
+        what = f"{path} does not fit an adapter for {config.backbone.title}"
+        with place.reading():
+            trainable = fit(lambda: new_trainable(vit.width, config.adapter), read_tensors(path), dtype, what=what)
+        config = dataclasses.replace(config, commits={**commits, **place.commits})
+        if place.snapshot:  # paths of another machine would be followed once the model is saved on this one
+            own = dataclasses.replace(config.backbone, sources=repositories_in(config.backbone.sources))
+            config = dataclasses.replace(config, backbone=own)
         return cls(vit, trainable, config).to(device)
 
     @classmethod
@@ -90,11 +101,16 @@ class BrixelFeatures(Student):
         short_side_px: int | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        local_files_only: bool = False,
         **vit_fields: object,
     ) -> "BrixelFeatures":
-        """A backbone from disk with a fresh adapter, which starts as the identity: the backbone's map, upsampled.
+        """A backbone with a fresh adapter, which starts as the identity: the backbone's map, upsampled.
 
-        ``name_or_path``: a folder in Hugging Face or timm layout, or a weight file (Meta's `.pth`, safetensors).
+        ``name_or_path``: a folder in Hugging Face or timm layout, or ORG/NAME of a repository of either on the Hub, or
+        a weight file (Meta's `.pth`, safetensors). ``revision`` to ``local_files_only``: as in :meth:`from_pretrained`.
         ``architecture``: a name such as "dinov3-vits16" or a :class:`ViTConfig`; needed only where a file leaves it
         open. ``blocks``: the four blocks, from 0, that feed the adapter; by depth where None. ``short_side_px``: the
         size that :meth:`extract` brings pictures to, 16 patches where None. ``vit_fields``: any field of
@@ -102,8 +118,9 @@ class BrixelFeatures(Student):
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
-        path = locate(name_or_path, what="backbone")
-        loaded = load_backbone(path, architecture=architecture, dtype=dtype, fields=vit_fields)
+        access = _access(token, cache_dir, local_files_only)
+        place = locate(name_or_path, what="backbone", revision=revision, access=access)
+        loaded = _loaded(place, architecture, dtype, vit_fields)
         config = AdapterConfig(
             blocks=_blocks(blocks, loaded.vit),
             residual_detour=False,
@@ -111,7 +128,7 @@ class BrixelFeatures(Student):
             blend=True,
         )
         trainable = new_trainable(loaded.vit.width, config).to(dtype)
-        return cls(loaded.vit, trainable, _config(loaded, path, config)).to(device)
+        return cls(loaded.vit, trainable, _config(loaded, place, config)).to(device)
 
     @classmethod
     def from_release(
@@ -124,20 +141,26 @@ class BrixelFeatures(Student):
         short_side_px: int = _RELEASE_SHORT_SIDE_PX,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        local_files_only: bool = False,
         **vit_fields: object,
     ) -> "BrixelFeatures":
         """The authors' own adapter file on its backbone.
 
-        ``adapter_pth``: a `.pth` of the release. ``backbone``, ``architecture``, ``blocks``, ``vit_fields``: as in
-        :meth:`from_backbone`. ``short_side_px``: 256 for four of the released files, 480 for the denser ViT-B.
+        ``adapter_pth``: a `.pth` of the release, on disk. ``backbone`` and all others: as in :meth:`from_backbone`.
+        ``short_side_px``: 256 for four of the released files, 480 for the denser ViT-B.
         Raises CheckpointError where the file lacks a tensor, has another shape, or holds a key that nobody knows.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
-        adapter_path, backbone_path = locate(adapter_pth, what="adapter"), locate(backbone, what="backbone")
-        loaded = load_backbone(backbone_path, architecture=architecture, dtype=dtype, fields=vit_fields)
+        adapter_path = locate(adapter_pth, what="adapter").path
+        access = _access(token, cache_dir, local_files_only)
+        place = locate(backbone, what="backbone", revision=revision, access=access)
+        loaded = _loaded(place, architecture, dtype, vit_fields)
         adapter = AdapterConfig(_blocks(blocks, loaded.vit), residual_detour=True, short_side_px=short_side_px)
-        config = _config(loaded, backbone_path, adapter)
+        config = _config(loaded, place, adapter)
         what = f"{adapter_path} does not fit an adapter for {config.backbone.title}"
 
         def build() -> nn.ModuleDict:
@@ -252,11 +275,13 @@ class BrixelFeatures(Student):
     def _meta(self, geometry: Geometry) -> Mapping[str, str]:
         """What made a map, kept in its file."""
         height, width = geometry.resized_hw
-        return {
+        facts = {
             "backbone": self.config.backbone.title,
             "resized_hw": f"{height}x{width}",
             "dtype": dtype_name(self.dtype),
         }
+        commits = ", ".join(f"{name}@{commit}" for name, commit in self.config.commits.items())
+        return {**facts, "commits": commits} if commits else facts
 
 
 _MODES = threading.Lock()  # of all models: a lock of its own would keep a model from being copied
@@ -283,30 +308,54 @@ def _blocks(blocks: Iterable[int] | None, vit: ViT) -> tuple[int, ...]:
     return default_blocks(vit.depth) if blocks is None else cast("tuple[int, ...]", blocks)
 
 
-def _config(loaded: LoadedBackbone, path: Path, adapter: AdapterConfig) -> BrixelConfig:
-    source = str(path.resolve())
-    backbone = BackboneConfig(loaded.architecture, source, loaded.vit.config, fingerprint(loaded.vit))
-    return BrixelConfig(backbone, adapter)
+def _access(token: str | bool | None, cache_dir: PathLike | None, local_files_only: bool) -> Access:
+    return Access(token, None if cache_dir is None else Path(cache_dir).expanduser(), local_files_only)
+
+
+def _loaded(
+    place: Place, architecture: str | ViTConfig | None, dtype: torch.dtype, fields: Mapping[str, object]
+) -> LoadedBackbone:
+    """The backbone at a place; one that cannot be read is refused before its weights are fetched."""
+    with place.reading():
+        if architecture is None and place.path.is_dir():
+            vit_config(place.path)
+        place.fetch_weights()
+        return load_backbone(place.path, architecture=architecture, dtype=dtype, fields=fields)
+
+
+def _config(loaded: LoadedBackbone, place: Place, adapter: AdapterConfig) -> BrixelConfig:
+    """Where the backbone was, then where it is published."""
+    known = KNOWN_BACKBONES.get(loaded.architecture or "")
+    sources = dict.fromkeys([place.source, *((known.huggingface, known.timm) if known else ())])
+    backbone = BackboneConfig(loaded.architecture, tuple(sources), loaded.vit.config, fingerprint(loaded.vit))
+    return BrixelConfig(backbone, adapter, place.commits)
 
 
 def _where_to_get(architecture: str | None) -> str:
     known = KNOWN_BACKBONES.get(architecture or "")
-    return f"; it is published as {known.huggingface} and {known.timm}" if known else ""
+    return f" (published as {known.huggingface} and {known.timm})" if known else ""
 
 
-def _backbone_of(folder: Path, config: BackboneConfig, given: PathLike | None, dtype: torch.dtype) -> ViT:
-    """The backbone that a saved model needs: given by the user, in its folder, or where it was."""
-    if given is None and (folder / BACKBONE).is_file():
-        what = f"{folder / BACKBONE} does not fit {config.title}"
-        vit = fit(lambda: ViT(config.vit), read_tensors(folder / BACKBONE), dtype, what=what).requires_grad_(False)
-        config.check_weights(vit, str(folder / BACKBONE))
-        return vit
-    if given is None and not Path(config.source).exists():
-        raise CheckpointError(
-            f"{folder} holds an adapter without its backbone, {config.title}, which was at {config.source} and is no "
-            f"longer there: give the backbone's folder or file as backbone={_where_to_get(config.architecture)}"
-        )
-    path = locate(given or config.source, what="backbone")
-    vit = load_backbone(path, architecture=config.vit, dtype=dtype).vit
-    config.check_weights(vit, str(path))
-    return vit
+def _backbone_of(
+    place: Place, config: BrixelConfig, given: PathLike | None, dtype: torch.dtype, access: Access
+) -> tuple[ViT, Mapping[str, str]]:
+    """The backbone that a saved model needs, given by the user, beside it, or from its sources; and known commits."""
+    ours = config.backbone
+    own = place.find(BACKBONE) if given is None else None
+    if own is not None:
+        with place.reading():
+            vit = fit(lambda: ViT(ours.vit), read_tensors(own), dtype, what=f"{own} does not fit {ours.title}")
+        ours.check_weights(vit.requires_grad_(False), str(own))
+        return vit, config.commits
+    if given is not None:
+        found = locate(given, what="backbone", access=access)
+        found.fetch_weights()
+    else:
+        missing = f"{place.path} holds an adapter without its backbone, {ours.title}{_where_to_get(ours.architecture)}"
+        found = locate_first(ours.sources, downloaded=place.snapshot is not None, access=access, missing=missing)
+    with found.reading():
+        vit = load_backbone(found.path, architecture=ours.vit, dtype=dtype).vit
+    ours.check_weights(vit, found.source)
+    named = {source.partition("@")[0] for source in ours.sources}  # of which some other may have been taken before
+    others = {name: commit for name, commit in config.commits.items() if name not in named}
+    return vit, {**others, **found.commits}

@@ -1,6 +1,11 @@
 """What several test files need: a tiny backbone on disk, written by transformers, and a picture."""
 
+import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,3 +45,45 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_thread() -> None:
     """The models here are tiny: on busy cores, threads that wait for each other make them ten times slower."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A `LoopbackHub` that the client of this process asks in place of the Hub, with an empty cache and no token.
+
+    The client reads the environment when it is imported, so its constants are set here; for other processes the
+    environment is set as well.
+    """
+    from huggingface_hub import close_session, constants
+
+    server = _loopback_hub().LoopbackHub()
+    home = tmp_path / "hf"
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    url = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in (
+        ("ENDPOINT", server.url),
+        ("HUGGINGFACE_CO_URL_TEMPLATE", url),
+        ("HF_HUB_CACHE", str(home / "hub")),
+        ("HF_TOKEN_PATH", str(home / "token")),
+        ("HF_STORED_TOKENS_PATH", str(home / "stored_tokens")),
+        ("HF_HUB_DISABLE_TELEMETRY", True),
+        ("HF_HUB_OFFLINE", False),
+    ):
+        monkeypatch.setattr(constants, name, value)
+    yield server
+    close_session()
+    server.stop()
+
+
+def _loopback_hub() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("loopback_hub", Path(__file__).with_name("loopback_hub.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module

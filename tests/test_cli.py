@@ -71,7 +71,7 @@ def test_info_tells_what_a_model_is_made_of(model_folder, capsys):
 
 def test_info_needs_no_weights(model_folder, backbone_folder, tmp_path, capsys):
     content = json.loads((model_folder / "config.json").read_text())
-    content["backbone"]["source"] = "/nowhere/backbone"
+    content["backbone"]["sources"] = ["/nowhere/backbone"]
     (model_folder / "config.json").write_text(json.dumps(content))
     (model_folder / "adapter.safetensors").unlink()
     assert run("info", model_folder) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel.backbones.vit_config import SIGLIP_MEAN, SIGLIP_STD, ViTConfig
-from brixel.errors import BrixelError, CheckpointError
+from brixel.errors import BrixelError, CheckpointError, DamagedFileError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error})") from error
+        raise DamagedFileError(f"{path} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a JSON object")
     return content

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from brixel.adapter import Extractor
-from brixel.config import BrixelConfig
 from brixel.crops import check_teacher_px
 from brixel.features import BrixelFeatures
 from brixel.student import UPSCALE
@@ -24,7 +23,7 @@ def prepared_model(config: TrainConfig, model: BrixelFeatures | None) -> BrixelF
         )
     model = model.float()
     adapter = dataclasses.replace(model.config.adapter, short_side_px=teacher_side(config, model.patch_px) // UPSCALE)
-    model.config = BrixelConfig(model.config.backbone, adapter)
+    model.config = dataclasses.replace(model.config, adapter=adapter)
     if model.adapter.blend is not None:
         model.adapter.blend.requires_grad_(False)  # fitted, not trained: brixel.train.start
     for extractor in model.adapter.extractors:
