@@ -147,13 +147,12 @@ class Snapshot:
 
     def _ask(self, file: str) -> None:
         """One small request, which is not repeated, so that a server that does not answer is noticed in seconds."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError
 
         try:
-            get_hf_file_metadata(
-                hf_hub_url(self.repository.name, file, revision=self._revision), token=self.access.token
-            )
+            url = hf_hub_url(self.repository.name, file, revision=self._revision)
+            get_hf_file_metadata(url, token=self.access.token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except EntryNotFoundError:
             self._answers = True
             raise
@@ -204,7 +203,8 @@ class Snapshot:
         if isinstance(error, errors.GatedRepoError):
             return _gated(self.repository.name, error.response.status_code, f"{server}/{name}")
         if isinstance(error, errors.RepositoryNotFoundError):
-            return f"no repository {name} at {server}{_near(name)}; a private one needs `hf auth login`"
+            near = _near(name)
+            return f"no repository {name} at {server}, nor such a path here{near}; a private one needs `hf auth login`"
         if isinstance(error, errors.RevisionNotFoundError):
             return f"{name} has no revision {self._revision!r}; those it has: {server}/{name}/tree/main"
         told = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:200]}"
@@ -215,7 +215,7 @@ class Snapshot:
         if self._answers:
             return f"{file} of {self.repository} could not be fetched whole ({told}); nothing of it was kept: try again"
         return (
-            f"{server} did not answer for {self.repository} in {seconds:.0f} s ({told}): check network and HF_ENDPOINT"
+            f"{server} did not answer for {self.repository} in {seconds:.1f} s ({told}): check network and HF_ENDPOINT"
         )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -33,7 +34,10 @@ class Repo:
         return digest.hexdigest()
 
     def knows(self, revision: str) -> bool:
-        return revision in ("main", self.commit) or revision in self.revisions
+        return revision in ("main", self.commit, *self.revisions, *self.revisions.values())
+
+    def commit_of(self, revision: str) -> str:
+        return self.revisions.get(revision, revision if revision in self.revisions.values() else self.commit)
 
 
 class LoopbackHub:
@@ -43,6 +47,7 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str, str]] = []
         self.status: int | None = None  # that everything is answered with
+        self.delay_s = 0.0  # before every answer
         hub = self
 
         class Handler(_Handler):
@@ -89,6 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, name, file))
         repo = self.hub.repos.get(name)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        time.sleep(self.hub.delay_s)
         if self.hub.status is not None:
             self.reply(self.hub.status)
         elif wanted is None:
@@ -102,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif repo.gated and token not in repo.allowed:
             self.refuse(403 if token else 401, "GatedRepo")
         else:
-            self.send_file(repo, repo.revisions.get(wanted["revision"], repo.commit), file)
+            self.send_file(repo, repo.commit_of(wanted["revision"]), file)
 
     def entry(self, repo: Repo, file: str) -> dict[str, object]:
         return {"type": "file", "path": file, "size": len(repo.files[file]), "oid": "0" * 40}
