@@ -9,7 +9,7 @@ import difflib
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +120,8 @@ class Snapshot:
             return None
         try:
             if cached is None and not self._answers and not self.offline():
-                self._ask(file)
+                with suppress(EntryNotFoundError):  # the client asks again, and remembers what is not there
+                    self._ask(file)
             path = hf_hub_download(
                 self.repository.name,
                 file,
@@ -185,8 +186,6 @@ class Snapshot:
         started = time.monotonic()
         try:
             yield
-        except BrixelError:
-            raise
         except Exception as error:
             raise DownloadError(self._explain(error, file, time.monotonic() - started)) from error
 
@@ -213,7 +212,7 @@ class Snapshot:
             todo = "your token was refused: `hf auth login` again" if status in (401, 403) else "try again later"
             return f"{server} answered {status} for {file} of {self.repository} ({told}): {todo}"
         if self._answers:
-            return f"{file} of {self.repository} could not be fetched whole ({told}); nothing of it was kept: try again"
+            return f"{file} of {self.repository} could not be fetched whole ({told}); no part of it is used: try again"
         return (
             f"{server} did not answer for {self.repository} in {seconds:.1f} s ({told}): check network and HF_ENDPOINT"
         )
