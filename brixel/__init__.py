@@ -11,6 +11,7 @@ from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError, CheckpointError, DownloadError, ImageError
 from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
+from brixel.model_table import KnownBackbone, list_models
 from brixel.pca import PcaBasis
 
 __version__ = version("brixel")
@@ -21,7 +22,9 @@ __all__ = [
     "DownloadError",
     "FeatureMap",
     "ImageError",
+    "KnownBackbone",
     "PcaBasis",
     "ViTConfig",
     "__version__",
+    "list_models",
 ]

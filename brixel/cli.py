@@ -13,7 +13,7 @@ from brixel import __version__, panel
 from brixel.atomic import atomic_path
 from brixel.benchmark import DEFAULT_ARCHITECTURES, benchmark
 from brixel.benchmark import report as benchmark_report
-from brixel.describe import describe
+from brixel.describe import describe, describe_models
 from brixel.errors import BrixelError
 from brixel.evaluate.fidelity import fidelity
 from brixel.evaluate.fidelity import report as fidelity_report
@@ -76,6 +76,8 @@ def _add_using(commands: Any) -> None:
 
     one = _command(commands, "info", _info, "what a model is made of")
     one.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+
+    one = _command(commands, "models", _models, "the models that are known by name")
 
 
 def _add_making(commands: Any) -> None:
@@ -220,6 +222,14 @@ def _extract(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     _print_table(describe(options.model))
+    return 0
+
+
+def _models(options: argparse.Namespace) -> int:
+    rows = describe_models()
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+    for row in [{name: name for name in widths}, *rows]:
+        print("  ".join(f"{row[name]:{width}}" for name, width in widths.items()).rstrip())
     return 0
 
 

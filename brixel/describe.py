@@ -9,11 +9,9 @@ from brixel.checkpoints import shapes_of
 from brixel.config import read_config
 from brixel.features import ADAPTER, BACKBONE, CONFIG, PathLike
 from brixel.hub import parse_repository
-from brixel.model_table import KNOWN_BACKBONES
-from brixel.sources import BUNDLED, Place, locate
+from brixel.model_table import KnownBackbone, list_models
+from brixel.sources import Place, locate
 from brixel.student import UPSCALE, new_trainable
-
-_LICENCES = {BUNDLED: "apache-2.0"}  # of backbones that are not in the table, as they are published nowhere else
 
 
 def describe(name_or_path: PathLike) -> dict[str, str]:
@@ -21,12 +19,12 @@ def describe(name_or_path: PathLike) -> dict[str, str]:
     place = locate(name_or_path, what="model")
     config = read_config(place.need(CONFIG))
     backbone, adapter, vit = config.backbone, config.adapter, config.backbone.vit
-    known = KNOWN_BACKBONES.get(backbone.architecture or "")
+    known = {row.name: row for row in list_models()}.get(backbone.architecture or "")
     rows = {
         "backbone": backbone.title,
         "its weights": _whereabouts(place, backbone.sources),
-        "published as": f"{known.huggingface}, {known.timm}" if known else "-",
-        "licence": known.licence if known else _LICENCES.get(backbone.title, "-"),
+        "published as": ", ".join(known.sources) or "part of the package" if known else "-",
+        "licence": known.licence if known else "-",
         "width, depth, heads": f"{vit.width}, {vit.depth}, {vit.heads}",
         "patch": f"{vit.patch_px} px; a cell of the dense map: {vit.patch_px / UPSCALE:g} px",
         "mean, deviation": f"{vit.mean}, {vit.std}",
@@ -38,6 +36,24 @@ def describe(name_or_path: PathLike) -> dict[str, str]:
     }
     own, trained = shapes_of(lambda: ViT(vit)), shapes_of(lambda: new_trainable(vit.width, adapter))
     return rows | {"numbers": f"backbone {_millions(own)}, adapter and head {_millions(trained)}"}
+
+
+def describe_models() -> list[dict[str, str]]:
+    """A row of facts for each model that is known by name."""
+    return [_describe_model(row) for row in list_models()]
+
+
+def _describe_model(row: KnownBackbone) -> dict[str, str]:
+    return {
+        "name": row.name,
+        "numbers": _millions(shapes_of(lambda: ViT(row.vit))),
+        "patch": f"{row.vit.patch_px} px",
+        "width": str(row.vit.width),
+        "licence": row.licence,
+        "gated": "first source" if row.gated else "no",
+        "adapter": row.adapter or "train one",
+        "sources": ", ".join(row.sources) or "in the package",
+    }
 
 
 def _where(place: Place, file: str) -> str | None:

@@ -109,8 +109,9 @@ class BrixelFeatures(Student):
     ) -> "BrixelFeatures":
         """A backbone with a fresh adapter, which starts as the identity: the backbone's map, upsampled.
 
-        ``name_or_path``: a folder in Hugging Face or timm layout, or ORG/NAME of a repository of either on the Hub, or
-        a weight file (Meta's `.pth`, safetensors). ``revision`` to ``local_files_only``: as in :meth:`from_pretrained`.
+        ``name_or_path``: a folder in Hugging Face or timm layout, ORG/NAME of a repository of either on the Hub, a name
+        of :func:`brixel.list_models`, or a weight file (Meta's `.pth`, safetensors). ``revision`` to
+        ``local_files_only``: as in :meth:`from_pretrained`.
         ``architecture``: a name such as "dinov3-vits16" or a :class:`ViTConfig`; needed only where a file leaves it
         open. ``blocks``: the four blocks, from 0, that feed the adapter; by depth where None. ``short_side_px``: the
         size that :meth:`extract` brings pictures to, 16 patches where None. ``vit_fields``: any field of

@@ -1,4 +1,4 @@
-"""The backbones we know by name: architecture, normalisation, licence, where their weights lie.
+"""The backbones we know by name: architecture, normalisation, licence, where their weights and adapters are.
 
 Sizes and repositories: the families' own repositories and cards; `docs/backbones.md` says which was read where.
 """
@@ -11,6 +11,8 @@ from typing import Literal
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, SIGLIP_MEAN, SIGLIP_STD, ViTConfig
 from brixel.errors import BrixelError, did_you_mean
 
+_GATED = "dinov3-license"  # of Meta's repositories of DINOv3, which are gated
+
 # of the satellite pictures that the sat493m weights were trained on
 SATELLITE_MEAN = (0.430, 0.411, 0.296)
 SATELLITE_STD = (0.213, 0.156, 0.143)
@@ -18,9 +20,10 @@ SATELLITE_STD = (0.213, 0.156, 0.143)
 
 @dataclass(frozen=True)
 class KnownBackbone:
-    """One published backbone. ``huggingface`` and ``timm`` are repositories on the Hub; ``licence`` is the Hub's id.
+    """One backbone. ``huggingface`` and ``timm`` are repositories on the Hub; ``licence`` is the Hub's id.
 
-    ``vocabulary``: the number of words that the text tower beside it knows, where there is one.
+    ``vocabulary``: the number of words that the text tower beside it knows, where there is one. ``adapter``: what
+    `BrixelFeatures.from_pretrained` takes for a trained adapter on it, where there is one.
     """
 
     name: str
@@ -29,6 +32,17 @@ class KnownBackbone:
     huggingface: str
     timm: str
     vocabulary: int | None = None
+    adapter: str | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Its repositories, in order of preference; none for a backbone that comes with its adapter."""
+        return tuple(each for each in (self.huggingface, self.timm) if each)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the first of them lets in only whom its owners approve of; timm's copies are open."""
+        return self.licence == _GATED
 
 
 def _dinov3(
@@ -59,7 +73,7 @@ def _dinov3(
     )
     ours = f"dinov3-{name}" + (f"-{data}" if satellite else "")
     return KnownBackbone(
-        ours, vit, "dinov3-license", f"facebook/dinov3-{name}-pretrain-{data}", f"timm/vit_{timm}_patch16_dinov3.{data}"
+        ours, vit, _GATED, f"facebook/dinov3-{name}-pretrain-{data}", f"timm/vit_{timm}_patch16_dinov3.{data}"
     )
 
 
@@ -178,6 +192,31 @@ _ROWS = (
     _siglip1("so400m", 16, "256-i18n"),
 )
 KNOWN_BACKBONES: Mapping[str, KnownBackbone] = MappingProxyType({row.name: row for row in _ROWS})
+
+# inside the package, with its adapter; it lies nowhere else, so that no file is taken for it
+BRIXEL_TINY = KnownBackbone(
+    "brixel-tiny",
+    ViTConfig(
+        width=192,
+        depth=12,
+        heads=6,
+        patch_px=16,
+        ffn="mlp",
+        ffn_width=768,
+        positions="rotary",
+        norm_eps=1e-5,
+        registers=4,
+    ),
+    "apache-2.0",
+    huggingface="",
+    timm="",
+    adapter="brixel-tiny",
+)
+
+
+def list_models() -> tuple[KnownBackbone, ...]:
+    """All models that are known by name: the bundled one, then the backbones, each with its sources and licence."""
+    return (BRIXEL_TINY, *KNOWN_BACKBONES.values())
 
 
 def known_backbone(name: str) -> KnownBackbone:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brixel.backbones.huggingface import read_json
-from brixel.errors import BrixelError, CheckpointError, DamagedFileError, DownloadError
+from brixel.errors import BrixelError, CheckpointError, DamagedFileError, DownloadError, did_you_mean
 from brixel.hub import Access, Repository, Snapshot, parse_repository
+from brixel.model_table import KNOWN_BACKBONES
 
 BUNDLED = "brixel-tiny"  # the model that comes with the package
 
@@ -69,16 +70,23 @@ def locate(
 
     A model named :data:`BUNDLED` is the package's own; a folder of that name is reached as "./brixel-tiny". A string
     ORG/NAME or ORG/NAME@REVISION that is no path on disk is a repository on the Hub: its `config.json` is fetched,
-    and must be that of a ``what``. Raises DownloadError where that fails, BrixelError where there is nothing.
+    and must be that of a ``what``. A backbone may also go by its name in the table of models. Raises
+    DownloadError where that fails, BrixelError where there is nothing.
     """
     if what == "model" and str(name_or_path) == BUNDLED:
         return Place(Path(__file__).parent / "tiny")
     path = Path(name_or_path).expanduser()
     if path.exists():
         return Place(path)
+    known = KNOWN_BACKBONES.get(str(name_or_path)) if what == "backbone" else None
+    if known is not None:
+        missing = f"no source of {known.name} can be had"
+        return locate_first(known.sources, downloaded=True, access=access or Access(), missing=missing)
     repository = parse_repository(name_or_path) if isinstance(name_or_path, str) and what != "adapter" else None
     if repository is None:
         expected = "a file on disk" if what == "adapter" else "a path on disk, or ORG/NAME of a repository on the Hub"
+        if what == "backbone":
+            expected += f", or a name that `brixel models` lists; {did_you_mean(str(name_or_path), KNOWN_BACKBONES)}"
         raise BrixelError(f"no {what} at {str(name_or_path)!r}: expected {expected}")
     if revision is not None:
         repository = Repository(repository.name, revision)

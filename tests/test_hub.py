@@ -286,6 +286,19 @@ def test_code_in_a_repository_does_not_run(hub, backbone_files, tmp_path, zipped
     assert "a.pth" not in hub.got()
 
 
+def test_a_known_name_stands_for_its_sources(hub, backbone_files, caplog):
+    files = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b""}
+    hub.add("timm/vit_small_patch14_dinov2.lvd142m", files)
+    with pytest.raises(CheckpointError, match="model_type 'bert'"):  # the second source, as the first is not there
+        fresh("dinov2-vits14")
+    assert "the backbone is that of timm/vit_small_patch14_dinov2.lvd142m, not facebook/dinov2-small" in caplog.text
+    message = r"no source of dinov2-vitb14 can be had; tried: facebook/dinov2-base \(.*; timm/vit_base_patch14_dinov2"
+    with pytest.raises(DownloadError, match=message):
+        fresh("dinov2-vitb14")
+    with pytest.raises(BrixelError, match="did you mean 'dinov2-vits14'"):
+        fresh("dinov2-vits15")
+
+
 def test_a_wrong_architecture_is_refused_before_its_weights_are_fetched(hub):
     hub.add("microsoft/resnet", {"config.json": b'{"model_type": "resnet"}', "model.safetensors": b"large"})
     with pytest.raises(CheckpointError, match=r"model_type 'resnet'; we read dinov3_vit"):

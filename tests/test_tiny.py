@@ -51,7 +51,7 @@ def test_files_are_small_and_in_half_precision():
 
 def test_its_file_names_no_place_of_the_machine_it_was_made_on():
     config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
-    assert config["backbone"]["source"] == config["backbone"]["architecture"] == "brixel-tiny"
+    assert config["backbone"]["sources"] == [config["backbone"]["architecture"]] == ["brixel-tiny"]
 
 
 def test_it_loads_without_arguments_network_or_optional_packages(tmp_path):

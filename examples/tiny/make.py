@@ -18,16 +18,16 @@ from slicing import sliced
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from brixel import BrixelFeatures, ViTConfig
+from brixel import BrixelFeatures
 from brixel.backbones.vit import ViT
 from brixel.config import BackboneConfig, BrixelConfig, fingerprint
+from brixel.crops import CropSettings
+from brixel.model_table import BRIXEL_TINY
 from brixel.student import AdapterConfig, default_blocks, new_trainable
 from brixel.train import TrainConfig, distill
-from brixel.train.data import CropDataset, CropSettings, collate, find_training_pictures
+from brixel.train.data import CropDataset, collate, find_training_pictures
 
-TINY = ViTConfig(
-    width=192, depth=12, heads=6, patch_px=16, ffn="mlp", ffn_width=768, positions="rotary", norm_eps=1e-5, registers=4
-)
+TINY = BRIXEL_TINY.vit
 TEACHER_PX = 448
 GRIDS = (8, 16, 32)  # patches on a side: of the pictures that a student sees, and of those that its teacher sees
 BATCH = 8  # crops that the teacher sees at once
@@ -177,7 +177,7 @@ def nearness(tiny: ViT, projection: Tensor, crops: Crops) -> dict[int, float]:
 def save(tiny: ViT, folder: Path) -> None:
     """The backbone with a fresh adapter, as a folder for `from_pretrained`."""
     adapter = AdapterConfig(default_blocks(TINY.depth), residual_detour=False, short_side_px=256, blend=True)
-    config = BrixelConfig(BackboneConfig("brixel-tiny", "brixel-tiny", TINY, fingerprint(tiny)), adapter)
+    config = BrixelConfig(BackboneConfig(BRIXEL_TINY.name, (BRIXEL_TINY.name,), TINY, fingerprint(tiny)), adapter)
     model = BrixelFeatures(tiny.eval(), new_trainable(TINY.width, adapter), config)
     model.save_pretrained(folder, include_backbone=True)
 
