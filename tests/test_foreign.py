@@ -315,6 +315,11 @@ def test_models_of_another_kind_are_refused():
         BrixelFeatures.from_backbone(shallow, **NORMAL)
 
 
+def test_what_is_no_module():
+    with pytest.raises(BrixelError, match="the backbone is a dict; expected a path or a name, or a torch module"):
+        BrixelFeatures.from_backbone({})
+
+
 def test_settings_of_files_are_refused_for_modules():
     with pytest.raises(
         BrixelError, match="revision, architecture, rope_theta: not for a backbone that is a module, Own"
