@@ -96,7 +96,7 @@ def benchmark(
 def _measure(architecture: str, image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> Result:
     peaks = {name: _peak_bytes(architecture, name, image_px, device, dtype) for name in (BACKBONE, STUDENT, LARGE)}
     student = random_student(architecture).to(device, dtype)
-    calls = variants(student, image_px, student.backbone.norm.weight)
+    calls = variants(student, image_px, next(student.backbone.parameters()))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         flops = {name: _flops(call) for name, call in calls.items()}
@@ -141,7 +141,7 @@ def _peak_of_this_process(
 ) -> int | None:
     torch.set_num_threads(threads)
     student = random_student(architecture).to(device, dtype)
-    call = variants(student, image_px, student.backbone.norm.weight)[variant]
+    call = variants(student, image_px, next(student.backbone.parameters()))[variant]
     with torch.inference_mode():
         for _ in range(2):
             call()

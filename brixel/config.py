@@ -6,17 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor, nn
 
 from brixel.atomic import atomic_path
+from brixel.backbones.protocol import Backbone, weights_of
 from brixel.backbones.vit import ViT
-from brixel.backbones.vit_config import ViTConfig
+from brixel.backbones.vit_config import ForeignConfig, ViTConfig
 from brixel.errors import BrixelError, CheckpointError, DamagedFileError, did_you_mean
 from brixel.student import AdapterConfig
 
 FORMAT_VERSION = 1
+_FINGERPRINT_TENSORS = 32
 _FINGERPRINT_TOLERANCE = 1e-2  # relative: a copy in bfloat16 is within it
 
 Section = TypeVar("Section")
@@ -26,14 +29,15 @@ Section = TypeVar("Section")
 class BackboneConfig:
     """Which backbone an adapter belongs to.
 
-    ``architecture``: its name in the table of models, or None for one of the user's own; ``vit``: all of it.
+    ``architecture``: its name in the table of models, or None for one of the user's own; ``vit``: all of it,
+    or what is known of one that came as a module, which has no sources.
     ``sources``: where it can be had, in order of preference, each a path on disk or ORG/NAME or ORG/NAME@REVISION on
     the Hub. ``fingerprint``: some of its weights, to tell it from others of its size.
     """
 
     architecture: str | None
     sources: tuple[str, ...]
-    vit: ViTConfig
+    vit: ViTConfig | ForeignConfig
     fingerprint: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -47,15 +51,19 @@ class BackboneConfig:
     @property
     def title(self) -> str:
         """A name for messages: the architecture, or its sizes."""
-        return self.architecture or f"ViT of width {self.vit.width}, depth {self.vit.depth}, patch {self.vit.patch_px}"
+        kind = self.vit.class_name if isinstance(self.vit, ForeignConfig) else "ViT"
+        return (
+            self.architecture or f"{kind} of width {self.vit.width}, depth {self.vit.depth}, patch {self.vit.patch_px}"
+        )
 
-    def check_weights(self, vit: ViT, where: str) -> None:
-        """Raise CheckpointError if ``vit`` holds other weights than the adapter was made for; ``where`` names them."""
-        theirs, ours = torch.tensor(fingerprint(vit)), torch.tensor(self.fingerprint)
+    def check_weights(self, backbone: Backbone, where: str) -> None:
+        """Raise CheckpointError if ``backbone`` has other weights than the adapter was made for; ``where`` names it."""
+        theirs, ours = torch.tensor(fingerprint(backbone)), torch.tensor(self.fingerprint)
         if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=_FINGERPRINT_TOLERANCE, atol=1e-5):
+            origin = f", which came from {', '.join(self.sources)}" if self.sources else ""
             raise CheckpointError(
                 f"the backbone at {where} has the shape of {self.title} but other weights than the adapter was made "
-                f"for, which came from {', '.join(self.sources) or 'nowhere'}"
+                f"for{origin}"
             )
 
 
@@ -76,16 +84,27 @@ class BrixelConfig:
             raise BrixelError(f"commits is {self.commits!r}; expected commits by name of repository")
 
 
-def fingerprint(vit: ViT) -> tuple[float, ...]:
-    """Two weights each of the final norm, the patch embedding and every block's first layer, to four digits."""
-    names = [
-        "norm.weight",
-        "patch_embed.weight",
-        *(f"blocks.{index}.attention.qkv.weight" for index in range(vit.depth)),
-    ]
-    weights = [vit.get_parameter(name) for name in names]
-    values = [value for each in weights for value in each.detach().flatten()[[0, each.numel() // 2]].tolist()]
+def fingerprint(backbone: Backbone) -> tuple[float, ...]:
+    """Two weights each of some of its tensors, to four digits.
+
+    Of our own ViT the final norm, the patch embedding and every block's first layer; of any other module at most 32
+    tensors from first to last, matrices and kernels if it has any: vectors are often all ones or zeros.
+    """
+    weights = _known_weights(backbone) if isinstance(backbone, ViT) else _some_weights(cast("nn.Module", backbone))
+    values = [value for each in weights for value in each.flatten()[[0, each.numel() // 2]].tolist()]
     return tuple(float(f"{value:.4g}") for value in values)
+
+
+def _known_weights(vit: ViT) -> list[Tensor]:
+    first_layers = [f"blocks.{index}.attention.qkv.weight" for index in range(vit.depth)]
+    return [vit.get_parameter(name).detach() for name in ("norm.weight", "patch_embed.weight", *first_layers)]
+
+
+def _some_weights(module: nn.Module) -> list[Tensor]:
+    weights = [each for each in weights_of(module) if each.numel()]
+    weights = [each for each in weights if each.ndim > 1 and max(each.shape) < each.numel()] or weights
+    step = (len(weights) - 1) / (_FINGERPRINT_TENSORS - 1)
+    return weights if step <= 1 else [weights[round(index * step)] for index in range(_FINGERPRINT_TENSORS)]
 
 
 def write_config(path: Path, config: BrixelConfig) -> None:
@@ -112,7 +131,8 @@ def read_config(path: Path) -> BrixelConfig:
         backbone = dict(content.pop("backbone"))
         if "source" in backbone:  # as it was written before there could be several
             backbone["sources"] = (backbone.pop("source"),)
-        vit = _section(ViTConfig, backbone.pop("vit"))
+        values = backbone.pop("vit")
+        vit = _section(ForeignConfig, values) if "class_name" in values else _section(ViTConfig, values)
         config = BrixelConfig(
             _section(BackboneConfig, {**backbone, "vit": vit}),
             _section(AdapterConfig, content.pop("adapter")),

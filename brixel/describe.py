@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from brixel.backbones.vit import ViT
+from brixel.backbones.vit_config import ForeignConfig
 from brixel.checkpoints import shapes_of
 from brixel.config import read_config
 from brixel.features import ADAPTER, BACKBONE, CONFIG, PathLike
@@ -20,12 +21,14 @@ def describe(name_or_path: PathLike) -> dict[str, str]:
     config = read_config(place.need(CONFIG))
     backbone, adapter, vit = config.backbone, config.adapter, config.backbone.vit
     known = {row.name: row for row in list_models()}.get(backbone.architecture or "")
+    foreign = isinstance(vit, ForeignConfig)
+    sizes = (vit.width, vit.depth) if isinstance(vit, ForeignConfig) else (vit.width, vit.depth, vit.heads)
     rows = {
         "backbone": backbone.title,
-        "its weights": _whereabouts(place, backbone.sources),
+        "its weights": "a module, given as backbone=" if foreign else _whereabouts(place, backbone.sources),
         "published as": ", ".join(known.sources) or "part of the package" if known else "-",
         "licence": known.licence if known else "-",
-        "width, depth, heads": f"{vit.width}, {vit.depth}, {vit.heads}",
+        "width, depth" if foreign else "width, depth, heads": ", ".join(map(str, sizes)),
         "patch": f"{vit.patch_px} px; a cell of the dense map: {vit.patch_px / UPSCALE:g} px",
         "mean, deviation": f"{vit.mean}, {vit.std}",
         "adapter": _where(place, ADAPTER) or f"missing: {place.path / ADAPTER}",
@@ -34,8 +37,10 @@ def describe(name_or_path: PathLike) -> dict[str, str]:
         "starts from": "a blend of four maps" if adapter.blend else "the last map",
         "residual detour": "yes, as in the release" if adapter.residual_detour else "no",
     }
-    own, trained = shapes_of(lambda: ViT(vit)), shapes_of(lambda: new_trainable(vit.width, adapter))
-    return rows | {"numbers": f"backbone {_millions(own)}, adapter and head {_millions(trained)}"}
+    numbers = f"adapter and head {_millions(shapes_of(lambda: new_trainable(vit.width, adapter)))}"
+    if not isinstance(vit, ForeignConfig):
+        numbers = f"backbone {_millions(shapes_of(lambda: ViT(vit)))}, {numbers}"
+    return rows | {"numbers": numbers}
 
 
 def describe_models() -> list[dict[str, str]]:

@@ -13,18 +13,20 @@ from torch import Tensor, nn
 
 from brixel.backbones.huggingface import vit_config
 from brixel.backbones.loading import LoadedBackbone, load_backbone
+from brixel.backbones.protocol import Backbone, check_maps
 from brixel.backbones.vit import ViT
-from brixel.backbones.vit_config import ViTConfig
+from brixel.backbones.vit_config import ForeignConfig, ViTConfig
 from brixel.checkpoints import fit, read_tensors, shapes_of, write_tensors
 from brixel.config import BackboneConfig, BrixelConfig, fingerprint, read_config, write_config
 from brixel.devices import choose_device, choose_dtype, dtype_name
 from brixel.engine import run_batches
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, CheckpointError
 from brixel.feature_map import FeatureMap
 from brixel.geometry import Geometry, plan_geometry
 from brixel.hub import Access
 from brixel.images import ImageInput, load_image, preprocess
 from brixel.model_table import KNOWN_BACKBONES
+from brixel.module_backbone import bring, same_as, take_in
 from brixel.release import read_release
 from brixel.sources import BUNDLED, Place, locate, locate_first, repositories_in
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
@@ -43,7 +45,7 @@ class BrixelFeatures(Student):
     Method: arXiv 2511.05168.
     """
 
-    def __init__(self, backbone: ViT, trainable: nn.ModuleDict, config: BrixelConfig) -> None:
+    def __init__(self, backbone: Backbone, trainable: nn.ModuleDict, config: BrixelConfig) -> None:
         super().__init__(backbone, trainable["adapter"], trainable["head"], config.adapter.blocks)  # type: ignore[arg-type]
         self.config = config
 
@@ -54,7 +56,7 @@ class BrixelFeatures(Student):
         cls,
         name_or_path: PathLike = BUNDLED,
         *,
-        backbone: PathLike | None = None,
+        backbone: PathLike | nn.Module | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
@@ -67,7 +69,8 @@ class BrixelFeatures(Student):
         ``name_or_path``: a folder, or a repository on the Hub as a string, "ORG/NAME" or "ORG/NAME@REVISION";
         "brixel-tiny", also where nothing is given, is the small model inside the package
         (5 M parameters, Apache-2.0, no download; `docs/brixel-tiny.md` tells what it is good for and what not).
-        ``backbone``: its backbone, as in :meth:`from_backbone`, if it is not where the model's config says.
+        ``backbone``: its backbone, as in :meth:`from_backbone`, if it is not where the model's config says; needed
+        where the model was made on a module.
         ``device``: "auto" takes CUDA, then MPS, then the CPU. ``dtype``: "auto" is bfloat16 on CUDA devices that
         compute in it, else float32. Of downloads: ``revision`` of the model is a branch, tag or commit, of which the
         last needs no request once it is cached; ``token`` is another than that of `hf auth login`; ``cache_dir`` is the
@@ -79,9 +82,13 @@ class BrixelFeatures(Student):
         place = locate(name_or_path, what="model", revision=revision, access=access)
         config = read_config(place.need(CONFIG))
         path = place.need(ADAPTER)
-        device = choose_device(device)
-        dtype = choose_dtype(dtype, device)
-        vit, commits = _backbone_of(place, config, backbone, dtype, access)
+        if isinstance(backbone, nn.Module):
+            vit, commits = same_as(config.backbone, backbone), config.commits
+            device, dtype = bring(backbone, device, dtype)
+        else:
+            device = choose_device(device)
+            dtype = choose_dtype(dtype, device)
+            vit, commits = _backbone_of(place, config, backbone, dtype, access)
         what = f"{path} does not fit an adapter for {config.backbone.title}"
         with place.reading():
             trainable = fit(lambda: new_trainable(vit.width, config.adapter), read_tensors(path), dtype, what=what)
@@ -94,7 +101,7 @@ class BrixelFeatures(Student):
     @classmethod
     def from_backbone(
         cls,
-        name_or_path: PathLike,
+        name_or_path: PathLike | nn.Module,
         *,
         architecture: str | ViTConfig | None = None,
         blocks: Iterable[int] | None = None,
@@ -110,26 +117,32 @@ class BrixelFeatures(Student):
         """A backbone with a fresh adapter, which starts as the identity: the backbone's map, upsampled.
 
         ``name_or_path``: a folder in Hugging Face or timm layout, ORG/NAME of a repository of either on the Hub, a name
-        of :func:`brixel.list_models`, or a weight file (Meta's `.pth`, safetensors). ``revision`` to
-        ``local_files_only``: as in :meth:`from_pretrained`.
+        of :func:`brixel.list_models`, or a weight file (Meta's `.pth`, safetensors). Or a module: a model of
+        `transformers` (with ``mean`` and ``std``) or timm, or your own, as :class:`brixel.backbones.protocol.Backbone`
+        says; it is frozen, put in evaluation mode, and stays on its device and in its dtype where these are "auto".
+        ``revision`` to ``local_files_only``: as in :meth:`from_pretrained`.
         ``architecture``: a name such as "dinov3-vits16" or a :class:`ViTConfig`; needed only where a file leaves it
         open. ``blocks``: the four blocks, from 0, that feed the adapter; by depth where None. ``short_side_px``: the
         size that :meth:`extract` brings pictures to, 16 patches where None. ``vit_fields``: any field of
         :class:`ViTConfig`, over what the file's family implies (`rope_rounding`, `position_antialias`, `mean`, ...).
         """
+        if isinstance(name_or_path, nn.Module):
+            of_files = {"revision": revision, "token": token, "cache_dir": cache_dir, "architecture": architecture}
+            fields = {**of_files, "local_files_only": local_files_only, **vit_fields}
+            vit, described = take_in(name_or_path, fields)
+            device, dtype = bring(name_or_path, device, dtype)
+            adapter = _fresh(vit, blocks, short_side_px)
+            trainable = new_trainable(vit.width, adapter).to(device, dtype)
+            check_maps(vit, adapter.blocks, device, dtype)
+            return cls(vit, trainable, BrixelConfig(described, adapter))
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         access = _access(token, cache_dir, local_files_only)
         place = locate(name_or_path, what="backbone", revision=revision, access=access)
         loaded = _loaded(place, architecture, dtype, vit_fields)
-        config = AdapterConfig(
-            blocks=_blocks(blocks, loaded.vit),
-            residual_detour=False,
-            short_side_px=_PATCHES_ON_SHORT_SIDE * loaded.vit.patch_px if short_side_px is None else short_side_px,
-            blend=True,
-        )
-        trainable = new_trainable(loaded.vit.width, config).to(dtype)
-        return cls(loaded.vit, trainable, _config(loaded, place, config)).to(device)
+        adapter = _fresh(loaded.vit, blocks, short_side_px)
+        trainable = new_trainable(loaded.vit.width, adapter).to(dtype)
+        return cls(loaded.vit, trainable, _config(loaded, place, adapter)).to(device)
 
     @classmethod
     def from_release(
@@ -174,8 +187,14 @@ class BrixelFeatures(Student):
         """Write `config.json` and `adapter.safetensors` (and `backbone.safetensors`) into a folder, made if need be.
 
         Each file is written whole or not at all; `config.json` comes last. Without the backbone, the folder says which
-        one it needs and where that was; its licence may forbid to hand it on.
+        one it needs and where that was; its licence may forbid to hand it on. A backbone that came as a module cannot
+        be included, as its code cannot.
         """
+        if include_backbone and isinstance(self.config.backbone.vit, ForeignConfig):
+            raise BrixelError(
+                f"the backbone is a module of your own program, {self.config.backbone.title}, and cannot be written "
+                "along: save without include_backbone, and load with from_pretrained(folder, backbone=module)"
+            )
         target = Path(folder)
         if target.exists() and not target.is_dir():
             raise BrixelError(f"{target} is a file; expected a folder to write a model into")
@@ -207,12 +226,12 @@ class BrixelFeatures(Student):
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.backbone.norm.weight.device
+        return next(self.adapter.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype, and so the maps'."""
-        return self.backbone.norm.weight.dtype
+        return next(self.adapter.parameters()).dtype
 
     # ---------------------------------------------------------------- pictures
 
@@ -304,7 +323,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def _blocks(blocks: Iterable[int] | None, vit: ViT) -> tuple[int, ...]:
+def _fresh(vit: Backbone, blocks: Iterable[int] | None, short_side_px: int | None) -> AdapterConfig:
+    side = _PATCHES_ON_SHORT_SIDE * vit.patch_px if short_side_px is None else short_side_px
+    return AdapterConfig(_blocks(blocks, vit), residual_detour=False, short_side_px=side, blend=True)
+
+
+def _blocks(blocks: Iterable[int] | None, vit: Backbone) -> tuple[int, ...]:
     """What the user gave, as it is: :class:`AdapterConfig` checks it and makes a tuple of it."""
     return default_blocks(vit.depth) if blocks is None else cast("tuple[int, ...]", blocks)
 
@@ -339,13 +363,19 @@ def _where_to_get(architecture: str | None) -> str:
 
 def _backbone_of(
     place: Place, config: BrixelConfig, given: PathLike | None, dtype: torch.dtype, access: Access
-) -> tuple[ViT, Mapping[str, str]]:
+) -> tuple[Backbone, Mapping[str, str]]:
     """The backbone that a saved model needs, given by the user, beside it, or from its sources; and known commits."""
     ours = config.backbone
+    architecture = ours.vit
+    if isinstance(architecture, ForeignConfig):
+        raise CheckpointError(
+            f"{place.path} holds an adapter for {ours.title}, a module that is in no file of ours: build it and give "
+            "it as from_pretrained(..., backbone=module)"
+        )
     own = place.find(BACKBONE) if given is None else None
     if own is not None:
         with place.reading():
-            vit = fit(lambda: ViT(ours.vit), read_tensors(own), dtype, what=f"{own} does not fit {ours.title}")
+            vit = fit(lambda: ViT(architecture), read_tensors(own), dtype, what=f"{own} does not fit {ours.title}")
         ours.check_weights(vit.requires_grad_(False), str(own))
         return vit, config.commits
     if given is not None:
@@ -355,7 +385,7 @@ def _backbone_of(
         missing = f"{place.path} holds an adapter without its backbone, {ours.title}{_where_to_get(ours.architecture)}"
         found = locate_first(ours.sources, downloaded=place.snapshot is not None, access=access, missing=missing)
     with found.reading():
-        vit = load_backbone(found.path, architecture=ours.vit, dtype=dtype).vit
+        vit = load_backbone(found.path, architecture=architecture, dtype=dtype).vit
     ours.check_weights(vit, found.source)
     named = {source.partition("@")[0] for source in ours.sources}  # of which some other may have been taken before
     others = {name: commit for name, commit in config.commits.items() if name not in named}

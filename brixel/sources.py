@@ -73,6 +73,9 @@ def locate(
     and must be that of a ``what``. A backbone may also go by its name in the table of models. Raises
     DownloadError where that fails, BrixelError where there is nothing.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        module = ", or a torch module" if what == "backbone" else ""
+        raise BrixelError(f"the {what} is a {type(name_or_path).__name__}; expected a path or a name{module}")
     if what == "model" and str(name_or_path) == BUNDLED:
         return Place(Path(__file__).parent / "tiny")
     path = Path(name_or_path).expanduser()

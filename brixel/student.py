@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from brixel.adapter import Adapter
-from brixel.backbones.vit import ViT
+from brixel.backbones.protocol import Backbone
 from brixel.errors import BrixelError
 from brixel.head import GROUPS, Head
 
@@ -62,11 +62,12 @@ def default_blocks(depth: int) -> tuple[int, ...]:
 class Student(nn.Module):
     """Backbone, adapter and head. The backbone stays frozen and in evaluation mode."""
 
-    def __init__(self, backbone: ViT, adapter: Adapter, head: Head, blocks: tuple[int, ...]) -> None:
+    def __init__(self, backbone: Backbone, adapter: Adapter, head: Head, blocks: tuple[int, ...]) -> None:
         super().__init__()
         if blocks[-1] != backbone.depth - 1:
             raise BrixelError(f"blocks are {list(blocks)}; the last must be the backbone's last, {backbone.depth - 1}")
-        self.backbone = backbone.requires_grad_(False)
+        self.backbone = backbone
+        self.backbone.requires_grad_(False)
         self.adapter = adapter
         self.head = head
         self.blocks = blocks

@@ -126,6 +126,16 @@ class ViT(nn.Module):
         """Number of blocks."""
         return self.config.depth
 
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """What is taken from red, green and blue in [0, 1] before the model sees them."""
+        return self.config.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """What they are divided by after that."""
+        return self.config.std
+
     def block_maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Patch tokens after the given blocks, each through the final LayerNorm, as maps.
 

@@ -66,11 +66,9 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            object.__setattr__(self, name, _three_numbers(name, getattr(self, name)))
-        for name, (kind, allowed, expected) in _RULES.items():
-            value = getattr(self, name)
-            if type(value) not in kind or not allowed(value):
-                raise BrixelError(f"ViTConfig.{name} is {value!r}; expected {expected}")
+            object.__setattr__(self, name, _three_numbers("ViTConfig", name, getattr(self, name)))
+        for name in _RULES:
+            _check_field("ViTConfig", name, getattr(self, name))
         if self.position_scale_offset and (self.position_antialias or self.position_mode != "bicubic"):
             raise BrixelError(
                 "ViTConfig: position_scale_offset goes with position_mode='bicubic' and position_antialias=False alone"
@@ -88,11 +86,35 @@ class ViTConfig:
         return self.class_token + self.registers
 
 
-def _three_numbers(name: str, values: Iterable[float]) -> tuple[float, ...]:
+@dataclass(frozen=True)
+class ForeignConfig:
+    """What is known of a backbone that came as a module: its class and sizes; the rest is in its code."""
+
+    class_name: str
+    width: int
+    depth: int
+    patch_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "patch_px"):
+            _check_field(self.class_name, name, getattr(self, name))
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _three_numbers(self.class_name, name, getattr(self, name)))
+
+
+def _check_field(owner: str, name: str, value: object) -> None:
+    kind, allowed, expected = _RULES[name]
+    if type(value) not in kind or not allowed(value):
+        raise BrixelError(f"{owner}.{name} is {value!r}; expected {expected}")
+
+
+def _three_numbers(owner: str, name: str, values: Iterable[float]) -> tuple[float, ...]:
     try:
         numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         numbers = ()
     if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
-        raise BrixelError(f"ViTConfig.{name} is {values!r}; expected three numbers, for red, green and blue in [0, 1]")
+        raise BrixelError(f"{owner}.{name} is {values!r}; expected three numbers, for red, green and blue in [0, 1]")
     return numbers
