@@ -287,8 +287,8 @@ def _fidelity(options: argparse.Namespace) -> int:
 
 
 def _check_report(output: Path | None) -> None:
-    if output is not None and not output.parent.is_dir():
-        raise BrixelError(f"no folder {output.parent} to write {output.name} into")
+    if output is not None:
+        panel.check_folder(output)
 
 
 def _tell(text: str, output: Path | None) -> None:

@@ -19,6 +19,7 @@ from brixel.errors import BrixelError, CheckpointError, DamagedFileError, did_yo
 from brixel.student import AdapterConfig
 
 FORMAT_VERSION = 1
+CONFIG, ADAPTER, BACKBONE = "config.json", "adapter.safetensors", "backbone.safetensors"  # of a saved folder
 _FINGERPRINT_TENSORS = 32
 _FINGERPRINT_TOLERANCE = 1e-2  # relative: a copy in bfloat16 is within it
 

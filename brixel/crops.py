@@ -4,6 +4,7 @@ Shapes: H x W a picture, T the side of the teacher's crop, all in pixels.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,12 @@ def student_view(crop: Tensor) -> Tensor:
     side_px = crop.shape[-1] // DOWNSAMPLING
     assert crop.shape[-2:] == (DOWNSAMPLING * side_px, DOWNSAMPLING * side_px), tuple(crop.shape)
     return _resized(crop, side_px)
+
+
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels (..., 3, H, W) less a mean and over a deviation per channel."""
+    means, deviations = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
+    return (pixels - means) / deviations
 
 
 def _resized(square: Tensor, side_px: int) -> Tensor:

@@ -7,8 +7,8 @@ from pathlib import Path
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig
 from brixel.checkpoints import shapes_of
-from brixel.config import read_config
-from brixel.features import ADAPTER, BACKBONE, CONFIG, PathLike
+from brixel.config import ADAPTER, BACKBONE, CONFIG, read_config
+from brixel.features import PathLike
 from brixel.hub import parse_repository
 from brixel.model_table import KnownBackbone, list_models
 from brixel.sources import Place, locate

@@ -11,28 +11,24 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from brixel.backbones.huggingface import vit_config
-from brixel.backbones.loading import LoadedBackbone, load_backbone
 from brixel.backbones.protocol import Backbone, check_maps
-from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
 from brixel.checkpoints import fit, read_tensors, shapes_of, write_tensors
-from brixel.config import BackboneConfig, BrixelConfig, fingerprint, read_config, write_config
+from brixel.config import ADAPTER, BACKBONE, CONFIG, BrixelConfig, read_config, write_config
 from brixel.devices import choose_device, choose_dtype, dtype_name
 from brixel.engine import run_batches
-from brixel.errors import BrixelError, CheckpointError
+from brixel.errors import BrixelError
 from brixel.feature_map import FeatureMap
+from brixel.file_backbone import describe_loaded, find_again, load_from
 from brixel.geometry import Geometry, plan_geometry
 from brixel.hub import Access
 from brixel.images import ImageInput, load_image, preprocess
-from brixel.model_table import KNOWN_BACKBONES
 from brixel.module_backbone import bring, same_as, take_in
 from brixel.release import read_release
-from brixel.sources import BUNDLED, Place, locate, locate_first, repositories_in
+from brixel.sources import BUNDLED, locate, repositories_in
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
 
 PathLike = str | os.PathLike[str]
-CONFIG, ADAPTER, BACKBONE = "config.json", "adapter.safetensors", "backbone.safetensors"
 _PATCHES_ON_SHORT_SIDE = 16  # what fresh adapters are made for: 256 px at patch 16, 224 px at patch 14
 _RELEASE_SHORT_SIDE_PX = 256
 
@@ -88,7 +84,7 @@ class BrixelFeatures(Student):
         else:
             device = choose_device(device)
             dtype = choose_dtype(dtype, device)
-            vit, commits = _backbone_of(place, config, backbone, dtype, access)
+            vit, commits = find_again(place, config, backbone, dtype, access)
         what = f"{path} does not fit an adapter for {config.backbone.title}"
         with place.reading():
             trainable = fit(lambda: new_trainable(vit.width, config.adapter), read_tensors(path), dtype, what=what)
@@ -139,10 +135,11 @@ class BrixelFeatures(Student):
         dtype = choose_dtype(dtype, device)
         access = _access(token, cache_dir, local_files_only)
         place = locate(name_or_path, what="backbone", revision=revision, access=access)
-        loaded = _loaded(place, architecture, dtype, vit_fields)
+        loaded = load_from(place, architecture, dtype, vit_fields)
         adapter = _fresh(loaded.vit, blocks, short_side_px)
         trainable = new_trainable(loaded.vit.width, adapter).to(dtype)
-        return cls(loaded.vit, trainable, _config(loaded, place, adapter)).to(device)
+        config = BrixelConfig(describe_loaded(loaded, place), adapter, place.commits)
+        return cls(loaded.vit, trainable, config).to(device)
 
     @classmethod
     def from_release(
@@ -172,9 +169,9 @@ class BrixelFeatures(Student):
         adapter_path = locate(adapter_pth, what="adapter").path
         access = _access(token, cache_dir, local_files_only)
         place = locate(backbone, what="backbone", revision=revision, access=access)
-        loaded = _loaded(place, architecture, dtype, vit_fields)
+        loaded = load_from(place, architecture, dtype, vit_fields)
         adapter = AdapterConfig(_blocks(blocks, loaded.vit), residual_detour=True, short_side_px=short_side_px)
-        config = _config(loaded, place, adapter)
+        config = BrixelConfig(describe_loaded(loaded, place), adapter, place.commits)
         what = f"{adapter_path} does not fit an adapter for {config.backbone.title}"
 
         def build() -> nn.ModuleDict:
@@ -335,58 +332,3 @@ def _blocks(blocks: Iterable[int] | None, vit: Backbone) -> tuple[int, ...]:
 
 def _access(token: str | bool | None, cache_dir: PathLike | None, local_files_only: bool) -> Access:
     return Access(token, None if cache_dir is None else Path(cache_dir).expanduser(), local_files_only)
-
-
-def _loaded(
-    place: Place, architecture: str | ViTConfig | None, dtype: torch.dtype, fields: Mapping[str, object]
-) -> LoadedBackbone:
-    """The backbone at a place; one that cannot be read is refused before its weights are fetched."""
-    with place.reading():
-        if architecture is None and place.path.is_dir():
-            vit_config(place.path)
-        place.fetch_weights()
-        return load_backbone(place.path, architecture=architecture, dtype=dtype, fields=fields)
-
-
-def _config(loaded: LoadedBackbone, place: Place, adapter: AdapterConfig) -> BrixelConfig:
-    """Where the backbone was, then where it is published."""
-    known = KNOWN_BACKBONES.get(loaded.architecture or "")
-    sources = dict.fromkeys([place.source, *((known.huggingface, known.timm) if known else ())])
-    backbone = BackboneConfig(loaded.architecture, tuple(sources), loaded.vit.config, fingerprint(loaded.vit))
-    return BrixelConfig(backbone, adapter, place.commits)
-
-
-def _where_to_get(architecture: str | None) -> str:
-    known = KNOWN_BACKBONES.get(architecture or "")
-    return f" (published as {known.huggingface} and {known.timm})" if known else ""
-
-
-def _backbone_of(
-    place: Place, config: BrixelConfig, given: PathLike | None, dtype: torch.dtype, access: Access
-) -> tuple[Backbone, Mapping[str, str]]:
-    """The backbone that a saved model needs, given by the user, beside it, or from its sources; and known commits."""
-    ours = config.backbone
-    architecture = ours.vit
-    if isinstance(architecture, ForeignConfig):
-        raise CheckpointError(
-            f"{place.path} holds an adapter for {ours.title}, a module that is in no file of ours: build it and give "
-            "it as from_pretrained(..., backbone=module)"
-        )
-    own = place.find(BACKBONE) if given is None else None
-    if own is not None:
-        with place.reading():
-            vit = fit(lambda: ViT(architecture), read_tensors(own), dtype, what=f"{own} does not fit {ours.title}")
-        ours.check_weights(vit.requires_grad_(False), str(own))
-        return vit, config.commits
-    if given is not None:
-        found = locate(given, what="backbone", access=access)
-        found.fetch_weights()
-    else:
-        missing = f"{place.path} holds an adapter without its backbone, {ours.title}{_where_to_get(ours.architecture)}"
-        found = locate_first(ours.sources, downloaded=place.snapshot is not None, access=access, missing=missing)
-    with found.reading():
-        vit = load_backbone(found.path, architecture=architecture, dtype=dtype).vit
-    ours.check_weights(vit, found.source)
-    named = {source.partition("@")[0] for source in ours.sources}  # of which some other may have been taken before
-    others = {name: commit for name, commit in config.commits.items() if name not in named}
-    return vit, {**others, **found.commits}

@@ -228,6 +228,6 @@ def _gated(name: str, status: int, url: str) -> str:
 
 def _near(name: str) -> str:
     """A clause with the known repository of nearly this name."""
-    known = [each for row in KNOWN_BACKBONES.values() for each in (row.huggingface, row.timm)]
+    known = [each for row in KNOWN_BACKBONES.values() for each in row.sources]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near and near[0] != name else ""

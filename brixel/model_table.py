@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, SIGLIP_MEAN, SIGLIP_STD, ViTConfig
+from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, ViTConfig, siglip_config
 from brixel.errors import BrixelError, did_you_mean
 
 _GATED = "dinov3-license"  # of Meta's repositories of DINOv3, which are gated
@@ -128,23 +128,14 @@ def _siglip(size: str, patch_px: int, side: str, *, version: str = "", timm: str
     """``side``: of the pictures it was trained on, in pixels and what may follow in the name, or "naflex": of any."""
     width, depth, heads, ffn_width = _SIGLIP_SIZES[size]
     naflex = side == "naflex"
-    vit = ViTConfig(
+    vit = siglip_config(
         width=width,
         depth=depth,
         heads=heads,
         patch_px=patch_px,
-        ffn="mlp",
         ffn_width=ffn_width,
-        positions="learned",
-        norm_eps=1e-6,
         native_grid=16 if naflex else int(side.split("-")[0]) // patch_px,
-        position_antialias=naflex,
-        position_mode="bilinear" if naflex else "bicubic",
-        class_token=False,
-        layer_scale=False,
-        gelu="tanh",
-        mean=SIGLIP_MEAN,
-        std=SIGLIP_STD,
+        naflex=naflex,
     )
     return KnownBackbone(
         f"siglip{version}-{size}-p{patch_px}-{side}",

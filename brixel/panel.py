@@ -58,10 +58,15 @@ def check_output(path: Path, images: Sequence[str | Path] = ()) -> None:
     """Raise BrixelError where no picture can be written to ``path``, or it is one of ``images``; asked at the start."""
     if any(path.resolve() == Path(image).resolve() for image in images):
         raise BrixelError(f"{path} is itself a picture to be shown; give another name for the panel")
-    if not path.parent.is_dir():
-        raise BrixelError(f"no folder {path.parent} to write {path.name} into")
+    check_folder(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise BrixelError(f"{path}: expected a name that ends in .png, .jpg or .webp")
+
+
+def check_folder(path: Path) -> None:
+    """Raise BrixelError where the folder to write ``path`` into is missing."""
+    if not path.parent.is_dir():
+        raise BrixelError(f"no folder {path.parent} to write {path.name} into")
 
 
 def save(panel: Image.Image, path: Path) -> None:

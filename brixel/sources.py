@@ -10,9 +10,9 @@ from pathlib import Path
 from brixel.backbones.huggingface import read_json
 from brixel.errors import BrixelError, CheckpointError, DamagedFileError, DownloadError, did_you_mean
 from brixel.hub import Access, Repository, Snapshot, parse_repository
-from brixel.model_table import KNOWN_BACKBONES
+from brixel.model_table import BRIXEL_TINY, KNOWN_BACKBONES
 
-BUNDLED = "brixel-tiny"  # the model that comes with the package
+BUNDLED = BRIXEL_TINY.name  # the model that comes with the package
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants, split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save
 
-from brixel import BrixelError, BrixelFeatures, CheckpointError, DownloadError, FeatureMap, features, model_table
+from brixel import BrixelError, BrixelFeatures, CheckpointError, DownloadError, FeatureMap, file_backbone, model_table
 from brixel.backbones import loading
 from brixel.backbones.key_maps import DINOV2_TIMM
 from brixel.cli import main
@@ -309,7 +309,7 @@ def test_a_wrong_architecture_is_refused_before_its_weights_are_fetched(hub):
 def test_a_fresh_model_names_where_its_backbone_is_published(hub, backbone_files, backbone_folder, monkeypatch):
     vit = fresh(backbone_folder).config.backbone.vit
     row = {"dinov2-tiny": KnownBackbone("dinov2-tiny", vit, "mit", BACKBONE, "timm/tiny")}
-    for module in (model_table, loading, features):
+    for module in (model_table, loading, file_backbone):
         monkeypatch.setattr(module, "KNOWN_BACKBONES", row)
     hub.add(BACKBONE, backbone_files)
     local = str(backbone_folder.resolve())

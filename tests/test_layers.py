@@ -35,7 +35,7 @@ LAYERS = (
     {"head", "engine", "hub", "backbones.huggingface", "backbones.foreign"},
     {"student", "release", "sources", "backbones.loading"},
     {"config"},
-    {"module_backbone"},
+    {"file_backbone", "module_backbone"},
     {"features"},
     {"panel", "extraction", "benchmark", "train.losses", "describe", "evaluate.fidelity"},
     {"train.config", "train.data", "train.distributed", "train.watch"},

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from brixel.backbones.vit_config import SIGLIP_MEAN, SIGLIP_STD, ViTConfig
+from brixel.backbones.vit_config import ViTConfig, siglip_config
 from brixel.errors import BrixelError, CheckpointError, DamagedFileError
 
 
@@ -125,21 +125,13 @@ def _siglip(config: dict[str, Any]) -> ViTConfig:
     vision = {**_SIGLIP_DEFAULTS, **config.get("vision_config", config)}
     naflex = config["model_type"].startswith("siglip2")
     _check_activation(vision, "gelu_pytorch_tanh")
-    return ViTConfig(
+    return siglip_config(
         width=vision["hidden_size"],
         depth=vision["num_hidden_layers"],
         heads=vision["num_attention_heads"],
         patch_px=vision["patch_size"],
-        ffn="mlp",
         ffn_width=vision["intermediate_size"],
-        positions="learned",
-        norm_eps=vision["layer_norm_eps"],
         native_grid=math.isqrt(vision["num_patches"]) if naflex else vision["image_size"] // vision["patch_size"],
-        position_antialias=naflex,
-        position_mode="bilinear" if naflex else "bicubic",
-        class_token=False,
-        layer_scale=False,
-        gelu="tanh",
-        mean=SIGLIP_MEAN,
-        std=SIGLIP_STD,
+        naflex=naflex,
+        norm_eps=vision["layer_norm_eps"],
     )

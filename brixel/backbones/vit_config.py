@@ -110,6 +110,38 @@ def _check_field(owner: str, name: str, value: object) -> None:
         raise BrixelError(f"{owner}.{name} is {value!r}; expected {expected}")
 
 
+def siglip_config(
+    *,
+    width: int,
+    depth: int,
+    heads: int,
+    patch_px: int,
+    ffn_width: int,
+    native_grid: int,
+    naflex: bool,
+    norm_eps: float = 1e-6,
+) -> ViTConfig:
+    """A vision tower of SigLIP or SigLIP 2, of one resolution or (``naflex``) of any."""
+    return ViTConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch_px=patch_px,
+        ffn="mlp",
+        ffn_width=ffn_width,
+        positions="learned",
+        norm_eps=norm_eps,
+        native_grid=native_grid,
+        position_antialias=naflex,
+        position_mode="bilinear" if naflex else "bicubic",
+        class_token=False,
+        layer_scale=False,
+        gelu="tanh",
+        mean=SIGLIP_MEAN,
+        std=SIGLIP_STD,
+    )
+
+
 def _three_numbers(owner: str, name: str, values: Iterable[float]) -> tuple[float, ...]:
     try:
         numbers = tuple(float(value) for value in values)

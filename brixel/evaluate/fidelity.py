@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from brixel.crops import CropSettings, check_teacher_px, student_view, teacher_crop
+from brixel.crops import DOWNSAMPLING, CropSettings, check_teacher_px, normalised, student_view, teacher_crop
 from brixel.devices import machine
 from brixel.errors import BrixelError
 from brixel.features import BrixelFeatures, evaluating
@@ -85,9 +85,10 @@ def _at_size(model: BrixelFeatures, pictures: Sequence[Path], side: int) -> dict
 def _pair(model: BrixelFeatures, picture: Path, side: int) -> tuple[Tensor, Tensor]:
     """The student's pixels (1, 3, S, S) and the teacher's map (1, D, 4h, 4w) of a picture's centre."""
     vit = model.config.backbone.vit
-    mean, std = (torch.tensor(values)[:, None, None] for values in (vit.mean, vit.std))
     crop = teacher_crop(load_image(picture), CropSettings(side, random=False), torch.Generator())
-    small, large = (((each - mean) / std)[None].to(model.device, model.dtype) for each in (student_view(crop), crop))
+    small, large = (
+        normalised(each, vit.mean, vit.std)[None].to(model.device, model.dtype) for each in (student_view(crop), crop)
+    )
     return small, model.backbone_features(large)
 
 
@@ -104,6 +105,7 @@ def report(result: Fidelity, command: str) -> str:
         for name, figure in methods.items():
             removed = 1 - (1 - figure["cosine"]) / plain if plain > 0 else 0.0
             lines.append(
-                f"| {side // 4} px | {side} px | {name} | {figure['l1']:.4f} | {figure['cosine']:.4f} | {removed:.1%} |"
+                f"| {side // DOWNSAMPLING} px | {side} px | {name} "
+                f"| {figure['l1']:.4f} | {figure['cosine']:.4f} | {removed:.1%} |"
             )
     return "\n".join([*lines, "", result.recipe, "Made by:", "", f"    {command}"])

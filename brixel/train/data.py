@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from brixel.crops import CropSettings, student_view, teacher_crop
+from brixel.crops import CropSettings, normalised, student_view, teacher_crop
 from brixel.errors import BrixelError, ImageError
 from brixel.images import load_image
 from brixel.pictures import find_pictures
@@ -98,8 +98,7 @@ class CropDataset(Dataset[Crop]):
         raise BrixelError(f"none of the {len(self)} training pictures can be used; the first of them: {some}")
 
     def _normalised(self, pixels: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
-        return (pixels - mean) / std
+        return normalised(pixels, self.mean, self.std)
 
 
 def shuffled(position: int, number: int, seed: int, *, ahead: int = 0) -> int:

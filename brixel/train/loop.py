@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from brixel.checkpoints import read_tensors
+from brixel.config import ADAPTER
 from brixel.crops import CropSettings
 from brixel.errors import BrixelError
 from brixel.evaluate.fidelity import BASELINES, interpolated
-from brixel.features import ADAPTER, BrixelFeatures
+from brixel.features import BrixelFeatures
 from brixel.train.batches import batches
 from brixel.train.cache import TeacherCache
 from brixel.train.config import TrainConfig, write_settings
