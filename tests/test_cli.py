@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import brixel.cli
+import brixel
 from brixel import BrixelFeatures, FeatureMap, __version__
 from brixel.cli import main
 
@@ -103,7 +103,7 @@ def test_unforeseen_errors_are_one_line_too(picture, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(brixel.cli.BrixelFeatures, "from_pretrained", fail)
+    monkeypatch.setattr(brixel.BrixelFeatures, "from_pretrained", fail)
     assert run("show", picture, "--model", "x") == 2
     assert capsys.readouterr().err == "brixel: error: RuntimeError: CUDA out of memory. Tried to allocate\n"
 
@@ -170,7 +170,7 @@ def test_interruption_is_quiet(picture, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(brixel.cli.BrixelFeatures, "from_pretrained", interrupt)
+    monkeypatch.setattr(brixel.BrixelFeatures, "from_pretrained", interrupt)
     assert run("show", picture, "--model", "x") == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -43,6 +43,8 @@ LAYERS = (
     {"train.batches", "train.validation"},
     {"train.loop"},
     {"train.plan"},
+    {"commands.options"},
+    {"commands.use", "commands.make", "commands.evaluate"},
     {"cli"},
     {"__main__"},
 )
