@@ -73,16 +73,20 @@ class BrixelConfig:
     """All that a saved folder says of its model beside the weights.
 
     ``commits``: of the repositories on the Hub whose files it was made of, by name; to trace results, not to load by.
+    ``training``: how the adapter was made and how good it was, for people, by what each line is about.
     """
 
     backbone: BackboneConfig
     adapter: AdapterConfig
     commits: Mapping[str, str] = field(default_factory=dict, hash=False)
+    training: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        texts = [*self.commits, *self.commits.values()] if isinstance(self.commits, Mapping) else [None]
-        if not all(isinstance(each, str) for each in texts):
-            raise BrixelError(f"commits is {self.commits!r}; expected commits by name of repository")
+        for name, what in (("commits", "commits by name of repository"), ("training", "texts by name")):
+            given = getattr(self, name)
+            texts = [*given, *given.values()] if isinstance(given, Mapping) else [None]
+            if not all(isinstance(each, str) for each in texts):
+                raise BrixelError(f"{name} is {given!r}; expected {what}")
 
 
 def fingerprint(backbone: Backbone) -> tuple[float, ...]:
@@ -138,6 +142,7 @@ def read_config(path: Path) -> BrixelConfig:
             _section(BackboneConfig, {**backbone, "vit": vit}),
             _section(AdapterConfig, content.pop("adapter")),
             content.pop("commits", {}),
+            content.pop("training", {}),
         )
     except (KeyError, TypeError, BrixelError) as error:
         raise CheckpointError(f"{path} does not describe a model: {error}") from error

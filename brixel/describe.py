@@ -40,7 +40,7 @@ def describe(name_or_path: PathLike) -> dict[str, str]:
     numbers = f"adapter and head {_millions(shapes_of(lambda: new_trainable(vit.width, adapter)))}"
     if not isinstance(vit, ForeignConfig):
         numbers = f"backbone {_millions(shapes_of(lambda: ViT(vit)))}, {numbers}"
-    return rows | {"numbers": numbers}
+    return rows | {"numbers": numbers} | {f"training: {name}": text for name, text in config.training.items()}
 
 
 def describe_models() -> list[dict[str, str]]:

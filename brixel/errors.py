@@ -24,6 +24,10 @@ class DownloadError(BrixelError):
     """What cannot be had from the Hub: gated, missing, out of reach, damaged. Its cause is the client's own error."""
 
 
+class UploadError(BrixelError):
+    """What the Hub did not take, and has changed nothing for. Its cause is the client's own error, if there was one."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause to append to "unknown ...": the nearest known name, or all of them where none is near."""
     names = sorted(known)

@@ -11,10 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from brixel import panel
 from brixel.backbones.protocol import Backbone, check_maps
-from brixel.backbones.vit_config import ForeignConfig, ViTConfig
-from brixel.checkpoints import fit, read_tensors, shapes_of, write_tensors
-from brixel.config import ADAPTER, BACKBONE, CONFIG, BrixelConfig, read_config, write_config
+from brixel.backbones.vit_config import ViTConfig
+from brixel.checkpoints import fit, read_tensors, shapes_of
+from brixel.config import ADAPTER, CONFIG, BrixelConfig, read_config
 from brixel.devices import choose_device, choose_dtype, dtype_name
 from brixel.engine import run_batches
 from brixel.errors import BrixelError
@@ -24,13 +25,15 @@ from brixel.geometry import Geometry, plan_geometry
 from brixel.hub import Access
 from brixel.images import ImageInput, load_image, preprocess
 from brixel.module_backbone import bring, same_as, take_in
-from brixel.release import read_release
+from brixel.pictures import SCENE
+from brixel.publish import push
+from brixel.release import choose_release, read_release
+from brixel.saving import save
 from brixel.sources import BUNDLED, locate, repositories_in
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
 
 PathLike = str | os.PathLike[str]
 _PATCHES_ON_SHORT_SIDE = 16  # what fresh adapters are made for: 256 px at patch 16, 224 px at patch 14
-_RELEASE_SHORT_SIDE_PX = 256
 
 
 class BrixelFeatures(Student):
@@ -79,16 +82,16 @@ class BrixelFeatures(Student):
         config = read_config(place.need(CONFIG))
         path = place.need(ADAPTER)
         if isinstance(backbone, nn.Module):
-            vit, commits = same_as(config.backbone, backbone), config.commits
+            vit = same_as(config.backbone, backbone)
             device, dtype = bring(backbone, device, dtype)
         else:
             device = choose_device(device)
             dtype = choose_dtype(dtype, device)
-            vit, commits = find_again(place, config, backbone, dtype, access)
+            vit, config = find_again(place, config, backbone, dtype, access)
         what = f"{path} does not fit an adapter for {config.backbone.title}"
         with place.reading():
             trainable = fit(lambda: new_trainable(vit.width, config.adapter), read_tensors(path), dtype, what=what)
-        config = dataclasses.replace(config, commits={**commits, **place.commits})
+        config = dataclasses.replace(config, commits={**config.commits, **place.commits})
         if place.snapshot:  # paths of another machine would be followed once the model is saved on this one
             own = dataclasses.replace(config.backbone, sources=repositories_in(config.backbone.sources))
             config = dataclasses.replace(config, backbone=own)
@@ -145,11 +148,12 @@ class BrixelFeatures(Student):
     def from_release(
         cls,
         adapter_pth: PathLike,
-        backbone: PathLike,
+        backbone: PathLike | None = None,
         *,
+        release: str | None = None,
         architecture: str | ViTConfig | None = None,
         blocks: Iterable[int] | None = None,
-        short_side_px: int = _RELEASE_SHORT_SIDE_PX,
+        short_side_px: int | None = None,
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         revision: str | None = None,
@@ -160,18 +164,21 @@ class BrixelFeatures(Student):
     ) -> "BrixelFeatures":
         """The authors' own adapter file on its backbone.
 
-        ``adapter_pth``: a `.pth` of the release, on disk. ``backbone`` and all others: as in :meth:`from_backbone`.
-        ``short_side_px``: 256 for four of the released files, 480 for the denser ViT-B.
+        ``adapter_pth``: a `.pth` of the release, on disk. ``release``: which of its five files that is, "vits16-256",
+        "vitb16-256", "vitl16-256", "vith16plus-256" or "vitb16-480"; that says its backbone and the size of its
+        pictures where you do not. ``backbone`` and all others: as in :meth:`from_backbone`, ``short_side_px`` 256.
         Raises CheckpointError where the file lacks a tensor, has another shape, or holds a key that nobody knows.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         adapter_path = locate(adapter_pth, what="adapter").path
+        backbone, architecture, side = choose_release(adapter_path, release, backbone, architecture, short_side_px)
         access = _access(token, cache_dir, local_files_only)
         place = locate(backbone, what="backbone", revision=revision, access=access)
         loaded = load_from(place, architecture, dtype, vit_fields)
-        adapter = AdapterConfig(_blocks(blocks, loaded.vit), residual_detour=True, short_side_px=short_side_px)
-        config = BrixelConfig(describe_loaded(loaded, place), adapter, place.commits)
+        adapter = AdapterConfig(_blocks(blocks, loaded.vit), residual_detour=True, short_side_px=side)
+        told = {"adapter": f"{adapter_path.name} of the authors of arXiv 2511.05168, as they trained it"}
+        config = BrixelConfig(describe_loaded(loaded, place), adapter, place.commits, told)
         what = f"{adapter_path} does not fit an adapter for {config.backbone.title}"
 
         def build() -> nn.ModuleDict:
@@ -181,27 +188,41 @@ class BrixelFeatures(Student):
         return cls(loaded.vit, trainable, config).to(device)
 
     def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False) -> None:
-        """Write `config.json` and `adapter.safetensors` (and `backbone.safetensors`) into a folder, made if need be.
+        """Write `config.json`, `adapter.safetensors`, the card `README.md` (and `backbone.safetensors`) into a folder.
 
-        Each file is written whole or not at all; `config.json` comes last. Without the backbone, the folder says which
-        one it needs and where that was; its licence may forbid to hand it on. A backbone that came as a module cannot
-        be included, as its code cannot.
+        It is made if need be; each file is written whole or not at all, `config.json` last. A card that you changed
+        stays. Without the backbone, the folder says which one it needs and where that was; its licence may forbid to
+        hand it on. A backbone that came as a module cannot be included, as its code cannot.
         """
-        if include_backbone and isinstance(self.config.backbone.vit, ForeignConfig):
-            raise BrixelError(
-                f"the backbone is a module of your own program, {self.config.backbone.title}, and cannot be written "
-                "along: save without include_backbone, and load with from_pretrained(folder, backbone=module)"
-            )
-        target = Path(folder)
-        if target.exists() and not target.is_dir():
-            raise BrixelError(f"{target} is a file; expected a folder to write a model into")
-        target.mkdir(parents=True, exist_ok=True)
-        write_tensors(target / ADAPTER, nn.ModuleDict({"adapter": self.adapter, "head": self.head}).state_dict())
-        if include_backbone:
-            write_tensors(target / BACKBONE, self.backbone.state_dict())
-        else:
-            (target / BACKBONE).unlink(missing_ok=True)  # of a model that was here before
-        write_config(target / CONFIG, self.config)
+        save(self, self.config, Path(folder), include_backbone=include_backbone)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        include_backbone: bool = False,
+        picture: ImageInput = SCENE,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        message: str = "Model made with brixel",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes, with a panel of ``picture`` on its card; "ORG/NAME@COMMIT".
+
+        ``repository``: ORG/NAME, made if need be, ``private`` where so asked. One commit, or none. Sources of the
+        backbone that are paths of this machine are left out of the config; ``include_backbone`` uploads its weights,
+        for which its licence must allow it. A card that was changed there is left as it is.
+        Raises UploadError where the Hub does not take it, BrixelError where the model would not load from there.
+        """
+        return push(
+            self,
+            self.config,
+            repository,
+            lambda: panel.show(self, [picture]),
+            include_backbone=include_backbone,
+            private=private,
+            token=token,
+            message=message,
+        )
 
     # ---------------------------------------------------------------- facts
 

@@ -1,5 +1,6 @@
 """A backbone that comes from files: loaded, described for a config, found again for a saved model."""
 
+import dataclasses
 from collections.abc import Mapping
 from os import PathLike
 
@@ -37,8 +38,8 @@ def describe_loaded(loaded: LoadedBackbone, place: Place) -> BackboneConfig:
 
 def find_again(
     place: Place, config: BrixelConfig, given: str | PathLike[str] | None, dtype: torch.dtype, access: Access
-) -> tuple[Backbone, Mapping[str, str]]:
-    """The backbone that a saved model needs, given by the user, beside it, or from its sources; and known commits."""
+) -> tuple[Backbone, BrixelConfig]:
+    """The backbone that a saved model needs, given by the user, beside it, or from its sources; and its config now."""
     ours = config.backbone
     architecture = ours.vit
     if isinstance(architecture, ForeignConfig):
@@ -51,7 +52,7 @@ def find_again(
         with place.reading():
             vit = fit(lambda: ViT(architecture), read_tensors(own), dtype, what=f"{own} does not fit {ours.title}")
         ours.check_weights(vit.requires_grad_(False), str(own))
-        return vit, config.commits
+        return vit, config
     if given is not None:
         found = locate(given, what="backbone", access=access)
         found.fetch_weights()
@@ -65,7 +66,9 @@ def find_again(
     ours.check_weights(vit, found.source)
     named = {source.partition("@")[0] for source in ours.sources}  # of which some other may have been taken before
     others = {name: commit for name, commit in config.commits.items() if name not in named}
-    return vit, {**others, **found.commits}
+    if given is not None:
+        ours = dataclasses.replace(ours, sources=tuple(dict.fromkeys([found.source, *ours.sources])))
+    return vit, dataclasses.replace(config, backbone=ours, commits={**others, **found.commits})
 
 
 def _published(architecture: str | None) -> tuple[str, ...]:

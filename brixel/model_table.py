@@ -12,6 +12,8 @@ from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, ViTConfig, 
 from brixel.errors import BrixelError, did_you_mean
 
 _GATED = "dinov3-license"  # of Meta's repositories of DINOv3, which are gated
+# licences that the Hub has no id for, and that bind what is derived from the weights: where their text is
+LICENCE_URLS = {_GATED: "https://ai.meta.com/resources/models-and-libraries/dinov3-license"}
 
 # of the satellite pictures that the sat493m weights were trained on
 SATELLITE_MEAN = (0.430, 0.411, 0.296)
@@ -20,7 +22,8 @@ SATELLITE_STD = (0.213, 0.156, 0.143)
 
 @dataclass(frozen=True)
 class KnownBackbone:
-    """One backbone. ``huggingface`` and ``timm`` are repositories on the Hub; ``licence`` is the Hub's id.
+    """One backbone. ``huggingface`` and ``timm`` are repositories on the Hub; ``licence`` is the Hub's id, or a name of
+    :data:`LICENCE_URLS`.
 
     ``vocabulary``: the number of words that the text tower beside it knows, where there is one. ``adapter``: what
     `BrixelFeatures.from_pretrained` takes for a trained adapter on it, where there is one.

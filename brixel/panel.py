@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,6 @@ from PIL import Image, ImageDraw, ImageFont
 from brixel.atomic import atomic_path
 from brixel.errors import BrixelError
 from brixel.feature_map import FeatureMap
-from brixel.features import BrixelFeatures
 from brixel.images import ImageInput, load_image
 from brixel.pca import PcaBasis
 from brixel.student import UPSCALE
@@ -21,8 +21,16 @@ MARGIN_PX = 12
 LABEL_PX = 22
 
 
+class Showable(Protocol):
+    """What a panel asks of a model: its dense map of a picture, and its backbone's."""
+
+    def extract(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap: ...  # noqa: D102
+
+    def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap: ...  # noqa: D102
+
+
 def show(
-    model: BrixelFeatures,
+    model: Showable,
     images: Sequence[ImageInput],
     *,
     short_side_px: int | str | None = None,
@@ -31,7 +39,7 @@ def show(
     """One row per picture: the picture, the backbone's map, the dense map. Maps of a row share one PCA basis.
 
     ``teacher``: also what the dense map should be, the backbone's map of the picture at four times the size.
-    Raises ImageError for a picture that cannot be used; ``short_side_px`` as in :meth:`BrixelFeatures.extract`.
+    Raises ImageError for a picture that cannot be used; ``short_side_px`` as in :meth:`brixel.BrixelFeatures.extract`.
     """
     return stacked([_row(model, image, short_side_px, teacher) for image in images])
 
@@ -76,7 +84,7 @@ def save(panel: Image.Image, path: Path) -> None:
         panel.save(temporary)
 
 
-def _row(model: BrixelFeatures, image: ImageInput, short_side_px: int | str | None, teacher: bool) -> list[Image.Image]:
+def _row(model: Showable, image: ImageInput, short_side_px: int | str | None, teacher: bool) -> list[Image.Image]:
     planes = load_image(image)
     dense = model.extract(planes, short_side_px=short_side_px)
     maps = {"backbone": model.extract_backbone(planes, short_side_px=short_side_px), "brixel": dense}

@@ -11,6 +11,8 @@ PICTURES = (
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
 
+SCENE = Path(__file__).parent / "scene.jpg"  # a drawing of ours, for where no picture is given
+
 
 def find_pictures(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     """Pictures with the place that each takes below the output folder, in a fixed order.

@@ -3,13 +3,40 @@
 Their tensors that never reach the output are known by name and dropped; a key that nobody knows is refused.
 """
 
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from brixel.adapter import EXTRACTORS
+from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints import read_tensors
+from brixel.errors import BrixelError, CheckpointError, did_you_mean
 from brixel.head import TRUNK_BLOCKS
 from brixel.key_map import KeyMap, State, rename
+from brixel.model_table import KNOWN_BACKBONES, KnownBackbone
 
+
+@dataclass(frozen=True)
+class ReleasedAdapter:
+    """A file of the release: the backbone it belongs to, by its name in the table of models, and its input's side."""
+
+    backbone: str
+    short_side_px: int
+
+
+RELEASED: Mapping[str, ReleasedAdapter] = MappingProxyType(
+    {
+        "vits16-256": ReleasedAdapter("dinov3-vits16", 256),
+        "vitb16-256": ReleasedAdapter("dinov3-vitb16", 256),
+        "vitl16-256": ReleasedAdapter("dinov3-vitl16", 256),
+        "vith16plus-256": ReleasedAdapter("dinov3-vith16plus", 256),
+        "vitb16-480": ReleasedAdapter("dinov3-vitb16", 480),
+    }
+)
+
+_SHORT_SIDE_PX = 256  # of all but one
 _PARTS = ("weight", "bias")
 _NORM = (*_PARTS, "running_mean", "running_var", "num_batches_tracked")
 _EXTRACTOR = {
@@ -91,6 +118,47 @@ RELEASE = KeyMap(
     ),
     prepare=live_parts,
 )
+
+
+def choose_release(
+    path: Path,
+    release: str | None,
+    backbone: str | os.PathLike[str] | None,
+    architecture: str | ViTConfig | None,
+    short_side_px: int | None,
+) -> tuple[str | os.PathLike[str], str | ViTConfig | None, int]:
+    """Backbone, architecture and short side of a release file, by its name where the user leaves them open.
+
+    A file that is too wide or narrow for a backbone known by name is refused, before that is fetched.
+    """
+    if release is not None and release not in RELEASED:
+        raise BrixelError(f"unknown file of the release {release!r}; {did_you_mean(release, RELEASED)}")
+    row = RELEASED.get(release or "")
+    if row is None and backbone is None:
+        raise BrixelError(f"no backbone and no release: say which file this is, release= one of {', '.join(RELEASED)}")
+    if row is not None:
+        backbone = row.backbone if backbone is None else backbone
+        architecture = row.backbone if architecture is None else architecture
+    assert backbone is not None
+    known = KNOWN_BACKBONES.get(architecture if isinstance(architecture, str) else str(backbone))
+    if known is not None:
+        _check_width(path, known)
+    return backbone, architecture, short_side_px or (row.short_side_px if row else _SHORT_SIDE_PX)
+
+
+def _check_width(path: Path, known: KnownBackbone) -> None:
+    levels = read_tensors(path).get("adapter.level_embed")
+    width = known.vit.width
+    if levels is not None and levels.shape[-1] != width:
+        near = ", ".join(name for name, row in RELEASED.items() if _width(row) == levels.shape[-1])
+        told = f": it may be {near}" if near else ""
+        raise CheckpointError(
+            f"{path} does not fit {known.name}: it is for a backbone {levels.shape[-1]} wide, not {width}{told}"
+        )
+
+
+def _width(row: ReleasedAdapter) -> int:
+    return KNOWN_BACKBONES[row.backbone].vit.width
 
 
 def read_release(path: Path, shapes: dict[str, tuple[int, ...]], *, what: str) -> State:

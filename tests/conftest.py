@@ -58,7 +58,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     server = _loopback_hub().LoopbackHub()
     home = tmp_path / "hf"
-    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(home)}
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
@@ -72,6 +73,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ("HF_STORED_TOKENS_PATH", str(home / "stored_tokens")),
         ("HF_HUB_DISABLE_TELEMETRY", True),
         ("HF_HUB_OFFLINE", False),
+        ("HF_HUB_DISABLE_XET", True),  # its transfers are not spoken by the loopback server
     ):
         monkeypatch.setattr(constants, name, value)
     yield server

@@ -1,8 +1,9 @@
-"""A stand-in for the Hugging Face Hub on the loopback interface: what its client needs to fetch files, no more.
+"""A stand-in for the Hugging Face Hub on the loopback interface: what its client needs to fetch and commit files.
 
 `tests/conftest.py` loads it by its path, as test modules cannot import each other.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -13,6 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 FILE = re.compile(r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+COMMIT = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/(?P<what>preupload|commit)/main")
+LFS = re.compile(r"/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+INFO = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+?)(/revision/(?P<revision>[^/]+))?")
 TREE = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>[^/?]+)")
 
 
@@ -25,6 +29,7 @@ class Repo:
     allowed: tuple[str, ...] = ()
     revisions: dict[str, str] = field(default_factory=dict)
     cut: set[str] = field(default_factory=set)
+    private: bool | None = None
 
     @property
     def commit(self) -> str:
@@ -48,6 +53,10 @@ class LoopbackHub:
         self.requests: list[tuple[str, str, str]] = []
         self.status: int | None = None  # that everything is answered with
         self.delay_s = 0.0  # before every answer
+        self.writers: dict[str, tuple[str, ...]] = {}  # who may write, by account or organisation: their tokens
+        self.uploads: dict[str, bytes] = {}  # large files on their way, by their hash
+        self.commits: list[tuple[str, str]] = []  # repository and message
+        self.refused: str | None = None  # the request that is answered with 503: "preupload", "upload", "commit"
         hub = self
 
         class Handler(_Handler):
@@ -87,9 +96,90 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.answer()
 
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(self.path).partition("?")[0]
+        self.hub.requests.append(("POST", "", path))
+        time.sleep(self.hub.delay_s)
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        wanted = COMMIT.fullmatch(path) or LFS.fullmatch(path)
+        if self.hub.status is not None:
+            self.reply(self.hub.status)
+        elif path == "/api/repos/create":
+            self.create(json.loads(content), token)
+        elif wanted is None:
+            self.reply(200, b'{"warnings": [], "errors": []}')
+        elif token not in self.hub.writers.get(wanted["name"].partition("/")[0], ()):
+            self.refuse(403, "")
+        elif wanted.groupdict().get("what") == "commit":
+            self.commit(wanted["name"], content.decode())
+        elif wanted.groupdict().get("what") == "preupload":
+            self.say_modes(json.loads(content))
+        else:
+            self.say_where(json.loads(content))
+
+    def create(self, wanted: dict[str, object], token: str) -> None:
+        account = str(wanted["organization"])
+        name = f"{account}/{wanted['name']}"
+        if token not in self.hub.writers.get(account, ()):
+            self.refuse(403 if token else 401, "")
+        elif name in self.hub.repos:
+            self.reply(409, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
+        else:
+            private = wanted.get("private") or wanted.get("visibility") == "private"  # older and newer clients
+            self.hub.add(name, {".gitattributes": b""}, private=private)
+            self.reply(200, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
+
+    def say_modes(self, wanted: dict[str, list[dict[str, object]]]) -> None:
+        files = [
+            {
+                "path": each["path"],
+                "uploadMode": "lfs" if str(each["path"]).endswith((".safetensors", ".png")) else "regular",
+                "shouldIgnore": False,
+            }
+            for each in wanted["files"]
+        ]
+        self.reply(503 if self.hub.refused == "preupload" else 200, json.dumps({"files": files}).encode())
+
+    def say_where(self, wanted: dict[str, list[dict[str, object]]]) -> None:
+        objects = [
+            {**each, "actions": {"upload": {"href": f"{self.hub.url}/upload/{each['oid']}", "header": {}}}}
+            for each in wanted["objects"]
+        ]
+        self.reply(200, json.dumps({"transfer": "basic", "objects": objects}).encode())
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.requests.append(("PUT", "", self.path))
+        if self.hub.refused == "upload":
+            self.reply(403)
+            return
+        assert hashlib.sha256(content).hexdigest() == self.path.rpartition("/")[2]
+        self.hub.uploads[self.path.rpartition("/")[2]] = content
+        self.reply(200)
+
+    def commit(self, name: str, content: str) -> None:
+        if self.hub.refused == "commit":
+            self.reply(400, b'{"error": "no"}')
+            return
+        repo = self.hub.repos[name]
+        for line in map(json.loads, content.splitlines()):
+            kind, value = line["key"], line["value"]
+            if kind == "header":
+                self.hub.commits.append((name, value["summary"]))
+            elif kind == "file":
+                repo.files[value["path"]] = base64.b64decode(value["content"])
+            elif kind == "lfsFile":
+                repo.files[value["path"]] = self.hub.uploads[value["oid"]]
+            else:
+                assert kind == "deletedFile"
+                del repo.files[value["path"]]
+        told = {"commitUrl": f"{self.hub.url}/{name}/commit/{repo.commit}", "commitOid": repo.commit}
+        self.reply(200, json.dumps({"success": True, **told}).encode())
+
     def answer(self) -> None:
         path = unquote(self.path)
-        wanted = FILE.fullmatch(path) or TREE.match(path)
+        wanted = FILE.fullmatch(path) or TREE.match(path) or INFO.fullmatch(path)
         name, file = (wanted["name"], wanted.groupdict().get("file", "")) if wanted else ("", path)
         self.hub.requests.append((self.command, name, file))
         repo = self.hub.repos.get(name)
@@ -101,8 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(200, b"{}")
         elif repo is None:
             self.refuse(404 if token else 401, "RepoNotFound")
-        elif not repo.knows(wanted["revision"]):
+        elif not repo.knows(wanted["revision"] or "main"):
             self.refuse(404, "RevisionNotFound")
+        elif INFO.fullmatch(path):
+            self.reply(200, json.dumps({"id": name, "sha": repo.commit}).encode())
         elif not file:
             self.reply(200, json.dumps([self.entry(repo, each) for each in sorted(repo.files)]).encode())
         elif repo.gated and token not in repo.allowed:
@@ -137,6 +229,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
             self.wfile.flush()

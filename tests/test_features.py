@@ -202,7 +202,9 @@ def test_bad_pictures_and_settings_say_so(model, picture, tmp_path):
 @pytest.mark.parametrize("include_backbone", [False, True])
 def test_save_and_load_give_the_same_bits(model, picture, tmp_path, include_backbone):
     model.save_pretrained(tmp_path / "made" / "model", include_backbone=include_backbone)
-    names = {"config.json", "adapter.safetensors"} | ({"backbone.safetensors"} if include_backbone else set())
+    names = {"config.json", "adapter.safetensors", "README.md"} | (
+        {"backbone.safetensors"} if include_backbone else set()
+    )
     assert {path.name for path in (tmp_path / "made" / "model").iterdir()} == names
     again = BrixelFeatures.from_pretrained(tmp_path / "made" / "model", device="cpu")
     assert again.config == model.config

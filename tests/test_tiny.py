@@ -16,7 +16,7 @@ from brixel import BrixelFeatures
 from brixel.describe import describe
 
 FOLDER = Path(brixel.__file__).parent / "tiny"
-SCENE = Path(__file__).parents[1] / "docs" / "scene.jpg"
+SCENE = Path(brixel.__file__).parent / "scene.jpg"
 # points (y, x) of the drawing, on its 640 x 960 px
 THINGS = {
     "sky": [(60, 150), (120, 480), (180, 640)],

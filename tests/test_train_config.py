@@ -18,7 +18,7 @@ OTHER = {
     **{"small": "skip", "cache": 9, "cache_dir": "c", "optimizer": "adam", "lr": 1e-5, "weight_decay": 0.5},
     **{"warmup": 3, "schedule": "release", "clip_norm": 0.0, "ema": 0.5, "drop_path": 0.0, "l1": 0.5, "edge": 0.0},
     **{"spectral": 1e-7, "true_rings": False, "val_pictures": 0, "val_every": 5, "save_every": 6, "log_every": 7},
-    **{"workers": 0, "seed": 2**40, "device": "cpu", "fit": 5},
+    **{"workers": 0, "seed": 2**40, "device": "cpu", "fit": 5, "about": "a few"},
 }
 KINDS = {field.name: kind for field, kind in fields()}
 WHOLE = [name for name, kind in KINDS.items() if kind is int or kind == int | None]
@@ -127,7 +127,7 @@ def test_the_weights_of_the_losses():
 def test_an_unknown_setting_is_refused_with_the_nearest_one(name, meant):
     with pytest.raises(BrixelError, match=f"unknown setting '{name}'; ") as caught:
         make_config({**NEEDED, name: 1})
-    assert (f"did you mean '{meant}'?" if meant else "known: accumulate, architecture") in str(caught.value)
+    assert (f"did you mean '{meant}'?" if meant else "known: about, accumulate, ") in str(caught.value)
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_one():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from brixel import BrixelError, BrixelFeatures
+from brixel.config import read_config
 from brixel.train import TrainConfig, distill, loop
 from brixel.train.config import make_config, read_settings
 from brixel.train.loop import learning_rate, make_optimizer
@@ -208,7 +209,21 @@ def test_curve_and_panels_are_pictures_and_nothing_else_is_left(trained):
             assert min(picture.size) > 200
     names = {"adapter.safetensors", "cache", "config.json", "last", "metrics.jsonl", "state.pt", "train.toml", "val"}
     pictures = {"curve.png", "panel-000015.png", "panel-000030.png"}
-    assert {path.name for path in out.iterdir()} == names | pictures
+    assert {path.name for path in out.iterdir()} == names | pictures | {"README.md"}
+
+
+def test_the_model_tells_of_its_training(trained):
+    config, _ = trained
+    records = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
+    best = max((each for each in records if "cosine" in each), key=lambda each: each["cosine"])
+    told = read_config(Path(config.out, "config.json")).training
+    assert told["steps"].startswith(f"{best['step']} of {config.steps}, ")
+    (figure,) = [text for name, text in told.items() if name.startswith("cosine to the teacher, on ")]
+    bilinear, bicubic = best["bilinear_cosine"], best["bicubic_cosine"]
+    assert figure == f"{best['cosine']:.4f}; bilinear {bilinear:.4f}, bicubic {bicubic:.4f}"
+    card = Path(config.out, "README.md").read_text()
+    assert all(f"| {text} |" in card for text in told.values())
+    assert not any(folder in card for folder in config.images)
 
 
 def test_a_finished_run_started_again_gives_its_result_and_changes_nothing(trained):

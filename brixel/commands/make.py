@@ -17,7 +17,10 @@ from brixel.commands.options import (
     print_table,
     tell,
 )
+from brixel.errors import BrixelError
 from brixel.features import BrixelFeatures
+from brixel.publish import check_pushable
+from brixel.release import RELEASED
 from brixel.train.config import PRESETS, fields, make_config, read_settings
 from brixel.train.loop import distill
 from brixel.train.plan import plan
@@ -30,10 +33,15 @@ def add(commands: Any) -> None:
     one.add_argument("--blocks", type=_blocks, help="four blocks from 0, as 3,6,9,11; default: by depth")
     one.add_argument("--include-backbone", action="store_true", help="also write the backbone's weights")
     one.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    one.add_argument("--backbone", required=True, help=BACKBONE_HELP)
+    one.add_argument("--release", choices=tuple(RELEASED), help="which file it is; says backbone and short side")
+    one.add_argument("--backbone", help=f"{BACKBONE_HELP}; needed without --release")
     one.add_argument("--architecture", help=ARCHITECTURE_HELP)
-    one.add_argument("--short-side", type=positive, default=256, help="pixels that it was trained on; default: 256")
+    one.add_argument(
+        "--short-side", type=positive, help="pixels that it was trained on; default: as --release says, or 256"
+    )
     one.add_argument("--dtype", default="float32", help="of the weights that are written; default: %(default)s")
+    one.add_argument("--push", metavar="ORG/NAME", help="also upload it to a repository of yours on the Hub")
+    one.add_argument("--private", action="store_true", help="with --push: make the repository a private one")
 
     one = command(commands, "train", _train, "distil an adapter for a backbone, or take up a run that was cut off")
     one.add_argument("--config", type=Path, metavar="FILE.toml", help="settings; those given as flags come before them")
@@ -75,9 +83,14 @@ def _blocks(text: str) -> list[int]:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    if options.private and options.push is None:
+        raise BrixelError("--private goes with --push")
+    if options.push is not None:
+        check_pushable(options.push)
     model = BrixelFeatures.from_release(
         options.adapter,
         options.backbone,
+        release=options.release,
         architecture=options.architecture,
         blocks=options.blocks,
         short_side_px=options.short_side,
@@ -86,6 +99,9 @@ def _convert(options: argparse.Namespace) -> int:
     )
     model.save_pretrained(options.output, include_backbone=options.include_backbone)
     print(options.output)
+    if options.push is not None:
+        private = True if options.private else None
+        print(model.push_to_hub(options.push, include_backbone=options.include_backbone, private=private))
     return 0
 
 

@@ -18,13 +18,13 @@ from brixel.commands.options import (
 from brixel.describe import describe, describe_models
 from brixel.errors import BrixelError
 from brixel.extraction import extract_files
-from brixel.pictures import find_pictures
+from brixel.pictures import SCENE, find_pictures
 
 
 def add(commands: Any) -> None:
     """Add these commands to the parser's."""
     one = command(commands, "show", _show, "a panel of pictures with their backbone's map and their dense map")
-    one.add_argument("images", nargs="+", metavar="IMAGE")
+    one.add_argument("images", nargs="*", metavar="IMAGE", help="none: a drawing that comes with brixel")
     one.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="default: %(default)s")
     one.add_argument("--teacher", action="store_true", help="also the backbone's map of the picture x 4")
     add_model_options(one)
@@ -46,8 +46,9 @@ def add(commands: Any) -> None:
 
 
 def _show(options: argparse.Namespace) -> int:
-    panel.check_output(options.output, options.images)
-    made = panel.show(load(options), options.images, short_side_px=options.short_side, teacher=options.teacher)
+    images = options.images or [SCENE]
+    panel.check_output(options.output, images)
+    made = panel.show(load(options), images, short_side_px=options.short_side, teacher=options.teacher)
     panel.save(made, options.output)
     print(options.output)
     return 0

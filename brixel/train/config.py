@@ -21,7 +21,7 @@ RELEASE = MappingProxyType(
 )  # fmt: skip
 PRESETS = MappingProxyType({"default": MappingProxyType({}), "release": RELEASE})
 # settings that change nothing about the result, and so may differ when a run is taken up again
-INCIDENTAL = frozenset({"out", "workers", "log_every", "save_every", "device", "cache_dir"})
+INCIDENTAL = frozenset({"out", "workers", "log_every", "save_every", "device", "cache_dir", "about"})
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TrainConfig:
     go through the teacher once, into ``cache_dir`` (below ``out`` where None); 0 runs the teacher in every step.
     ``schedule``: "cosine" warms up, then falls to zero; "release" takes a tenth of ``lr`` for the first third.
     ``ema``: decay of the averaged weights that are validated and kept; 0 for none. ``l1``, ``edge``, ``spectral``,
-    ``true_rings``: see :class:`brixel.train.LossWeights`.
+    ``true_rings``: see :class:`brixel.train.LossWeights`. ``about``: what the pictures are, for the model's card.
     """
 
     backbone: str
@@ -72,6 +72,7 @@ class TrainConfig:
     workers: int = 2
     seed: int = 0
     device: str = "auto"
+    about: str = ""
 
     def __post_init__(self) -> None:
         for field, kind in fields():

@@ -30,6 +30,7 @@ from brixel.train.cache import TeacherCache
 from brixel.train.config import TrainConfig, write_settings
 from brixel.train.data import CropDataset, find_training_pictures
 from brixel.train.distributed import World, joined, mean_over_all, synchronised, wait_for_all
+from brixel.train.facts import training_facts
 from brixel.train.losses import total_loss
 from brixel.train.recipe import learning_rate, make_optimizer, passes_to_fit, prepared_model, teacher_side
 from brixel.train.start import fit_blend, is_fresh
@@ -92,6 +93,7 @@ class Run:
         self.buffers: list[Tensor] = []  # the running statistics of before this step
         self.plain: dict[str, float] = {}  # what interpolation gives on the held-out crops, once it was measured
         self.skipped: set[str] = set()
+        self.pictures = 0  # found to train on
 
     # ---------------------------------------------------------------- the run
 
@@ -251,6 +253,7 @@ class Run:
 
     def _source(self) -> CropDataset | TeacherCache:
         dataset = self.dataset(self.config.images, random=True)
+        self.pictures = len(dataset)
         if not self.config.cache:
             return dataset
         return self._cached(dataset, self.config.cache, Path(self.config.cache_dir or self.out / "cache"))
@@ -290,11 +293,23 @@ class Run:
             metrics.add(record | self.plain)
             self._draw_panel(held_out)
         draw_curve(self.out / "curve.png", metrics.records())
+        self.kept.config = dataclasses.replace(self.kept.config, training=self._facts(record, held_out))
         self.kept.save_pretrained(self.out / LAST)
         score = record.get("cosine", self.progress.step)  # without validation the latest is the best there is
         if self.progress.best is None or score > self.progress.best:
             self.progress.best = score
             self.kept.save_pretrained(self.out)
+
+    def _facts(self, record: dict[str, float], held_out: TeacherCache | None) -> dict[str, str]:
+        return training_facts(
+            self.config,
+            pictures=self.pictures,
+            held_out=len(held_out) if held_out is not None else 0,
+            teacher_px=self.teacher_px,
+            processes=self.world.size,
+            figures=record | self.plain,
+            device=self.world.device,
+        )
 
     def _baselines(self, held_out: TeacherCache) -> dict[str, float]:
         """The figures of plain interpolation, which do not change in a run."""
