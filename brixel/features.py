@@ -2,9 +2,7 @@
 
 import dataclasses
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from brixel.backbones.protocol import Backbone, check_maps
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
+from brixel.bounded import BoundedRun, check_host
 from brixel.checkpoints import fit, read_tensors, shapes_of, write_tensors
 from brixel.config import ADAPTER, BACKBONE, CONFIG, BrixelConfig, read_config, write_config
 from brixel.devices import choose_device, choose_dtype, dtype_name
@@ -20,13 +19,17 @@ from brixel.engine import run_batches
 from brixel.errors import BrixelError
 from brixel.feature_map import FeatureMap
 from brixel.file_backbone import describe_loaded, find_again, load_from
-from brixel.geometry import Geometry, plan_geometry
+from brixel.geometry import NATIVE, Geometry, plan_geometry
 from brixel.hub import Access
 from brixel.images import ImageInput, load_image, preprocess
+from brixel.map_file import check_map_path, make_map_file
+from brixel.memory_plan import Job, Plan
+from brixel.modes import evaluating
 from brixel.module_backbone import bring, same_as, take_in
 from brixel.release import read_release
 from brixel.sources import BUNDLED, locate, repositories_in
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
+from brixel.ways import crop
 
 PathLike = str | os.PathLike[str]
 _PATCHES_ON_SHORT_SIDE = 16  # what fresh adapters are made for: 256 px at patch 16, 224 px at patch 14
@@ -232,33 +235,87 @@ class BrixelFeatures(Student):
 
     # ---------------------------------------------------------------- pictures
 
-    def extract(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
+    def extract(
+        self,
+        image: ImageInput,
+        *,
+        short_side_px: int | str | None = None,
+        memory_limit: int | str | None = None,
+        tiles: str = "auto",
+        out: PathLike | None = None,
+    ) -> FeatureMap:
         """Dense features of one picture.
 
         ``image``: a path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W). ``short_side_px``: the size that
         its short side is brought to, aspect kept; None for the size the adapter was trained on, "native" for its own.
         Then it is padded to whole patches, and the map cropped back to the picture.
-        Returns a :class:`FeatureMap` on the CPU, (D, Hf, Wf). Raises ImageError for a picture that cannot be used.
+        ``memory_limit``: bytes or text such as "4GiB" that bounds what is allocated on the model's device, weights
+        included; None for what is free there, less a margin. ``tiles``: "auto" computes the map in blended tiles, an
+        approximation, where nothing exact fits; or "never", or "always". ``out``: a `.npy` file, into which the map is
+        written as it is made. See `docs/memory.md`.
+        Returns a :class:`FeatureMap` on the CPU, (D, Hf, Wf). Raises ImageError for a picture that cannot be used,
+        MemoryLimitError for one that does not fit.
         """
-        return next(self.stream([image], short_side_px=short_side_px))
+        run = BoundedRun(self, limit=memory_limit, tiles=tiles)
+        if out is None:
+            return next(self._stream(run, UPSCALE, [image], batch_size=1, short_side_px=short_side_px))
+        path = check_map_path(out)
+        pixels, geometry = self._prepare(image, self._side(short_side_px), lambda hw: run.check(hw, to_file=True))
+
+        def fill(cells: Tensor) -> Mapping[str, str]:
+            with evaluating(self):
+                return self._meta(geometry, run.fill(pixels[None], cells))
+
+        shape, stride = (self.embed_dim, *geometry.map_hw(UPSCALE)), geometry.map_stride(UPSCALE)
+        return make_map_file(path, shape, self.dtype, fill, image_hw=geometry.image_hw, stride=stride)
 
     def stream(
-        self, images: Iterable[ImageInput], *, batch_size: int = 1, short_side_px: int | str | None = None
+        self,
+        images: Iterable[ImageInput],
+        *,
+        batch_size: int = 1,
+        short_side_px: int | str | None = None,
+        memory_limit: int | str | None = None,
+        tiles: str = "auto",
     ) -> Iterator[FeatureMap]:
         """Dense features of many pictures, lazily and in order; see :meth:`extract`.
 
         Neighbours that come to one size share a batch of at most ``batch_size``. A picture that cannot be used raises
         ImageError after the maps of those before it.
         """
-        return self._stream(self, UPSCALE, images, batch_size=batch_size, short_side_px=short_side_px)
+        run = BoundedRun(self, limit=memory_limit, tiles=tiles)
+        return self._stream(run, UPSCALE, images, batch_size=batch_size, short_side_px=short_side_px)
+
+    def plan(
+        self,
+        image_hw: tuple[int, int],
+        *,
+        batch: int = 1,
+        memory_limit: int | str | None = None,
+        tiles: str = "auto",
+        short_side_px: int | str | None = NATIVE,
+        to_file: bool = False,
+    ) -> Plan:
+        """How the maps of ``batch`` pictures of ``image_hw`` pixels would be computed, and the memory that takes.
+
+        Nothing is computed. Arguments as for :meth:`extract`; ``to_file``: as with ``out``. Raises MemoryLimitError
+        where it cannot be done.
+        """
+        geometry = plan_geometry(image_hw, self.patch_px, self._side(short_side_px))
+        run = BoundedRun(self, limit=memory_limit, tiles=tiles)
+        return run.plan(Job(batch, geometry.padded_hw, to_file))
 
     def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
         """The frozen backbone's own map of the picture, prepared as in :meth:`extract`: what brixel starts from."""
-        return next(self._stream(self.backbone_features, 1, [image], batch_size=1, short_side_px=short_side_px))
+
+        def forward(pixels: Tensor) -> Tensor:
+            return self.backbone_features(pixels.to(self.device, self.dtype))
+
+        return next(self._stream(forward, 1, [image], batch_size=1, short_side_px=short_side_px))
 
     def _stream(
         self,
-        forward: Callable[[Tensor], Tensor],
+        forward: Callable[[Tensor], Sequence[Tensor] | Tensor],
         upscale: int,
         images: Iterable[ImageInput],
         *,
@@ -267,57 +324,50 @@ class BrixelFeatures(Student):
     ) -> Iterator[FeatureMap]:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise BrixelError(f"batch_size is {batch_size!r}; expected a positive whole number")
-        side = self.config.adapter.short_side_px if short_side_px is None else short_side_px
+        side = self._side(short_side_px)
+        bounded = forward if isinstance(forward, BoundedRun) else None
+        check = check_host if bounded is None else bounded.check
 
-        def run(pixels: Tensor) -> Tensor:
+        def run(pixels: Tensor) -> Sequence[Tensor] | Tensor:
             with evaluating(self):
-                return forward(pixels.to(self.device, self.dtype))
+                return forward(pixels)
 
-        prepared = (self._prepare(image, side) for image in images)
+        prepared = (self._prepare(image, side, check) for image in images)
         results = run_batches(run, prepared, batch_size=batch_size)
-        return (self._feature_map(features, geometry, upscale) for features, geometry in results)
+        return (
+            self._feature_map(features, geometry, upscale, "" if bounded is None else bounded.tiles_of(features))
+            for features, geometry in results
+        )
 
-    def _feature_map(self, features: Tensor, geometry: Geometry, upscale: int) -> FeatureMap:
+    def _side(self, short_side_px: int | str | None) -> int | str:
+        return self.config.adapter.short_side_px if short_side_px is None else short_side_px
+
+    def _feature_map(self, features: Tensor, geometry: Geometry, upscale: int, tiles: str) -> FeatureMap:
         """The cells (D, Hf, Wf) that cover the picture, out of those of the padded one."""
-        height, width = geometry.map_hw(upscale)
-        cells = features[:, :height, :width].cpu().clone(memory_format=torch.contiguous_format)
-        return FeatureMap(cells, geometry.image_hw, geometry.map_stride(upscale), self._meta(geometry))
+        cells = crop(features, geometry.map_hw(upscale))
+        return FeatureMap(cells, geometry.image_hw, geometry.map_stride(upscale), self._meta(geometry, tiles))
 
-    def _prepare(self, image: ImageInput, short_side_px: int | str) -> tuple[Tensor, Geometry]:
+    def _prepare(
+        self, image: ImageInput, short_side_px: int | str, check: Callable[[tuple[int, int]], None]
+    ) -> tuple[Tensor, Geometry]:
+        """Normalised pixels (3, H, W) and how they lie; ``check`` may refuse their size before they are made."""
         planes = load_image(image)
         geometry = plan_geometry((planes.shape[1], planes.shape[2]), self.patch_px, short_side_px)
+        check(geometry.padded_hw)
         vit = self.config.backbone.vit
         return preprocess(planes, geometry, vit.mean, vit.std), geometry
 
-    def _meta(self, geometry: Geometry) -> Mapping[str, str]:
-        """What made a map, kept in its file."""
+    def _meta(self, geometry: Geometry, tiles: str = "") -> Mapping[str, str]:
+        """What made a map, kept in its file; ``tiles``: what it was put together from, if it was."""
         height, width = geometry.resized_hw
         facts = {
             "backbone": self.config.backbone.title,
             "resized_hw": f"{height}x{width}",
             "dtype": dtype_name(self.dtype),
+            **({"tiles": tiles} if tiles else {}),
         }
         commits = ", ".join(f"{name}@{commit}" for name, commit in self.config.commits.items())
         return {**facts, "commits": commits} if commits else facts
-
-
-_MODES = threading.Lock()  # of all models: a lock of its own would keep a model from being copied
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and each part's own mode again after; nothing is touched where all are in it already."""
-    with _MODES:  # another thread may be here, with the modes changed for a while
-        training = [part for part in module.modules() if part.training]
-        if training:
-            module.eval()
-            try:
-                yield
-            finally:
-                for part in training:
-                    part.training = True
-    if not training:
-        yield
 
 
 def _fresh(vit: Backbone, blocks: Iterable[int] | None, short_side_px: int | None) -> AdapterConfig:

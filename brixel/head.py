@@ -51,7 +51,7 @@ class Fusion(nn.Module):
         return map_of(joined, fine_hw)
 
     def weights(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``align`` after that scale and shift: of the prior (B, S, T), of the queries (B, D, T), the bias (B, 1, T)."""
+        """``align`` after that scale and shift: of the prior (B, S, T), of queries (B, D, T), bias (B, 1, T)."""
         align = self.align.weight * scale[:, None]  # B T D
         bias = shift @ self.align.weight.mT + self.align.bias  # B T
         return (align @ self.fine.weight).mT, align.mT, bias[:, None]

@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,7 +23,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, device_type: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._device_type = device_type
         self._storages: dict[int, weakref.ref[Any]] = {}
@@ -33,13 +32,17 @@ class LiveBytes(TorchDispatchMode):
         """Count the storages of these as well, until they are freed."""
         for each in tensors:
             if each.device.type == self._device_type:
-                self._add(each.untyped_storage())
+                self._add(each.untyped_storage(), each.untyped_storage().nbytes())
 
-    def _add(self, storage: Any) -> None:
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count the storages of these, nor views of them: they lie in a file, for instance."""
+        for each in tensors:
+            self._add(each.untyped_storage(), 0)
+
+    def _add(self, storage: Any, size: int) -> None:
         key = storage._cdata
         if key in self._storages:
             return
-        size = storage.nbytes()
         self._storages[key] = weakref.ref(storage, lambda _: self._remove(key, size))
         self.live += size
         self.peak = max(self.peak, self.live)
@@ -69,7 +72,7 @@ def storage_bytes(module: nn.Module) -> int:
 
 
 def copy_with(module: Module, change: Callable[[Tensor], Tensor]) -> Module:
-    """A copy of a module whose parameters and buffers are what ``change`` makes of them; nothing else is copied twice."""
+    """A copy of a module whose parameters and buffers are what ``change`` makes of them; they are not copied."""
     memo: dict[int, Any] = {}
     for each in weights_and_buffers(module):
         changed = change(each.detach())

@@ -9,6 +9,7 @@ their own. Method: `docs/method.md`; what is kept how long: `docs/memory.md`.
 Shapes: one picture, D width, h x w patch grid, S channels of the prior, T of the trunk; a piece has n rows of patches.
 """
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -53,6 +54,7 @@ def dense_in_pieces(student: Student, pixels: Tensor, out: Tensor, rows: int, *,
     patch_px = student.backbone.patch_px
     pieces = Pieces((pixels.shape[2] // patch_px, pixels.shape[3] // patch_px), rows, sketch)
     adapter, head = student.adapter, student.head
+    extractors = cast("list[Extractor]", list(adapter.extractors))
 
     # 1. what the extractors and the head read of the backbone
     maps = _backbone_maps(student, pixels, pieces)
@@ -60,7 +62,7 @@ def dense_in_pieces(student: Student, pixels: Tensor, out: Tensor, rows: int, *,
     last = maps[-1]
     tables: list[Tensor | None] = []
     while len(maps) > 1:
-        tables.append(_table(adapter.extractors[len(tables)], maps.pop(0), pieces))
+        tables.append(_table(extractors[len(tables)], maps.pop(0), pieces))
     tables += [None] * (EXTRACTORS - len(tables))  # of the last map, made when they are needed
     maps.clear()
 
@@ -69,7 +71,7 @@ def dense_in_pieces(student: Student, pixels: Tensor, out: Tensor, rows: int, *,
     del pixels
 
     # 3. the refiner
-    for index, extractor in enumerate(adapter.extractors):
+    for index, extractor in enumerate(extractors):
         table, tables[index] = tables[index], None
         _extract(extractor, queries, _table(extractor, last, pieces) if table is None else table, pieces)
         del table
@@ -121,8 +123,7 @@ def _prior_and_queries(adapter: Adapter, pixels: Tensor, pieces: Pieces) -> tupl
     """The prior (1, S, 4h, 4w) and the queries (1, 2h*2w, D) as they enter the refiner."""
     height, width = pieces.grid_hw
     image_rows = pixels.shape[2]
-    quarter_rows = -(-(-(-image_rows // 2)) // 2)
-    eighth_rows = -(-quarter_rows // 2)
+    quarter_rows, eighth_rows = math.ceil(image_rows / 4), math.ceil(image_rows / 8)
     prior = pixels.new_empty(1, 4 * height, 4 * width, PRIOR_CHANNELS).permute(0, 3, 1, 2)
     queries = pixels.new_empty(1, 4 * height * width, adapter.level.shape[0])
     for first, behind in pieces.ranges():

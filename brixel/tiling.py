@@ -4,6 +4,7 @@ Legend: a grid h x w is covered by tiles of one size; a cell that lies in severa
 one and fall to zero towards a tile's edge, so that nothing jumps there.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from brixel.errors import BrixelError
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of ``tile_hw`` cells on a grid of ``grid_hw``, from the first rows and columns ``tops`` and ``lefts`` on."""
+    """Tiles of ``tile_hw`` cells on a grid of ``grid_hw``, which begin at rows ``tops``, columns ``lefts``."""
 
     grid_hw: tuple[int, int]
     tile_hw: tuple[int, int]
@@ -52,13 +53,13 @@ def _starts(cells: int, tile: int, overlap: int) -> tuple[int, ...]:
 
 
 def blend_weights(starts: tuple[int, ...], tile: int, cells: int, upscale: int) -> Tensor:
-    """What each tile along one axis gives to its cells, ``upscale`` to one of the grid: float32 (tiles, tile * upscale).
+    """What each tile along one axis gives to its cells, ``upscale`` to one of the grid: (tiles, tile * upscale).
 
     The weights rise by the same step in every cell from a tile's edge to the middle of it, or to the end of the
     narrowest overlap; those of all tiles in a cell sum to one.
     """
     length = tile * upscale
-    overlap = min((tile - (b - a) for a, b in zip(starts, starts[1:], strict=False)), default=tile) * upscale
+    overlap = min((tile - (b - a) for a, b in itertools.pairwise(starts)), default=tile) * upscale
     edge = torch.arange(length, dtype=torch.float64) + 0.5
     ramp = torch.minimum(edge, edge.flip(0)).clamp_max(max(0.5, overlap))
     sums = torch.zeros(cells * upscale, dtype=torch.float64)

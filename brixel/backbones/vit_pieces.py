@@ -1,4 +1,4 @@
-"""The backbone with less memory: heads one by one, feed-forward some tokens at a time; the same numbers but for rounding.
+"""The backbone in less memory: heads one by one, feed-forward some tokens at a time; the same numbers but for rounding.
 
 What :meth:`brixel.backbones.vit.ViT.block_maps` does, for inference alone. Beside the maps it keeps the tokens, their
 norm and the mixed values; of q, k, v and the hidden units only a part is there at a time.
