@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brixel.deformable import sample_points
+from brixel.deformable import pad_table, read_table
 
 PRIOR_CHANNELS = 64
 HEADS, POINTS = 16, 4
@@ -93,15 +93,26 @@ class DeformableAttention(nn.Module):
 
     def forward(self, queries: Tensor, features: Tensor, grid_hw: tuple[int, int]) -> Tensor:
         """``queries`` (B, N, D), ``features`` (B, h*w, D) -> (B, N, D)."""
+        table = pad_table(self.values(features).unflatten(1, grid_hw))
+        return self.read(queries, table, (0, 2 * grid_hw[0]), 2 * grid_hw[1])
+
+    def values(self, features: Tensor) -> Tensor:
+        """What queries read of ``features`` (B, n, D), head by head: (B, n, A, D/2A)."""
+        return self.value(features).unflatten(-1, (HEADS, -1))
+
+    def read(self, queries: Tensor, table: Tensor, rows: tuple[int, int], columns: int) -> Tensor:
+        """Queries (B, n, D) in rows ``rows[0]`` to ``rows[1]`` of their grid, which has so many columns -> (B, n, D).
+
+        ``table``: the values on the h x w grid, as :func:`brixel.deformable.pad_table` gives them.
+        """
         sampling = self.offsets_and_logits(queries)
         offsets, logits = sampling.split([HEADS * POINTS * 2, HEADS * POINTS], dim=-1)
         # Half precision has too few digits for places on a grid: points are float32 or wider.
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32)).unflatten(-1, (HEADS, POINTS, 2))
-        points = offsets + _cell_centres(grid_hw, offsets)[:, None, None]  # B N A P 2
+        points = offsets + _cell_centres(rows, columns, offsets)[:, None, None]  # B n A P 2
         # softmax along a strided axis is several times faster than along one of four numbers
-        weights = logits.unflatten(-1, (HEADS, POINTS)).mT.contiguous().softmax(-2).mT  # B N A P
-        values = self.value(features).unflatten(1, grid_hw).unflatten(-1, (HEADS, -1))  # B h w A D/2A
-        return self.out(sample_points(values, points, weights))
+        weights = logits.unflatten(-1, (HEADS, POINTS)).mT.contiguous().softmax(-2).mT  # B n A P
+        return self.out(read_table(table, points, weights))
 
 
 def _rays() -> Tensor:
@@ -112,10 +123,10 @@ def _rays() -> Tensor:
     return directions[:, None] * torch.arange(1, POINTS + 1)[:, None]
 
 
-def _cell_centres(grid_hw: tuple[int, int], like: Tensor) -> Tensor:
-    """Centres of the 2h x 2w queries in cells of the h x w grid: (N, 2), x before y."""
-    y = torch.arange(2 * grid_hw[0], dtype=like.dtype, device=like.device) * 0.5 + 0.25
-    x = torch.arange(2 * grid_hw[1], dtype=like.dtype, device=like.device) * 0.5 + 0.25
+def _cell_centres(rows: tuple[int, int], columns: int, like: Tensor) -> Tensor:
+    """Centres of some rows of queries in cells of the h x w grid, half as fine: (n, 2), x before y."""
+    y = torch.arange(*rows, dtype=like.dtype, device=like.device) * 0.5 + 0.25
+    x = torch.arange(columns, dtype=like.dtype, device=like.device) * 0.5 + 0.25
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([grid_x, grid_y], dim=-1).flatten(0, 1)
 

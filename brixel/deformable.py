@@ -21,8 +21,30 @@ def sample_points(values: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     ``values``: (B, h, w, A, C). ``points``: (B, N, A, P, 2), float32 or wider, x before y, in cells: the centre of the
     first cell is 0.5, the grid ends at w and h. ``weights``: (B, N, A, P). Returns (B, N, A * C).
     """
-    batch, height, width, heads, channels = values.shape
-    table = F.pad(values, (0, 0, 0, 0, _BEFORE, _BEHIND, _BEFORE, _BEHIND)).reshape(-1, channels)
+    return read_table(pad_table(values), points, weights)
+
+
+def pad_table(values: Tensor) -> Tensor:
+    """What :func:`read_table` reads: (B, h, w, A, C) with cells of zeros around the grid, (B, h + 3, w + 3, A, C)."""
+    return F.pad(values, (0, 0, 0, 0, _BEFORE, _BEHIND, _BEFORE, _BEHIND))
+
+
+def empty_table(grid_hw: tuple[int, int], heads: int, channels: int, like: Tensor) -> Tensor:
+    """A padded table of zeros for one picture, (1, h + 3, w + 3, A, C), to be filled by :func:`inner_rows`."""
+    height, width = (cells + _BEFORE + _BEHIND for cells in grid_hw)
+    return like.new_zeros(1, height, width, heads, channels)
+
+
+def inner_rows(table: Tensor, first: int, behind: int) -> Tensor:
+    """A view of rows ``first`` to ``behind`` of the grid in a padded table (B, h + 3, w + 3, A, C): (B, n, w, A, C)."""
+    return table[:, first + _BEFORE : behind + _BEFORE, _BEFORE:-_BEHIND]
+
+
+def read_table(table: Tensor, points: Tensor, weights: Tensor) -> Tensor:
+    """:func:`sample_points` of values that :func:`pad_table` has prepared, for any part of the queries."""
+    batch, heads, channels = table.shape[0], table.shape[3], table.shape[4]
+    height, width = table.shape[1] - _BEFORE - _BEHIND, table.shape[2] - _BEFORE - _BEHIND
+    table = table.reshape(-1, channels)
     rows, fractions = _first_corners(points, (height, width), heads)  # B N A P, B N A P 2
     row_cells = width + _BEFORE + _BEHIND
     steps = torch.tensor([0, 1, row_cells, row_cells + 1], dtype=rows.dtype, device=rows.device) * heads

@@ -1,6 +1,6 @@
 """The one loop over batches in the library. It takes any callable and knows no model."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -10,7 +10,7 @@ Tag = TypeVar("Tag")
 
 
 def run_batches(
-    forward: Callable[[Tensor], Tensor], items: Iterable[tuple[Tensor, Tag]], *, batch_size: int
+    forward: Callable[[Tensor], Sequence[Tensor] | Tensor], items: Iterable[tuple[Tensor, Tag]], *, batch_size: int
 ) -> Iterator[tuple[Tensor, Tag]]:
     """Run ``forward`` over pictures, lazily and in order; yields one result for each, with its tag.
 
@@ -39,9 +39,12 @@ def run_batches(
         raise failure
 
 
-def _run(forward: Callable[[Tensor], Tensor], batch: list[tuple[Tensor, Tag]]) -> Iterator[tuple[Tensor, Tag]]:
+def _run(
+    forward: Callable[[Tensor], Sequence[Tensor] | Tensor], batch: list[tuple[Tensor, Tag]]
+) -> Iterator[tuple[Tensor, Tag]]:
     # no_grad rather than inference_mode: a probe may be trained on the results
     with torch.no_grad():
-        results = forward(torch.stack([pixels for pixels, _ in batch]))
+        # one picture is not copied into a batch: it may be most of the memory
+        results = forward(batch[0][0][None] if len(batch) == 1 else torch.stack([pixels for pixels, _ in batch]))
     for result, (_, tag) in zip(results, batch, strict=True):
         yield result, tag

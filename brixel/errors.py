@@ -20,6 +20,10 @@ class DamagedFileError(CheckpointError):
     """A weight file or a configuration that cannot be read at all, as one that was cut off."""
 
 
+class MemoryLimitError(BrixelError, MemoryError):
+    """A picture whose map cannot be computed in the memory that there is, or that was allowed."""
+
+
 class DownloadError(BrixelError):
     """What cannot be had from the Hub: gated, missing, out of reach, damaged. Its cause is the client's own error."""
 

@@ -184,8 +184,7 @@ class FeatureMap:
                 save_file({"features": features}, unfinished, version | texts)
             else:
                 np.save(unfinished, np.ascontiguousarray(self.numpy()))
-                with atomic_path(_sidecar(target)) as unfinished_sidecar:
-                    unfinished_sidecar.write_text(json.dumps({**version, **fields}, indent=1))
+                write_sidecar(target, fields)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureMap:
@@ -253,6 +252,12 @@ def _to_float64(points: Tensor | npt.ArrayLike) -> npt.NDArray[np.float64]:
 def _check_ending(path: Path) -> None:
     if path.suffix not in (".safetensors", ".npy"):
         raise BrixelError(f"{path} ends in {path.suffix!r}; name a feature map *.safetensors or *.npy")
+
+
+def write_sidecar(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write what a ``.npy`` cannot say of its map, FIELDS, into the file beside it."""
+    with atomic_path(_sidecar(path)) as unfinished:
+        unfinished.write_text(json.dumps({VERSION_KEY: VERSION, **fields}, indent=1))
 
 
 def _sidecar(path: Path) -> Path:

@@ -2,51 +2,42 @@
 
 import dataclasses
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brixel import panel
 from brixel.backbones.protocol import Backbone, check_maps
 from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints import fit, read_tensors, shapes_of
 from brixel.config import ADAPTER, CONFIG, BrixelConfig, read_config
-from brixel.devices import choose_device, choose_dtype, dtype_name
-from brixel.engine import run_batches
-from brixel.errors import BrixelError
-from brixel.feature_map import FeatureMap
+from brixel.dense_features import DenseFeatures
+from brixel.devices import choose_device, choose_dtype
 from brixel.file_backbone import describe_loaded, find_again, load_from
-from brixel.geometry import Geometry, plan_geometry
 from brixel.hub import Access
-from brixel.images import ImageInput, load_image, preprocess
+from brixel.images import ImageInput
 from brixel.module_backbone import bring, same_as, take_in
 from brixel.pictures import SCENE
 from brixel.publish import push
 from brixel.release import choose_release, read_release
 from brixel.saving import save
 from brixel.sources import BUNDLED, locate, repositories_in
-from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
+from brixel.student import AdapterConfig, default_blocks, new_trainable
 
 PathLike = str | os.PathLike[str]
 _PATCHES_ON_SHORT_SIDE = 16  # what fresh adapters are made for: 256 px at patch 16, 224 px at patch 14
 
 
-class BrixelFeatures(Student):
+class BrixelFeatures(DenseFeatures):
     """Dense features of pictures: a frozen ViT with a distilled adapter, four cells to a patch on each axis.
 
     Built by :meth:`from_pretrained`, :meth:`from_backbone` or :meth:`from_release`. As a module it takes normalised
     pixels (B, 3, H, W) and gives (B, D, 4h, 4w); :meth:`extract` and :meth:`stream` take pictures of any kind.
     Method: arXiv 2511.05168.
     """
-
-    def __init__(self, backbone: Backbone, trainable: nn.ModuleDict, config: BrixelConfig) -> None:
-        super().__init__(backbone, trainable["adapter"], trainable["head"], config.adapter.blocks)  # type: ignore[arg-type]
-        self.config = config
 
     # ---------------------------------------------------------------- from files
 
@@ -223,122 +214,6 @@ class BrixelFeatures(Student):
             token=token,
             message=message,
         )
-
-    # ---------------------------------------------------------------- facts
-
-    @property
-    def embed_dim(self) -> int:
-        """Channels of the maps, D."""
-        return self.backbone.width
-
-    @property
-    def patch_px(self) -> int:
-        """Side of a patch in pixels: H and W of the model's input must be multiples of it."""
-        return self.backbone.patch_px
-
-    @property
-    def stride_px(self) -> float:
-        """Distance between neighbouring cells of the dense map, in pixels of the model's input: a quarter patch."""
-        return self.patch_px / UPSCALE
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights lie."""
-        return next(self.adapter.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The weights' dtype, and so the maps'."""
-        return next(self.adapter.parameters()).dtype
-
-    # ---------------------------------------------------------------- pictures
-
-    def extract(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
-        """Dense features of one picture.
-
-        ``image``: a path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W). ``short_side_px``: the size that
-        its short side is brought to, aspect kept; None for the size the adapter was trained on, "native" for its own.
-        Then it is padded to whole patches, and the map cropped back to the picture.
-        Returns a :class:`FeatureMap` on the CPU, (D, Hf, Wf). Raises ImageError for a picture that cannot be used.
-        """
-        return next(self.stream([image], short_side_px=short_side_px))
-
-    def stream(
-        self, images: Iterable[ImageInput], *, batch_size: int = 1, short_side_px: int | str | None = None
-    ) -> Iterator[FeatureMap]:
-        """Dense features of many pictures, lazily and in order; see :meth:`extract`.
-
-        Neighbours that come to one size share a batch of at most ``batch_size``. A picture that cannot be used raises
-        ImageError after the maps of those before it.
-        """
-        return self._stream(self, UPSCALE, images, batch_size=batch_size, short_side_px=short_side_px)
-
-    def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
-        """The frozen backbone's own map of the picture, prepared as in :meth:`extract`: what brixel starts from."""
-        return next(self._stream(self.backbone_features, 1, [image], batch_size=1, short_side_px=short_side_px))
-
-    def _stream(
-        self,
-        forward: Callable[[Tensor], Tensor],
-        upscale: int,
-        images: Iterable[ImageInput],
-        *,
-        batch_size: int,
-        short_side_px: int | str | None,
-    ) -> Iterator[FeatureMap]:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise BrixelError(f"batch_size is {batch_size!r}; expected a positive whole number")
-        side = self.config.adapter.short_side_px if short_side_px is None else short_side_px
-
-        def run(pixels: Tensor) -> Tensor:
-            with evaluating(self):
-                return forward(pixels.to(self.device, self.dtype))
-
-        prepared = (self._prepare(image, side) for image in images)
-        results = run_batches(run, prepared, batch_size=batch_size)
-        return (self._feature_map(features, geometry, upscale) for features, geometry in results)
-
-    def _feature_map(self, features: Tensor, geometry: Geometry, upscale: int) -> FeatureMap:
-        """The cells (D, Hf, Wf) that cover the picture, out of those of the padded one."""
-        height, width = geometry.map_hw(upscale)
-        cells = features[:, :height, :width].cpu().clone(memory_format=torch.contiguous_format)
-        return FeatureMap(cells, geometry.image_hw, geometry.map_stride(upscale), self._meta(geometry))
-
-    def _prepare(self, image: ImageInput, short_side_px: int | str) -> tuple[Tensor, Geometry]:
-        planes = load_image(image)
-        geometry = plan_geometry((planes.shape[1], planes.shape[2]), self.patch_px, short_side_px)
-        vit = self.config.backbone.vit
-        return preprocess(planes, geometry, vit.mean, vit.std), geometry
-
-    def _meta(self, geometry: Geometry) -> Mapping[str, str]:
-        """What made a map, kept in its file."""
-        height, width = geometry.resized_hw
-        facts = {
-            "backbone": self.config.backbone.title,
-            "resized_hw": f"{height}x{width}",
-            "dtype": dtype_name(self.dtype),
-        }
-        commits = ", ".join(f"{name}@{commit}" for name, commit in self.config.commits.items())
-        return {**facts, "commits": commits} if commits else facts
-
-
-_MODES = threading.Lock()  # of all models: a lock of its own would keep a model from being copied
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and each part's own mode again after; nothing is touched where all are in it already."""
-    with _MODES:  # another thread may be here, with the modes changed for a while
-        training = [part for part in module.modules() if part.training]
-        if training:
-            module.eval()
-            try:
-                yield
-            finally:
-                for part in training:
-                    part.training = True
-    if not training:
-        yield
 
 
 def _fresh(vit: Backbone, blocks: Iterable[int] | None, short_side_px: int | None) -> AdapterConfig:

@@ -13,9 +13,6 @@ from brixel.errors import BrixelError
 MAX_PIXELS = 178_956_970
 """The largest picture that is read: where Pillow, as it comes, refuses to decode."""
 
-MAX_RESIZED_PIXELS = 2**24
-"""The largest picture that goes through a model as a whole, 4096 x 4096: 65,536 patches of 16 px."""
-
 NATIVE = "native"
 """The `short_side_px` that keeps a picture's own size."""
 
@@ -58,18 +55,10 @@ def plan_geometry(image_hw: tuple[int, int], patch_px: int, short_side_px: int |
 
     Its short side becomes `short_side_px` exactly, its long side the nearest whole number that keeps the
     aspect (a half goes up); "native" keeps the size. Then it is padded to whole patches.
-    Raises `BrixelError` for any other `short_side_px`, and where the resized picture would have more than
-    `MAX_RESIZED_PIXELS`.
+    Raises `BrixelError` for any other `short_side_px`. Whether there is memory for that size is not asked here.
     """
     resized_hw = _resized(image_hw, _check_short_side(short_side_px))
-    height_px, width_px = resized_hw
-    if height_px * width_px > MAX_RESIZED_PIXELS:
-        raise BrixelError(
-            f"a picture of {_text(image_hw)} pixels (height x width) with short_side_px={short_side_px!r} "
-            f"becomes {_text(resized_hw)}, and the limit is {MAX_RESIZED_PIXELS:,} pixels; "
-            "ask for a smaller short_side_px, or cut the picture into pieces"
-        )
-    padded_hw = _ceil_div(height_px, patch_px) * patch_px, _ceil_div(width_px, patch_px) * patch_px
+    padded_hw = _ceil_div(resized_hw[0], patch_px) * patch_px, _ceil_div(resized_hw[1], patch_px) * patch_px
     return Geometry(image_hw, resized_hw, padded_hw, patch_px)
 
 
@@ -96,7 +85,3 @@ def _resized(image_hw: tuple[int, int], short_side_px: int | None) -> tuple[int,
 
 def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
-
-
-def _text(hw: tuple[int, int]) -> str:
-    return f"{hw[0]}x{hw[1]}"

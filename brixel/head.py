@@ -18,6 +18,7 @@ from brixel.adapter import NORM_EPS, PRIOR_CHANNELS, map_of, resize, tokens_of
 TRUNK_CHANNELS = 64
 TRUNK_BLOCKS = 3
 GROUPS = 32
+DOWN_TAPS, SMOOTH_TAPS = (0.25, 0.75, 0.75, 0.25), (0.375, 1.25, 0.375)  # U' and U'U along an axis: see Fusion
 
 
 class Fusion(nn.Module):
@@ -42,30 +43,41 @@ class Fusion(nn.Module):
         """``prior`` (B, S, 4h, 4w), ``queries`` (B, D, 2h, 2w) -> (B, T, 4h, 4w)."""
         fine_hw, coarse_hw = (prior.shape[2], prior.shape[3]), (queries.shape[2], queries.shape[3])
         scale, shift = self._scale_and_shift(prior, queries)  # B D
+        of_prior, of_queries, bias = self.weights(scale, shift)
+
+        coarse = torch.baddbmm(bias, tokens_of(queries), of_queries)  # B 2h*2w T
+        coarse = resize(map_of(coarse, coarse_hw), fine_hw)
+        joined = torch.baddbmm(tokens_of(coarse), tokens_of(prior), of_prior)  # B 4h*4w T
+        return map_of(joined, fine_hw)
+
+    def weights(self, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``align`` after that scale and shift: of the prior (B, S, T), of queries (B, D, T), bias (B, 1, T)."""
         align = self.align.weight * scale[:, None]  # B T D
         bias = shift @ self.align.weight.mT + self.align.bias  # B T
-
-        coarse = torch.baddbmm(bias[:, None], tokens_of(queries), align.mT)  # B 2h*2w T
-        coarse = resize(map_of(coarse, coarse_hw), fine_hw)
-        joined = torch.baddbmm(tokens_of(coarse), tokens_of(prior), (align @ self.fine.weight).mT)  # B 4h*4w T
-        return map_of(joined, fine_hw)
+        return (align @ self.fine.weight).mT, align.mT, bias[:, None]
 
     def _scale_and_shift(self, prior: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         """The group norm as a scale and a shift of A prior + U queries, less the bias of ``fine``: (B, D) each."""
         wide = torch.promote_types(prior.dtype, torch.float32)
         fine, bias = self.fine.weight.to(wide), self.fine.bias.to(wide)
-        with _without_autocast(prior.device.type):
+        with without_autocast(prior.device.type):
             mean, variance = fused_moments(prior.to(wide), queries.to(wide), fine, bias)  # B D
+        scale, shift = self.scale_and_shift(mean, variance)
+        return scale.to(prior.dtype), shift.to(prior.dtype)
+
+    def scale_and_shift(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of channels with these moments (B, D), as a scale and a shift, less the bias of ``fine``: (B, D)."""
+        bias = self.fine.bias.to(mean.dtype)
         groups = (GROUPS, -1)
         group_mean = mean.unflatten(1, groups).mean(2, keepdim=True)  # B G 1
         spread = (mean.unflatten(1, groups) - group_mean).square()
         group_variance = (variance.unflatten(1, groups) + spread).mean(2, keepdim=True)
         scale = torch.rsqrt(group_variance + self.norm.eps) * self.norm.weight.unflatten(0, groups)  # B G D/G
         shift = (bias.unflatten(0, groups) - group_mean) * scale + self.norm.bias.unflatten(0, groups)
-        return scale.flatten(1).to(prior.dtype), shift.flatten(1).to(prior.dtype)
+        return scale.flatten(1), shift.flatten(1)
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Products in the dtype of their operands, also inside an autocast region; the meta device knows none."""
     available = torch.amp.autocast_mode.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
@@ -79,20 +91,29 @@ def fused_moments(prior: Tensor, queries: Tensor, fine: Tensor, bias: Tensor) ->
     mean = prior_mean.flatten(1) @ fine.mT + bias + query_mean.flatten(1)
 
     flat = tokens_of(prior)  # B 4h*4w S
-    own = ((fine @ (flat.mT @ flat)) * fine).sum(-1)  # B D
-    shared = tokens_of(_stencil(prior, (0.25, 0.75, 0.75, 0.25), stride=2)).mT @ tokens_of(queries)  # B S D
+    own = flat.mT @ flat  # B S S
+    shared = tokens_of(stencil(_framed(prior), DOWN_TAPS, stride=2)).mT @ tokens_of(queries)  # B S D
+    smooth = stencil(_framed(queries), SMOOTH_TAPS, stride=1)
+    return mean, fused_variance(fine, own, shared, (smooth * queries).sum((2, 3)), cells)
+
+
+def fused_variance(fine: Tensor, own: Tensor, shared: Tensor, squares: Tensor, cells: int) -> Tensor:
+    """The variance (B, D) from the sums over cells of p p' (B, S, S), U'p q' (B, S, D) and q U'U q (B, D)."""
     cross = (shared * fine.mT).sum(1)
-    smooth = _stencil(queries, (0.375, 1.25, 0.375), stride=1)
-    return mean, ((own + 2 * cross + (smooth * queries).sum((2, 3))) / cells).clamp_min(0)  # rounding may go below
+    return ((((fine @ own) * fine).sum(-1) + 2 * cross + squares) / cells).clamp_min(0)  # rounding may go below
 
 
-def _stencil(maps: Tensor, taps: tuple[float, ...], stride: int) -> Tensor:
-    """Weigh neighbours by ``taps`` along both axes, the edge repeated once: (B, C, H, W) -> (B, C, H/s, W/s)."""
+def _framed(maps: Tensor) -> Tensor:
+    """One more cell on all four sides, the edge repeated: (B, C, H, W) -> (B, C, H + 2, W + 2)."""
+    return F.pad(maps, (1, 1, 1, 1), mode="replicate")
+
+
+def stencil(maps: Tensor, taps: tuple[float, ...], stride: int) -> Tensor:
+    """Weigh neighbours by ``taps`` along both axes: (B, C, H, W) -> (B, C, (H - taps) / s + 1, (W - taps) / s + 1)."""
     line = torch.tensor(taps, dtype=maps.dtype, device=maps.device)
     channels = maps.shape[1]
     weight = (line[:, None] * line).expand(channels, 1, -1, -1)
-    padded = F.pad(maps, (1, 1, 1, 1), mode="replicate")
-    return F.conv2d(padded, weight, stride=stride, groups=channels)
+    return F.conv2d(maps, weight, stride=stride, groups=channels)
 
 
 class TrunkBlock(nn.Module):
@@ -131,14 +152,18 @@ class Head(nn.Module):
 
     def forward(self, prior: Tensor, queries: Tensor, base: Tensor) -> Tensor:
         """``prior`` (B, S, 4h, 4w), ``queries`` (B, D, 2h, 2w), ``base`` (B, D, h, w) -> (B, D, 4h, 4w)."""
-        aligned = self.fusion(prior, queries).permute(0, 2, 3, 1)  # B 4h 4w T
-        mixed = self.mix((aligned + self.trunk(aligned)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        details = self.norm(mixed).flatten(1, 2).to(base.dtype)  # B 4h*4w T; autocast may have made it wider
+        details = self.details(self.fusion(prior, queries)).to(base.dtype)  # autocast may have made it wider
 
         # the bias joins the small map: bilinear interpolation keeps constants
         base = self._upsampled(base + self.out.bias[:, None, None])  # B D 4h 4w
         dense = tokens_of(base).baddbmm_(details, self.out.weight.mT.expand(details.shape[0], -1, -1))
         return map_of(dense, (base.shape[2], base.shape[3]))
+
+    def details(self, joined: Tensor) -> Tensor:
+        """What the last layer reads: (B, T, H, W) -> (B, H*W, T); a cell depends on those up to four away."""
+        aligned = joined.permute(0, 2, 3, 1)  # B H W T
+        mixed = self.mix((aligned + self.trunk(aligned)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.norm(mixed).flatten(1, 2)
 
     def _upsampled(self, base: Tensor) -> Tensor:
         height, width = base.shape[2:]

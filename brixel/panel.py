@@ -1,15 +1,16 @@
 """Pictures for people: the photograph, the backbone's own map and the dense one side by side, in one set of colours."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from brixel.atomic import atomic_path
+from brixel.dense_features import DenseFeatures
 from brixel.errors import BrixelError
 from brixel.feature_map import FeatureMap
 from brixel.images import ImageInput, load_image
@@ -21,27 +22,22 @@ MARGIN_PX = 12
 LABEL_PX = 22
 
 
-class Showable(Protocol):
-    """What a panel asks of a model: its dense map of a picture, and its backbone's."""
-
-    def extract(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap: ...  # noqa: D102
-
-    def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap: ...  # noqa: D102
-
-
 def show(
-    model: Showable,
+    model: DenseFeatures,
     images: Sequence[ImageInput],
     *,
     short_side_px: int | str | None = None,
     teacher: bool = False,
+    memory_limit: int | str | None = None,
+    tiles: str = "auto",
 ) -> Image.Image:
     """One row per picture: the picture, the backbone's map, the dense map. Maps of a row share one PCA basis.
 
     ``teacher``: also what the dense map should be, the backbone's map of the picture at four times the size.
-    Raises ImageError for a picture that cannot be used; ``short_side_px`` as in :meth:`brixel.BrixelFeatures.extract`.
+    Raises ImageError for a picture that cannot be used; all others as in :meth:`BrixelFeatures.extract`.
     """
-    return stacked([_row(model, image, short_side_px, teacher) for image in images])
+    extract = partial(model.extract, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles)
+    return stacked([_row(model, image, short_side_px, teacher, extract) for image in images])
 
 
 def stacked(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
@@ -84,9 +80,15 @@ def save(panel: Image.Image, path: Path) -> None:
         panel.save(temporary)
 
 
-def _row(model: Showable, image: ImageInput, short_side_px: int | str | None, teacher: bool) -> list[Image.Image]:
+def _row(
+    model: DenseFeatures,
+    image: ImageInput,
+    short_side_px: int | str | None,
+    teacher: bool,
+    extract: Callable[[ImageInput], FeatureMap],
+) -> list[Image.Image]:
     planes = load_image(image)
-    dense = model.extract(planes, short_side_px=short_side_px)
+    dense = extract(planes)
     maps = {"backbone": model.extract_backbone(planes, short_side_px=short_side_px), "brixel": dense}
     if teacher:
         maps["teacher"] = model.extract_backbone(planes, short_side_px=_teacher_px(dense))

@@ -143,17 +143,30 @@ class ViT(nn.Module):
         order; no block after the last of them is computed. Returns one (B, D, h, w) per entry of ``blocks``, in that
         order; in memory channels come last, so that tokens and maps are the same bytes.
         """
-        self._check(pixels, blocks)
-        grid_hw = (pixels.shape[2] // self.patch_px, pixels.shape[3] // self.patch_px)
-        x = self._embed(pixels, grid_hw)  # B N D
-        rotary = self._rotary(grid_hw, x) if self.config.positions == "rotary" else None
+        x, rotary, grid_hw = self.embed(pixels, blocks)
         maps = {}
         for index in range(max(blocks) + 1):
             x = self.blocks[index](x, rotary)
             if index in blocks:
-                patches = self.norm(x[:, self.config.prefix :])  # B h*w D
-                maps[index] = patches.unflatten(1, grid_hw).permute(0, 3, 1, 2)  # B D h w
+                maps[index] = self.map_after(x, grid_hw)
         return [maps[index] for index in blocks]
+
+    def embed(
+        self, pixels: Tensor, blocks: Sequence[int]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, int]]:
+        """What the first block reads, (B, N, D), rotary tables if the family has them, and the patch grid.
+
+        ``pixels``, ``blocks``: as for :meth:`block_maps`, and checked.
+        """
+        self._check(pixels, blocks)
+        grid_hw = (pixels.shape[2] // self.patch_px, pixels.shape[3] // self.patch_px)
+        x = self._embed(pixels, grid_hw)  # B N D
+        return x, self._rotary(grid_hw, x) if self.config.positions == "rotary" else None, grid_hw
+
+    def map_after(self, x: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """The patches among the tokens (B, N, D), through the final norm, as a map (B, D, h, w)."""
+        patches = self.norm(x[:, self.config.prefix :])  # B h*w D
+        return patches.unflatten(1, grid_hw).permute(0, 3, 1, 2)  # B D h w
 
     def _check(self, pixels: Tensor, blocks: Sequence[int]) -> None:
         if not blocks or any(not 0 <= index < self.depth for index in blocks):

@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from brixel import panel
 from brixel.atomic import atomic_path
 from brixel.errors import BrixelError
 from brixel.features import BrixelFeatures
 from brixel.geometry import NATIVE
+from brixel.memory_plan import Tiles
 
 REPORT_HELP = "also write the report (Markdown) here"
 MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] of one on the Hub, or brixel-tiny"
@@ -44,6 +45,19 @@ def add_short_side(parser: argparse.ArgumentParser) -> None:
     """The size that pictures are brought to."""
     parser.add_argument(
         "--short-side", type=short_side, metavar="PX", help="pixels, or 'native'; default: as the adapter was trained"
+    )
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """How much memory may be used, and whether maps may be put together from tiles."""
+    parser.add_argument(
+        "--memory-limit", metavar="AMOUNT", help="such as 4GiB, weights included; default: what is free on the device"
+    )
+    parser.add_argument(
+        "--tiles",
+        choices=get_args(Tiles),
+        default="auto",
+        help="blended tiles, an approximation: where nothing exact fits (auto), never, always; default: %(default)s",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from brixel import panel
 from brixel.commands.options import (
     MODEL_HELP,
+    add_memory_options,
     add_model_options,
     add_short_side,
     command,
@@ -29,6 +30,7 @@ def add(commands: Any) -> None:
     one.add_argument("--teacher", action="store_true", help="also the backbone's map of the picture x 4")
     add_model_options(one)
     add_short_side(one)
+    add_memory_options(one)
 
     one = command(commands, "extract", _extract, "the dense map of every picture, a file each")
     one.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures, and folders of them")
@@ -38,6 +40,7 @@ def add(commands: Any) -> None:
     one.add_argument("--overwrite", action="store_true", help="also where the output exists")
     add_model_options(one)
     add_short_side(one)
+    add_memory_options(one)
 
     one = command(commands, "info", _info, "what a model is made of")
     one.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -48,7 +51,14 @@ def add(commands: Any) -> None:
 def _show(options: argparse.Namespace) -> int:
     images = options.images or [SCENE]
     panel.check_output(options.output, images)
-    made = panel.show(load(options), images, short_side_px=options.short_side, teacher=options.teacher)
+    made = panel.show(
+        load(options),
+        images,
+        short_side_px=options.short_side,
+        teacher=options.teacher,
+        memory_limit=options.memory_limit,
+        tiles=options.tiles,
+    )
     panel.save(made, options.output)
     print(options.output)
     return 0
@@ -66,6 +76,8 @@ def _extract(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         batch_size=options.batch_size,
         short_side_px=options.short_side,
+        memory_limit=options.memory_limit,
+        tiles=options.tiles,
     )
     for _, error in report.failures:
         print(f"brixel: skipped: {error}", file=sys.stderr)

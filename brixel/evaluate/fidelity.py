@@ -15,8 +15,9 @@ from torch import Tensor
 from brixel.crops import DOWNSAMPLING, CropSettings, check_teacher_px, normalised, student_view, teacher_crop
 from brixel.devices import machine
 from brixel.errors import BrixelError
-from brixel.features import BrixelFeatures, evaluating
+from brixel.features import BrixelFeatures
 from brixel.images import load_image
+from brixel.modes import evaluating
 
 BASELINES = ("bilinear", "bicubic")
 STUDENT = "student"

@@ -1,0 +1,222 @@
+"""Dense maps of pictures within a limit of memory: plans before it runs, and takes less where that still fails."""
+
+import gc
+import logging
+import math
+import sys
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from brixel.errors import BrixelError, MemoryLimitError
+from brixel.live_bytes import copy_with, storage_bytes
+from brixel.memory_plan import Job, Plan, check_tiles, choose_way, describe_way, surely_fits
+from brixel.sizes import MARGIN, bytes_text, free_bytes, parse_bytes
+from brixel.student import UPSCALE, Student
+from brixel.ways import Way, maps_of, run_way, smaller
+
+_LOG = logging.getLogger("brixel")
+_HOST = torch.device("cpu")
+# how torch's allocators say it where they have no error class for it: the CPU's, and MPS'
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
+
+
+class BoundedRun:
+    """The dense maps of a run of pictures. What was learned of memory in one batch holds for those after it.
+
+    ``limit``: bytes or text such as "4GiB", weights included; None: what is free on the device, less a margin.
+    ``tiles``: "auto", "never" or "always"; see :class:`brixel.memory_plan.Plan`.
+    """
+
+    def __init__(self, student: Student, *, limit: int | str | None = None, tiles: str = "auto") -> None:
+        self._student = student
+        self._tiles = check_tiles(tiles)
+        self._is_given = limit is not None
+        self._limit = _free(student, student.head.out.weight.device) if limit is None else parse_bytes(limit)
+        self._on_host: Student | None = None
+        self._ways: dict[Job, tuple[Way, bool]] = {}
+        self._all_on_host = False
+        self._too_much: dict[str, float] = {}  # by kind of way: pixels at a time that ran out of memory
+        self._notes = WeakTensorKeyDictionary()
+        self._told: set[str] = set()
+
+    def __call__(self, pixels: Tensor) -> list[Tensor]:
+        """The maps (D, 4h, 4w) of ``pixels`` (B, 3, H, W), which lie on the CPU. Raises MemoryLimitError."""
+        job = Job(pixels.shape[0], (pixels.shape[2], pixels.shape[3]))
+        maps = self._run(job, pixels, None)
+        assert maps is not None
+        return maps
+
+    def fill(self, pixels: Tensor, room: Tensor) -> str:
+        """Write the map of one picture (1, 3, H, W) to ``room`` (D, Hf, Wf), which takes no memory; a note of tiles."""
+        job = Job(1, (pixels.shape[2], pixels.shape[3]), to_file=True)
+        self._run(job, pixels, room)
+        return self._note(job)
+
+    def tiles_of(self, features: Tensor) -> str:
+        """How a map that this run made was put together from tiles; empty where it was not."""
+        return str(self._notes.get(features, ""))
+
+    def check(self, padded_hw: tuple[int, int], *, to_file: bool = False) -> None:
+        """Raise MemoryLimitError where a picture of that size cannot be computed, before its pixels exist."""
+        job, weight = Job(1, padded_hw, to_file), self._student.head.out.weight
+        self._way(job)
+        rows, columns = (UPSCALE * cells for cells in job.grid_hw(self._student))
+        check_host(padded_hw, 0 if to_file else weight.shape[0] * rows * columns * weight.element_size())
+
+    def plan(self, job: Job) -> Plan:
+        """How a job will be computed."""
+        way, on_host = self._way(job)
+        device = _HOST if on_host else self._student.head.out.weight.device
+        limit = _free(self._student, _HOST) if on_host else self._limit
+        return describe_way(self._student, way, job, limit, device)
+
+    # ---------------------------------------------------------------- which way
+
+    def _way(self, job: Job) -> tuple[Way, bool]:
+        """The way for a job, and whether it is on the CPU because the accelerator has no room."""
+        if job not in self._ways:
+            self._ways[job] = self._choose(job)
+        way, on_host = self._ways[job]
+        grid_hw = job.grid_hw(self._student)
+        while self._amount(way, job) >= self._too_much.get(way.kind, math.inf):
+            less = smaller(way, grid_hw, tiles=self._tiles != "never")
+            if less is None:
+                break
+            way = less
+        self._ways[job] = way, on_host
+        return way, on_host
+
+    def _choose(self, job: Job) -> tuple[Way, bool]:
+        student = self._student
+        if self._all_on_host:
+            return self._choose_on_host(job), True
+        trusting = not self._is_given and self._tiles != "always"
+        if trusting and surely_fits(student, job, self._limit):
+            return Way("whole", batch=job.batch), False
+        try:
+            return choose_way(student, job, self._limit, self._tiles), False
+        except MemoryLimitError:
+            if student.head.out.weight.device == _HOST:
+                raise
+            return self._choose_on_host(job), True
+        except Exception as error:  # a backbone of someone else's that does not run without data
+            if self._is_given:
+                raise BrixelError(
+                    f"the memory that {type(student.backbone).__name__} needs cannot be predicted "
+                    f"({type(error).__name__}: {error}); leave out memory_limit"
+                ) from error
+            return Way("whole", batch=job.batch), False
+
+    def _choose_on_host(self, job: Job) -> Way:
+        return choose_way(self._student, job, _free(self._student, _HOST), self._tiles, _HOST)
+
+    def _amount(self, way: Way, job: Job) -> int:
+        """Pixels that are in work at a time."""
+        patch_px = self._student.backbone.patch_px
+        if way.kind == "whole":
+            return min(way.batch, job.batch) * job.padded_hw[0] * job.padded_hw[1]
+        if way.kind == "pieces":
+            return way.rows * patch_px * job.padded_hw[1]
+        return (way.side * patch_px) ** 2
+
+    # ---------------------------------------------------------------- run
+
+    def _run(self, job: Job, pixels: Tensor, room: Tensor | None) -> list[Tensor] | None:
+        """The maps, or None where they were written to ``room``."""
+        while True:
+            way, on_host = self._way(job)
+            self._tell(job, way, on_host)
+            done, maps = _attempt(self._host() if on_host else self._student, way, pixels, room)
+            if done:  # else what was computed is freed by now
+                for each in maps or []:
+                    self._notes[each] = self._note(job)
+                return maps
+            self._take_less(job, way, on_host)
+
+    def _take_less(self, job: Job, way: Way, on_host: bool) -> None:
+        """After a failure: less at a time from now on, at last on the CPU."""
+        amount = self._amount(way, job)
+        self._too_much[way.kind] = min(amount, self._too_much.get(way.kind, amount))
+        less = smaller(way, job.grid_hw(self._student), tiles=self._tiles != "never")
+        if less is not None:
+            self._ways[job] = less, on_host
+        elif self._student.head.out.weight.device != _HOST and not on_host:
+            self._all_on_host, self._too_much, self._ways = True, {}, {}
+        else:
+            height, width = job.padded_hw
+            raise MemoryLimitError(
+                f"memory ran out for a picture of {height}x{width} pixels (height x width), however little was done at "
+                "a time; close other programs, or ask for a smaller short_side_px"
+            )
+
+    def _host(self) -> Student:
+        if self._on_host is None:
+            self._on_host = copy_with(self._student, Tensor.cpu).eval()
+        return self._on_host
+
+    def _note(self, job: Job) -> str:
+        way, _ = self._ways[job]
+        if way.kind != "tiles":
+            return ""
+        tiling, patch_px = way.tiling(job.grid_hw(self._student)), self._student.backbone.patch_px
+        height, width = (patch_px * each for each in tiling.tile_hw)
+        return f"{tiling.count} of {height}x{width} px, overlapping by {way.overlap * patch_px} px or more"
+
+    def _tell(self, job: Job, way: Way, on_host: bool) -> None:
+        """Say once in a run that maps are approximate, and once that the CPU is at work."""
+        if way.kind == "tiles" and "tiles" not in self._told:
+            self._told.add("tiles")
+            _LOG.warning(
+                "a picture of %dx%d px is computed in tiles, %s, blended where they overlap: an approximation, since "
+                "tiles do not attend to one another; tiles='never' refuses it",
+                *job.padded_hw,
+                self._note(job),
+            )
+        if on_host and "cpu" not in self._told:
+            self._told.add("cpu")
+            device = self._student.head.out.weight.device
+            _LOG.warning("%s has too little memory for %dx%d px: the CPU computes them", device, *job.padded_hw)
+
+
+def check_host(padded_hw: tuple[int, int], map_bytes: int = 0) -> None:
+    """Raise MemoryLimitError where the computer has no room for the pixels of a picture and so large a map."""
+    height, width = padded_hw
+    need, free = 3 * 4 * height * width + map_bytes, free_bytes(_HOST)
+    if free is not None and need > free:
+        raise MemoryLimitError(
+            f"a picture of {height}x{width} pixels (height x width) takes {bytes_text(need)}, with its map if that is "
+            f"kept in memory, and the computer has {bytes_text(free)} free; ask for a smaller short_side_px, or write "
+            "the map to a file (out='map.npy')"
+        )
+
+
+def _free(student: Student, device: torch.device) -> int:
+    """What is free on the device less a margin, and the weights that lie there; no bound where it is not known."""
+    free = free_bytes(device)
+    weights = storage_bytes(student) if student.head.out.weight.device == device else 0
+    return sys.maxsize if free is None else int((1 - MARGIN) * free) + weights
+
+
+def _attempt(student: Student, way: Way, pixels: Tensor, room: Tensor | None) -> tuple[bool, list[Tensor] | None]:
+    """Whether there was memory enough, and the maps. What a failed attempt held is free when this returns."""
+    try:
+        if room is None:
+            return True, maps_of(student, way, pixels)
+        run_way(student, way, pixels, [room])
+        return True, None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    gc.collect()  # outside the except block, where the traceback would hold the tensors of the failed attempt
+    if student.head.out.weight.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False, None
