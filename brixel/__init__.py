@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError, CheckpointError, DownloadError, ImageError, UploadError
+from brixel.extraction.map_folder import MapFolder
 from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
 from brixel.model_table import KnownBackbone, list_models
@@ -23,6 +24,7 @@ __all__ = [
     "FeatureMap",
     "ImageError",
     "KnownBackbone",
+    "MapFolder",
     "PcaBasis",
     "UploadError",
     "ViTConfig",

@@ -1,11 +1,14 @@
 """Files that are either whole or absent: written under a temporary name, then renamed."""
 
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part(\..*)?")  # names of files that are being written
 
 
 @contextmanager

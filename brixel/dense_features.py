@@ -1,11 +1,13 @@
 """A student that takes pictures: any kind of them in, feature maps out, within a limit of memory."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from brixel.ahead import ahead
 from brixel.backbones.protocol import Backbone
 from brixel.bounded import BoundedRun, check_host
 from brixel.config import BrixelConfig
@@ -13,13 +15,13 @@ from brixel.devices import dtype_name
 from brixel.engine import run_batches
 from brixel.errors import BrixelError
 from brixel.feature_map import FeatureMap
-from brixel.geometry import NATIVE, Geometry, plan_geometry
-from brixel.images import ImageInput, load_image, preprocess
+from brixel.geometry import NATIVE, plan_geometry
+from brixel.images import ImageInput
 from brixel.map_file import check_map_path, make_map_file
 from brixel.memory_plan import Job, Plan
 from brixel.modes import evaluating
+from brixel.preparation import Placement, Preparation
 from brixel.student import UPSCALE, Student
-from brixel.ways import crop
 
 PathLike = str | os.PathLike[str]
 
@@ -83,14 +85,15 @@ class DenseFeatures(Student):
         """
         run = BoundedRun(self, limit=memory_limit, tiles=tiles)
         if out is None:
-            return next(self._stream(run, UPSCALE, [image], batch_size=1, short_side_px=short_side_px))
+            return next(_or_raise(self._stream(run, [image], short_side_px=short_side_px)))
         path = check_map_path(out)
-        pixels, geometry = self._prepare(image, self._side(short_side_px), lambda hw: run.check(hw, to_file=True))
+        pixels, placement = self.preparation(short_side_px)(image, lambda hw: run.check(hw, to_file=True))
 
         def fill(cells: Tensor) -> Mapping[str, str]:
             with evaluating(self):
-                return self._meta(geometry, run.fill(pixels[None], cells))
+                return {**placement.meta, **_told(run.fill(pixels[None], cells))}
 
+        geometry = placement.geometry
         shape, stride = (self.embed_dim, *geometry.map_hw(UPSCALE)), geometry.map_stride(UPSCALE)
         return make_map_file(path, shape, self.dtype, fill, image_hw=geometry.image_hw, stride=stride)
 
@@ -102,14 +105,53 @@ class DenseFeatures(Student):
         short_side_px: int | str | None = None,
         memory_limit: int | str | None = None,
         tiles: str = "auto",
+        workers: int = 2,
     ) -> Iterator[FeatureMap]:
         """Dense features of many pictures, lazily and in order; see :meth:`extract`.
 
-        Neighbours that come to one size share a batch of at most ``batch_size``. A picture that cannot be used raises
-        ImageError after the maps of those before it.
+        Pictures that come to one size share a batch of at most ``batch_size``, also where a few others lie between
+        them. ``workers`` threads decode ahead, a batch and two pictures each; 0 decodes when a picture's turn comes.
+        A picture that cannot be used raises ImageError after the maps of those before it.
         """
+        return _or_raise(
+            self.stream_all(
+                images,
+                batch_size=batch_size,
+                short_side_px=short_side_px,
+                memory_limit=memory_limit,
+                tiles=tiles,
+                workers=workers,
+            )
+        )
+
+    def stream_all(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        batch_size: int = 1,
+        short_side_px: int | str | None = None,
+        memory_limit: int | str | None = None,
+        tiles: str = "auto",
+        workers: int = 2,
+    ) -> Iterator[FeatureMap | Exception]:
+        """:meth:`stream` that goes on: for a picture that cannot be used, its error takes the place of its map."""
         run = BoundedRun(self, limit=memory_limit, tiles=tiles)
-        return self._stream(run, UPSCALE, images, batch_size=batch_size, short_side_px=short_side_px)
+        return self._stream(run, images, batch_size=batch_size, short_side_px=short_side_px, workers=workers)
+
+    def prepare(self, image: ImageInput, *, short_side_px: int | str | None = None) -> tuple[Tensor, Placement]:
+        """A picture made ready for a loop of your own: pixels (3, H, W), and how the picture lies on them.
+
+        ``model(pixels[None].to(model.device, model.dtype))[0]`` is the dense map (D, 4h, 4w) of the padded picture, of
+        which ``placement.feature_map`` makes a :class:`FeatureMap`. In workers of a DataLoader use
+        :meth:`preparation`, which does not carry the model. Raises ImageError for a picture that cannot be used.
+        """
+        return self.preparation(short_side_px)(image)
+
+    def preparation(self, short_side_px: int | str | None = None) -> Preparation:
+        """What :meth:`prepare` does, as a small callable without the model."""
+        vit = self.config.backbone.vit
+        side = self.config.adapter.short_side_px if short_side_px is None else short_side_px
+        return Preparation(self.patch_px, side, vit.mean, vit.std, self._meta())
 
     def plan(
         self,
@@ -126,7 +168,7 @@ class DenseFeatures(Student):
         Nothing is computed. Arguments as for :meth:`extract`; ``to_file``: as with ``out``. Raises MemoryLimitError
         where it cannot be done.
         """
-        geometry = plan_geometry(image_hw, self.patch_px, self._side(short_side_px))
+        geometry = plan_geometry(image_hw, self.patch_px, self.preparation(short_side_px).short_side_px)
         run = BoundedRun(self, limit=memory_limit, tiles=tiles)
         return run.plan(Job(batch, geometry.padded_hw, to_file))
 
@@ -136,60 +178,62 @@ class DenseFeatures(Student):
         def forward(pixels: Tensor) -> Tensor:
             return self.backbone_features(pixels.to(self.device, self.dtype))
 
-        return next(self._stream(forward, 1, [image], batch_size=1, short_side_px=short_side_px))
+        return next(_or_raise(self._stream(forward, [image], short_side_px=short_side_px)))
 
     def _stream(
         self,
-        forward: Callable[[Tensor], Sequence[Tensor] | Tensor],
-        upscale: int,
+        forward: BoundedRun | Callable[[Tensor], Tensor],
         images: Iterable[ImageInput],
         *,
-        batch_size: int,
+        batch_size: int = 1,
         short_side_px: int | str | None,
-    ) -> Iterator[FeatureMap]:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise BrixelError(f"batch_size is {batch_size!r}; expected a positive whole number")
-        side = self._side(short_side_px)
+        workers: int = 0,
+    ) -> Iterator[FeatureMap | Exception]:
+        _check_whole("batch_size", batch_size, 1)
+        _check_whole("workers", workers, 0)
         bounded = forward if isinstance(forward, BoundedRun) else None
         check = check_host if bounded is None else bounded.check
+        preparation = self.preparation(short_side_px)
+
+        def prepare(image: ImageInput) -> tuple[Tensor | None, Placement | Exception]:
+            try:
+                return preparation(image, check)
+            except (BrixelError, FileNotFoundError) as error:
+                return None, error
 
         def run(pixels: Tensor) -> Sequence[Tensor] | Tensor:
             with evaluating(self):
                 return forward(pixels)
 
-        prepared = (self._prepare(image, side, check) for image in images)
-        results = run_batches(run, prepared, batch_size=batch_size)
-        return (
-            self._feature_map(features, geometry, upscale, "" if bounded is None else bounded.tiles_of(features))
-            for features, geometry in results
-        )
+        def finish(features: Tensor | None, placement: Placement | Exception) -> FeatureMap | Exception:
+            if features is None or isinstance(placement, Exception):
+                assert isinstance(placement, Exception)
+                return placement
+            tiles = "" if bounded is None else bounded.tiles_of(features)
+            return placement.feature_map(features, meta=_told(tiles), in_place=True)
 
-    def _side(self, short_side_px: int | str | None) -> int | str:
-        return self.config.adapter.short_side_px if short_side_px is None else short_side_px
+        prepared = ahead(prepare, images, workers=workers, depth=batch_size + 2 * workers)
+        return itertools.starmap(finish, run_batches(run, prepared, batch_size=batch_size))
 
-    def _feature_map(self, features: Tensor, geometry: Geometry, upscale: int, tiles: str) -> FeatureMap:
-        """The cells (D, Hf, Wf) that cover the picture, out of those of the padded one."""
-        cells = crop(features, geometry.map_hw(upscale))
-        return FeatureMap(cells, geometry.image_hw, geometry.map_stride(upscale), self._meta(geometry, tiles))
-
-    def _prepare(
-        self, image: ImageInput, short_side_px: int | str, check: Callable[[tuple[int, int]], None]
-    ) -> tuple[Tensor, Geometry]:
-        """Normalised pixels (3, H, W) and how they lie; ``check`` may refuse their size before they are made."""
-        planes = load_image(image)
-        geometry = plan_geometry((planes.shape[1], planes.shape[2]), self.patch_px, short_side_px)
-        check(geometry.padded_hw)
-        vit = self.config.backbone.vit
-        return preprocess(planes, geometry, vit.mean, vit.std), geometry
-
-    def _meta(self, geometry: Geometry, tiles: str = "") -> Mapping[str, str]:
-        """What made a map, kept in its file; ``tiles``: what it was put together from, if it was."""
-        height, width = geometry.resized_hw
-        facts = {
-            "backbone": self.config.backbone.title,
-            "resized_hw": f"{height}x{width}",
-            "dtype": dtype_name(self.dtype),
-            **({"tiles": tiles} if tiles else {}),
-        }
+    def _meta(self) -> Mapping[str, str]:
+        """What makes the maps, kept in their files."""
+        facts = {"backbone": self.config.backbone.title, "dtype": dtype_name(self.dtype)}
         commits = ", ".join(f"{name}@{commit}" for name, commit in self.config.commits.items())
         return {**facts, "commits": commits} if commits else facts
+
+
+def _told(tiles: str) -> Mapping[str, str]:
+    return {"tiles": tiles} if tiles else {}
+
+
+def _or_raise(results: Iterator[FeatureMap | Exception]) -> Iterator[FeatureMap]:
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        yield result
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        expected = "a positive whole number" if least else "zero or a positive whole number"
+        raise BrixelError(f"{name} is {value!r}; expected {expected}")

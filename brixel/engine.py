@@ -1,24 +1,41 @@
 """The one loop over batches in the library. It takes any callable and knows no model."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 Tag = TypeVar("Tag")
+WINDOW = 4  # batches' worth of pictures among which those of one size are brought together
+
+Forward = Callable[[Tensor], Sequence[Tensor] | Tensor]
+
+
+@dataclass
+class _Place(Generic[Tag]):
+    """A picture's place in the order, until its result is taken; what has no pixels passes through."""
+
+    pixels: Tensor | None
+    tag: Tag
+    result: Tensor | None = None
 
 
 def run_batches(
-    forward: Callable[[Tensor], Sequence[Tensor] | Tensor], items: Iterable[tuple[Tensor, Tag]], *, batch_size: int
-) -> Iterator[tuple[Tensor, Tag]]:
+    forward: Forward, items: Iterable[tuple[Tensor | None, Tag]], *, batch_size: int
+) -> Iterator[tuple[Tensor | None, Tag]]:
     """Run ``forward`` over pictures, lazily and in order; yields one result for each, with its tag.
 
-    ``items``: pixels (3, H, W) with anything that belongs to them. Neighbours of one size share a batch of at most
-    ``batch_size``; after a full batch no item is asked for before its results were taken. Where ``items`` raises, the
-    results of those before come first.
+    ``items``: pixels (3, H, W) with anything that belongs to them; one without pixels comes out as it is, at its place.
+    Pictures of one size share a batch of at most ``batch_size``, also where others lie between them: at most
+    ``WINDOW`` batches' worth of pictures and results are held. After a full batch no item is asked for before its
+    results were taken, as far as the order lets them. Where ``items`` raises, the results of those before come first.
     """
-    batch: list[tuple[Tensor, Tag]] = []
+    window = WINDOW * batch_size if batch_size > 1 else 1
+    order: deque[_Place[Tag]] = deque()
+    groups: dict[torch.Size, list[_Place[Tag]]] = {}  # what waits for its batch, the size of the oldest first
     iterator = iter(items)
     failure: Exception | None = None
     while failure is None:
@@ -26,25 +43,43 @@ def run_batches(
             item = next(iterator, None)
         except Exception as error:
             item, failure = None, error
-        if batch and (item is None or item[0].shape != batch[0][0].shape):
-            yield from _run(forward, batch)
-            batch = []
         if item is None:
             break
-        batch.append(item)
-        if len(batch) == batch_size:
-            yield from _run(forward, batch)
-            batch = []
+        place = _Place(*item)
+        order.append(place)
+        if place.pixels is not None:
+            group = groups.setdefault(place.pixels.shape, [])
+            group.append(place)
+            if len(group) == batch_size:
+                _run(forward, groups.pop(place.pixels.shape))
+        yield from _finished(order)
+        if len(order) >= window:  # the first of them waits for its batch to fill: no longer
+            _run(forward, groups.pop(_shape(order[0])))
+            yield from _finished(order)
+    for group in groups.values():
+        _run(forward, group)
+        yield from _finished(order)
     if failure is not None:
         raise failure
 
 
-def _run(
-    forward: Callable[[Tensor], Sequence[Tensor] | Tensor], batch: list[tuple[Tensor, Tag]]
-) -> Iterator[tuple[Tensor, Tag]]:
+def _shape(place: _Place[Tag]) -> torch.Size:
+    assert place.pixels is not None
+    return place.pixels.shape
+
+
+def _finished(order: deque[_Place[Tag]]) -> Iterator[tuple[Tensor | None, Tag]]:
+    """Those at the front that wait for nothing, taken out."""
+    while order and order[0].pixels is None:
+        place = order.popleft()
+        yield place.result, place.tag
+
+
+def _run(forward: Forward, group: list[_Place[Tag]]) -> None:
+    pixels = [place.pixels for place in group if place.pixels is not None]
     # no_grad rather than inference_mode: a probe may be trained on the results
     with torch.no_grad():
         # one picture is not copied into a batch: it may be most of the memory
-        results = forward(batch[0][0][None] if len(batch) == 1 else torch.stack([pixels for pixels, _ in batch]))
-    for result, (_, tag) in zip(results, batch, strict=True):
-        yield result, tag
+        results = forward(pixels[0][None] if len(pixels) == 1 else torch.stack(pixels))
+    for place, result in zip(group, results, strict=True):
+        place.pixels, place.result = None, result

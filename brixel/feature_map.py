@@ -174,14 +174,14 @@ class FeatureMap:
         if target.is_dir() or not target.parent.is_dir():
             what = "is a folder" if target.is_dir() else "cannot be written: its folder does not exist"
             raise BrixelError(f"{target} {what}; give a file in a folder that exists")
-        version = {VERSION_KEY: VERSION}
         shape, dtype = tuple(self.features.shape), dtype_name(self.features.dtype)
         fields = dict(zip(FIELDS, (self.image_hw, self.stride, dict(self.meta), shape, dtype), strict=True))
         with atomic_path(target) as unfinished:
             if target.suffix == ".safetensors":
-                texts = {name: json.dumps(value) for name, value in fields.items()}  # floats exactly, by repr
                 features = self.features.detach().cpu().contiguous()
-                save_file({"features": features}, unfinished, version | texts)
+                # floats exactly, by repr; under one name, as several are written in an order left to chance
+                text = json.dumps({VERSION_KEY: VERSION, **fields})
+                save_file({"features": features}, unfinished, {VERSION_KEY: text})
             else:
                 np.save(unfinished, np.ascontiguousarray(self.numpy()))
                 write_sidecar(target, fields)
@@ -279,9 +279,10 @@ def _check_version(path: Path, header: Any) -> None:
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            texts = file.metadata()
-            _check_version(path, texts)
-            return {name: json.loads(texts[name]) for name in FIELDS}, file.get_tensor("features")
+            texts = file.metadata() or {}
+            header = json.loads(texts[VERSION_KEY]) if VERSION_KEY in texts else None
+            _check_version(path, header)
+            return header, file.get_tensor("features")
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise _damaged(path, error) from error
 

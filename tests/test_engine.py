@@ -20,18 +20,30 @@ def recorder(calls):
     ("sizes", "batch_size", "batches"),
     [
         ((4, 4, 4, 4, 4), 2, [(2, 3, 4, 4), (2, 3, 4, 4), (1, 3, 4, 4)]),
-        ((4, 4, 5, 4), 8, [(2, 3, 4, 4), (1, 3, 5, 5), (1, 3, 4, 4)]),
+        ((4, 4, 5, 4), 8, [(3, 3, 4, 4), (1, 3, 5, 5)]),
+        ((4, 5, 4, 5, 5), 2, [(2, 3, 4, 4), (2, 3, 5, 5), (1, 3, 5, 5)]),
+        # the first waits no longer than eight pictures for another of its size
+        ((4, 5, 5, 5, 5, 5, 5, 5, 4), 2, [(2, 3, 5, 5)] * 3 + [(1, 3, 4, 4), (1, 3, 5, 5), (1, 3, 4, 4)]),
+        ((4, 5, 4), 1, [(1, 3, 4, 4), (1, 3, 5, 5), (1, 3, 4, 4)]),
         ((4,), 3, [(1, 3, 4, 4)]),
         ((), 3, []),
     ],
 )
-def test_neighbours_of_one_size_share_a_batch_and_order_is_kept(sizes, batch_size, batches):
+def test_pictures_of_one_size_share_a_batch_and_order_is_kept(sizes, batch_size, batches):
     calls = []
     results = list(run_batches(recorder(calls), pictures(*sizes), batch_size=batch_size))
     assert calls == batches
     assert [tag for _, tag in results] == list(range(len(sizes)))
     for result, tag in results:
         assert torch.equal(result, torch.full((1, sizes[tag], sizes[tag]), 10.0 * tag))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_what_has_no_pixels_passes_at_its_place(batch_size):
+    items = [(None, "first"), *pictures(4, 5), (None, "fourth"), *pictures(4), (None, "last")]
+    results = list(run_batches(recorder([]), items, batch_size=batch_size))
+    assert [tag for _, tag in results] == ["first", 0, 1, "fourth", 0, "last"]
+    assert [result is None for result, _ in results] == [True, False, False, True, False, True]
 
 
 def test_nothing_is_read_ahead_of_the_batch_at_hand():

@@ -450,6 +450,8 @@ def test_others_can_read_the_files(tmp_path: Path) -> None:
         "dtype": "float32",
     }
     fm.save(tmp_path / "map.safetensors")
+    fm.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "map.safetensors").read_bytes() == (tmp_path / "again.safetensors").read_bytes()
     assert torch.equal(load_file(tmp_path / "map.safetensors")["features"], fm.features)
     random_map(dtype=torch.bfloat16).save(tmp_path / "bf16.npy")
     assert np.load(tmp_path / "bf16.npy").dtype == np.float32
@@ -609,11 +611,11 @@ def test_a_field_that_does_not_fit(tmp_path: Path, ending: str, field: str, valu
     fm.save(path)
     fields = {"image_hw": (43, 51), "stride": (9.75, 7.125), "meta": {}, "shape": (3, 5, 8)}
     fields |= {"dtype": "float32", field: value}
+    text = json.dumps({"brixel_feature_map": "1", **fields})
     if ending == ".npy":
-        (tmp_path / "map.npy.json").write_text(json.dumps({"brixel_feature_map": "1", **fields}))
+        (tmp_path / "map.npy.json").write_text(text)
     else:
-        texts = {name: json.dumps(v) for name, v in fields.items()}
-        save_file({"features": fm.features}, path, {"brixel_feature_map": "1", **texts})
+        save_file({"features": fm.features}, path, {"brixel_feature_map": text})
     with pytest.raises(BrixelError, match=rf"map{ending} is damaged or not a feature map \(.*{message}"):
         FeatureMap.load(path)
 
@@ -623,9 +625,16 @@ def test_a_field_that_does_not_fit(tmp_path: Path, ending: str, field: str, valu
     [
         (None, r"map\.safetensors is not ours: it lacks 'brixel_feature_map'"),
         ({"format": "pt"}, r"map\.safetensors is not ours: it lacks 'brixel_feature_map'"),
-        ({"brixel_feature_map": "12"}, r"map\.safetensors has format '12', this brixel reads '1'; update"),
-        ({"brixel_feature_map": "1"}, r"map\.safetensors is damaged or not a feature map \('image_hw'\)"),
-        ({"brixel_feature_map": "1", "image_hw": "("}, r"map\.safetensors is damaged or not .* \(Exp"),
+        ({"brixel_feature_map": "1"}, r"map\.safetensors is not ours: it lacks 'brixel_feature_map'"),
+        (
+            {"brixel_feature_map": '{"brixel_feature_map": "12"}'},
+            r"map\.safetensors has format '12', this brixel reads '1'; update",
+        ),
+        (
+            {"brixel_feature_map": '{"brixel_feature_map": "1"}'},
+            r"map\.safetensors is damaged or not .* \('image_hw'\)",
+        ),
+        ({"brixel_feature_map": "("}, r"map\.safetensors is damaged or not .* \(Exp"),
     ],
 )
 def test_a_safetensors_that_is_something_else(tmp_path: Path, metadata, message: str) -> None:

@@ -10,12 +10,13 @@ import brixel
 PACKAGE = Path(brixel.__file__).parent
 
 LAYERS = (
-    {"errors", "atomic"},
+    {"errors", "atomic", "ahead"},
     {
         "pca",
         "geometry",
         "deformable",
         "devices",
+        "extraction.share",
         "key_map",
         "live_bytes",
         "modes",
@@ -41,13 +42,16 @@ LAYERS = (
     {"student", "release", "sources", "backbones.loading"},
     {"config", "pieces"},
     {"ways"},
-    {"memory_plan"},
+    {"memory_plan", "preparation"},
+    {"extraction.manifest"},
+    {"extraction.outputs", "extraction.progress"},
+    {"extraction.map_folder"},
     {"bounded"},
     {"file_backbone", "module_backbone", "card", "dense_features"},
     {"saving", "panel"},
     {"publish"},
     {"features"},
-    {"extraction", "benchmark", "train.losses", "describe", "evaluate.fidelity"},
+    {"extraction.run", "benchmark", "train.losses", "describe", "evaluate.fidelity"},
     {"train.config", "train.data", "train.distributed", "train.watch"},
     {"train.cache", "train.state", "train.facts", "train.recipe", "train.start"},
     {"train.batches", "train.validation"},

@@ -17,8 +17,11 @@ from brixel.commands.options import (
     print_table,
 )
 from brixel.describe import describe, describe_models
+from brixel.devices import DTYPES
 from brixel.errors import BrixelError
 from brixel.extraction import extract_files
+from brixel.extraction.map_folder import verify
+from brixel.extraction.share import own_device
 from brixel.pictures import SCENE, find_pictures
 
 
@@ -32,12 +35,16 @@ def add(commands: Any) -> None:
     add_short_side(one)
     add_memory_options(one)
 
-    one = command(commands, "extract", _extract, "the dense map of every picture, a file each")
-    one.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="pictures, and folders of them")
+    one = command(commands, "extract", _extract, "the dense map of every picture, in files or shards")
+    one.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="pictures, and folders of them")
     one.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     one.add_argument("--format", choices=("safetensors", "npy"), default="safetensors", help="default: %(default)s")
+    one.add_argument("--shard-gib", type=_gib, metavar="GIB", help="into shards of that size, many maps each")
+    one.add_argument("--save-dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
     one.add_argument("--batch-size", type=positive, default=1, help="pictures of one size at once; default: 1")
-    one.add_argument("--overwrite", action="store_true", help="also where the output exists")
+    one.add_argument("--workers", type=_whole, default=2, help="threads that decode ahead; default: %(default)s")
+    one.add_argument("--overwrite", action="store_true", help="do everything anew")
+    one.add_argument("--verify", action="store_true", help="only check every file in DIR against its manifest")
     add_model_options(one)
     add_short_side(one)
     add_memory_options(one)
@@ -65,16 +72,24 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _extract(options: argparse.Namespace) -> int:
+    if options.verify:
+        return _verify(options.output)
+    if not options.paths:
+        raise BrixelError("no PATH: give pictures and folders of them; only --verify goes without")
     pictures = find_pictures(options.paths)
     if options.output.exists() and not options.output.is_dir():
         raise BrixelError(f"{options.output} is a file; expected a folder to write maps into")
+    options.device = own_device(options.device)
     report = extract_files(
         load(options),
         pictures,
         options.output,
         ending=f".{options.format}",
+        shard_bytes=options.shard_gib,
+        save_dtype=None if options.save_dtype is None else DTYPES[options.save_dtype],
         overwrite=options.overwrite,
         batch_size=options.batch_size,
+        workers=options.workers,
         short_side_px=options.short_side,
         memory_limit=options.memory_limit,
         tiles=options.tiles,
@@ -83,6 +98,30 @@ def _extract(options: argparse.Namespace) -> int:
         print(f"brixel: skipped: {error}", file=sys.stderr)
     print(f"{report.written} written, {report.skipped} already there, {len(report.failures)} unreadable")
     return 1 if report.failures else 0
+
+
+def _verify(folder: Path) -> int:
+    wrong = verify(folder)
+    for line in wrong:
+        print(f"brixel: {line}", file=sys.stderr)
+    print(f"{len(wrong)} files are not what the manifest says" if wrong else "every file is what the manifest says")
+    return 1 if wrong else 0
+
+
+def _gib(text: str) -> int:
+    try:
+        limit_bytes = int(float(text) * 2**30)
+    except (ValueError, OverflowError):
+        limit_bytes = 0
+    if limit_bytes < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of GiB above zero, such as 1 or 0.5")
+    return limit_bytes
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected zero or a positive whole number")
+    return int(text)
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -1,0 +1,83 @@
+"""Work done ahead of whoever takes it, and after them, in threads: bounded, in order, nothing left running."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, TypeVar
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+def ahead(
+    function: Callable[[Given], Made], items: Iterable[Given], *, workers: int, depth: int | None = None
+) -> Iterator[Made]:
+    """``function`` of every item, in order, in ``workers`` threads that are at most ``depth`` items ahead.
+
+    ``items`` is advanced by whoever takes the results, never by the threads. What ``function`` or ``items`` raises
+    comes at its place, after the results before it. Without workers it is `map`. ``depth``: where None, twice the
+    number of workers.
+    """
+    if workers == 0:
+        yield from map(function, items)
+        return
+    iterator = iter(items)
+    failure: Exception | None = None
+    waiting: deque[Future[Made]] = deque()
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="brixel-ahead")
+    try:
+        while True:
+            while failure is None and len(waiting) < (depth or 2 * workers):
+                try:
+                    waiting.append(executor.submit(function, next(iterator)))
+                except StopIteration:
+                    break
+                except Exception as error:
+                    failure = error
+            if not waiting:
+                break
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+    if failure is not None:
+        raise failure
+
+
+class Behind(Generic[Made]):
+    """One thread that does things after another, in the order given, at most ``depth`` of them outstanding.
+
+    ``done`` gets each result, in the caller's thread. An error is raised at the next call; what was given after it is
+    not done. On leaving the block all is done, or the first error raised.
+    """
+
+    def __init__(self, done: Callable[[Made], None], *, depth: int) -> None:
+        self._done, self._depth = done, depth
+        self._waiting: deque[Future[Made]] = deque()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="brixel-behind")
+
+    def do(self, function: Callable[[], Made]) -> None:
+        """Have something done; waits while there is too much to do already."""
+        self._waiting.append(self._executor.submit(function))
+        while self._waiting and (len(self._waiting) > self._depth or self._waiting[0].done()):
+            self._take()
+
+    def _take(self) -> None:
+        try:
+            self._done(self._waiting.popleft().result())
+        except BaseException:
+            self._executor.shutdown(cancel_futures=True)
+            self._waiting.clear()
+            raise
+
+    def __enter__(self) -> "Behind[Made]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            while self._waiting:
+                self._take()
+        finally:
+            self._executor.shutdown()

@@ -1,0 +1,6 @@
+"""Maps of folders of any length: files or shards, taken up where a run stopped, shared between processes."""
+
+from brixel.extraction.map_folder import MapFolder
+from brixel.extraction.run import Report, extract_files
+
+__all__ = ["MapFolder", "Report", "extract_files"]

@@ -1,0 +1,101 @@
+import threading
+import time
+
+import pytest
+
+from brixel.ahead import Behind, ahead
+
+
+def threads():
+    return {each for each in threading.enumerate() if each.name.startswith("brixel")}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_order_whatever_ends_first(workers):
+    def slow_at_first(number):
+        time.sleep(0.02 if number == 0 else 0)
+        return 10 * number
+
+    assert list(ahead(slow_at_first, range(9), workers=workers)) == list(range(0, 90, 10))
+    assert threads() == set()
+
+
+def test_items_are_taken_only_so_far_ahead_and_by_the_taker():
+    taken = []
+
+    def items():
+        for number in range(20):
+            taken.append((number, threading.current_thread()))
+            yield number
+
+    results = ahead(str, items(), workers=2, depth=3)
+    assert taken == []
+    assert next(results) == "0"
+    assert [number for number, _ in taken] == [0, 1, 2]
+    assert next(results) == "1"
+    assert [number for number, _ in taken] == [0, 1, 2, 3]
+    assert {thread for _, thread in taken} == {threading.current_thread()}
+    results.close()
+    assert threads() == set()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_function_raises_comes_at_its_place(workers):
+    def fail(number):
+        if number == 3:
+            raise KeyError("three")
+        return number
+
+    results = ahead(fail, range(9), workers=workers)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="three"):
+        next(results)
+    assert threads() == set()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_items_raise_comes_after_the_results_before_it(workers):
+    def items():
+        yield from range(3)
+        raise KeyError("items")
+
+    results = ahead(str, items(), workers=workers)
+    assert [next(results) for _ in range(3)] == ["0", "1", "2"]
+    with pytest.raises(KeyError, match="items"):
+        next(results)
+
+
+def test_things_are_done_behind_in_order_and_all_of_them():
+    done = []
+    with Behind(done.append, depth=2) as behind:
+        for number in range(9):
+            behind.do(lambda number=number: time.sleep(0.002) or number)
+            assert len(done) >= number - 2
+    assert done == list(range(9))
+    assert threads() == set()
+
+
+def test_an_error_behind_is_raised_and_ends_it():
+    done, began = [], []
+
+    def work(number):
+        began.append(number)
+        if number == 2:
+            raise OSError("full")
+        return number
+
+    with pytest.raises(OSError, match="full"), Behind(done.append, depth=1) as behind:
+        for number in range(9):
+            behind.do(lambda number=number: work(number))
+    assert done == [0, 1]
+    assert 8 not in began
+    assert threads() == set()
+
+
+def test_an_error_in_the_block_lets_what_was_given_be_done():
+    done = []
+    with pytest.raises(KeyError), Behind(done.append, depth=5) as behind:
+        for number in range(4):
+            behind.do(lambda number=number: number)
+        raise KeyError("elsewhere")
+    assert done == [0, 1, 2, 3]

@@ -1,0 +1,101 @@
+"""A loop of one's own gives the maps that `extract` gives."""
+
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from brixel import BrixelError, BrixelFeatures, ImageError
+
+
+@pytest.fixture(scope="module")
+def model(backbone_folder):
+    return BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
+
+
+class Pictures(Dataset):
+    def __init__(self, paths, prepare):
+        self.paths, self.prepare = paths, prepare
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.prepare(self.paths[index])
+
+
+def as_it_is(batch):
+    return batch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loop_over_a_data_loader(model, picture, tmp_path, workers):
+    with Image.open(picture) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.png")
+    paths = [picture, tmp_path / "other.png", picture]
+    loader = DataLoader(Pictures(paths, model.preparation()), batch_size=3, num_workers=workers, collate_fn=as_it_is)
+    maps = []
+    for batch in loader:
+        with torch.no_grad():
+            features = model(torch.stack([pixels for pixels, _ in batch]))
+        maps += [placement.feature_map(each) for each, (_, placement) in zip(features, batch, strict=True)]
+    for path, ours in zip(paths, maps, strict=True):
+        expected = model.extract(path)
+        torch.testing.assert_close(ours.features, expected.features, rtol=1e-5, atol=1e-5)
+        assert (ours.image_hw, ours.stride, ours.meta) == (expected.image_hw, expected.stride, expected.meta)
+
+
+def test_one_picture(model, picture):
+    pixels, placement = model.prepare(picture, short_side_px="native")
+    assert pixels.shape == (3, 70, 98)
+    with torch.no_grad():
+        dense, coarse = model(pixels[None])[0], model.backbone_features(pixels[None])[0]
+    before = dense.clone()
+    ours = placement.feature_map(dense, meta={"by": "me"})
+    torch.testing.assert_close(ours.features, model.extract(picture, short_side_px="native").features)
+    assert ours.meta["by"] == "me"
+    ours.features.zero_()
+    assert torch.equal(dense, before)
+    expected = model.extract_backbone(picture, short_side_px="native").features
+    torch.testing.assert_close(placement.feature_map(coarse).features, expected)
+
+
+def test_what_is_sent_to_workers_is_small(model):
+    assert len(pickle.dumps(model.preparation())) < 2000
+
+
+@pytest.mark.parametrize("shape", [(64, 20, 28), (1, 64, 20, 29), (64, 21, 28), (64, 4, 6), (64,)])
+def test_features_of_another_picture_are_refused(model, picture, shape):
+    _, placement = model.prepare(picture, short_side_px="native")
+    if shape == (64, 20, 28):
+        assert placement.feature_map(torch.zeros(shape)).grid_hw == (18, 26)
+        return
+    with pytest.raises(BrixelError, match=r"expected \(D, 4h, 4w\) for the 5 x 7 patches of this picture"):
+        placement.feature_map(torch.zeros(shape))
+
+
+def test_a_picture_that_cannot_be_used(model, tmp_path):
+    (tmp_path / "some.png").write_text("no picture")
+    with pytest.raises(ImageError, match="some.png"):
+        model.prepare(tmp_path / "some.png")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_goes_on_over_what_cannot_be_used(model, picture, tmp_path, workers):
+    (tmp_path / "bad.png").write_text("no picture")
+    images = [picture, tmp_path / "bad.png", picture, tmp_path / "gone.png"]
+    results = list(model.stream_all(images, batch_size=2, workers=workers))
+    assert [type(each).__name__ for each in results] == ["FeatureMap", "ImageError", "FeatureMap", "FileNotFoundError"]
+    torch.testing.assert_close(results[0].features, results[2].features)
+    stream = model.stream(images, workers=workers)
+    next(stream)
+    with pytest.raises(ImageError, match=r"bad\.png"):
+        next(stream)
+
+
+@pytest.mark.parametrize("given", [-1, 1.5, True, "2"])
+def test_numbers_that_are_none(model, given):
+    with pytest.raises(BrixelError, match="workers is .*; expected zero or a positive whole number"):
+        model.stream([], workers=given)
