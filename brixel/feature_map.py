@@ -280,7 +280,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
-            header = json.loads(texts[VERSION_KEY]) if VERSION_KEY in texts else None
+            header: Any = json.loads(texts[VERSION_KEY]) if VERSION_KEY in texts else None
             _check_version(path, header)
             return header, file.get_tensor("features")
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:

@@ -6,10 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import brixel
-from brixel import BrixelFeatures, FeatureMap, __version__
+from brixel import BrixelFeatures, FeatureMap, MapFolder, __version__
 from brixel.cli import main
 
 
@@ -54,6 +55,35 @@ def test_extract_reports_unreadable_files_and_exits_with_one(model_folder, pictu
     assert "0 written, 1 already there, 0 unreadable" in capsys.readouterr().out
     assert run(*arguments, "--overwrite") == 0
     assert "1 written" in capsys.readouterr().out
+
+
+def test_extract_into_shards_goes_on_and_is_verified(model_folder, picture, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.open(picture).save(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    arguments = ("extract", tmp_path / "in", "--model", model_folder, "-o", out, "--shard-gib", "0.001")
+    assert run(*arguments, "--save-dtype", "float16", "--batch-size", 2, "--workers", 0) == 0
+    assert run(*arguments, "--save-dtype", "float16") == 0
+    assert "0 written, 2 already there" in capsys.readouterr().out
+    assert MapFolder(out)["b.png"].features.dtype == torch.float16
+    assert run("extract", "--verify", "-o", out) == 0
+    assert capsys.readouterr().out == "every file is what the manifest says\n"
+    (shard,) = out.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert run("extract", "--verify", "-o", out) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "1 files are not what the manifest says\n"
+    assert "maps-0-00000.safetensors: changed or damaged" in captured.err
+    assert run("extract", "-o", out) == 2
+    assert "no PATH: give pictures and folders of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--shard-gib", "0"), ("--shard-gib", "much"), ("--workers", "-1")])
+def test_extract_refuses_numbers_that_are_none(picture, tmp_path, option, value, capsys):
+    with pytest.raises(SystemExit):
+        run("extract", picture, "-o", tmp_path, option, value)
+    assert "expected" in capsys.readouterr().err
 
 
 def test_extract_as_npy_in_another_dtype_and_size(model_folder, picture, tmp_path):
