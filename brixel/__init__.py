@@ -8,7 +8,7 @@
 from importlib.metadata import version
 
 from brixel.backbones.vit_config import ViTConfig
-from brixel.errors import BrixelError, CheckpointError, DownloadError, ImageError
+from brixel.errors import BrixelError, CheckpointError, DownloadError, ImageError, MemoryLimitError
 from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
 from brixel.model_table import KnownBackbone, list_models
@@ -23,6 +23,7 @@ __all__ = [
     "FeatureMap",
     "ImageError",
     "KnownBackbone",
+    "MemoryLimitError",
     "PcaBasis",
     "ViTConfig",
     "__version__",
