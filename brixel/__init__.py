@@ -8,7 +8,14 @@
 from importlib.metadata import version
 
 from brixel.backbones.vit_config import ViTConfig
-from brixel.errors import BrixelError, CheckpointError, DownloadError, ImageError, UploadError
+from brixel.errors import (
+    BrixelError,
+    CheckpointError,
+    DownloadError,
+    ImageError,
+    MemoryLimitError,
+    UploadError,
+)
 from brixel.extraction.map_folder import MapFolder
 from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
@@ -25,6 +32,7 @@ __all__ = [
     "ImageError",
     "KnownBackbone",
     "MapFolder",
+    "MemoryLimitError",
     "PcaBasis",
     "UploadError",
     "ViTConfig",

@@ -195,9 +195,9 @@ def _refusal(
     advice = ["allow more memory", "ask for a smaller short_side_px"]
     advice += ["allow tiles"] if tiles == "never" else []
     advice += ["write the map to a file (out='map.npy')"] if not job.to_file else []
-    pictures = f"{job.batch} pictures" if job.batch > 1 else "a picture"
+    pictures, need = (f"{job.batch} pictures", "need") if job.batch > 1 else ("a picture", "needs")
     return (
-        f"{pictures} of {height}x{width} pixels (height x width) need {bytes_text(least)} at least, and the limit is "
+        f"{pictures} of {height}x{width} pixels (height x width) {need} {bytes_text(least)} at least, and the limit is "
         f"{bytes_text(limit_bytes)}; {fitting}; {', or '.join(advice)}"
     )
 

@@ -20,8 +20,8 @@ TILE_SIDES = (64, 48, 32, 24, 16, 12, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """``kind`` is "whole", ``batch`` pictures at a time; or, a picture after another, "pieces", ``rows`` of patches at a
-    time, or "tiles", squares of ``side`` patches.
+    """``kind`` is "whole", ``batch`` pictures at a time; or, a picture after another, "pieces", ``rows`` of patches at
+    a time, or "tiles", squares of ``side`` patches.
     """
 
     kind: Literal["whole", "pieces", "tiles"]

@@ -1,0 +1,85 @@
+"""`brixel plan`: how a picture of some size would be computed within a limit of memory, and a table of such limits."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from brixel.commands.options import (
+    REPORT_HELP,
+    add_memory_options,
+    add_model_options,
+    check_report,
+    command,
+    load,
+    positive,
+    print_table,
+    tell,
+)
+from brixel.errors import BrixelError
+from brixel.memory_plan import Plan
+from brixel.memory_table import ARCHITECTURES, SIDES, memory_table, report
+from brixel.sizes import bytes_text
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    one = command(commands, "plan", _plan, "how a picture would be computed within a limit of memory; nothing is run")
+    one.add_argument("size", nargs="?", type=_size, metavar="HEIGHTxWIDTH", help="as it enters the model, in pixels")
+    one.add_argument("--batch-size", type=positive, default=1, help="pictures of that size at once; default: 1")
+    one.add_argument("--to-file", action="store_true", help="as if the map went to a file rather than to memory")
+    one.add_argument("--table", action="store_true", help="instead: the least memory of random weights, by size")
+    one.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="NAME", help="of the table")
+    one.add_argument("--sides", nargs="+", type=positive, default=SIDES, metavar="PX", help="of the table's pictures")
+    one.add_argument("--measure", nargs="+", default=(), metavar="NAME", help="architectures that are also run")
+    one.add_argument("--measure-up-to", type=positive, default=256, metavar="PX", help="sides of those; default: 256")
+    one.add_argument("-o", "--output", type=Path, help=REPORT_HELP)
+    add_model_options(one)
+    add_memory_options(one)
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected height x width in pixels, such as 4096x4096")
+    return int(match[1]), int(match[2])
+
+
+def _plan(options: argparse.Namespace) -> int:
+    if options.table:
+        check_report(options.output)
+        rows = memory_table(
+            options.architectures, options.sides, measured=options.measure, measure_up_to_px=options.measure_up_to
+        )
+        tell(report(rows, options.command), options.output)
+        return 0
+    if options.size is None:
+        raise BrixelError("no size given; expected HEIGHTxWIDTH such as 4096x4096, or --table")
+    plan = load(options).plan(
+        options.size,
+        batch=options.batch_size,
+        memory_limit=options.memory_limit,
+        tiles=options.tiles,
+        to_file=options.to_file,
+    )
+    print_table(describe(plan))
+    return 0
+
+
+def describe(plan: Plan) -> dict[str, str]:
+    """A plan in words, for people."""
+    ways = {
+        "whole": f"whole, {plan.micro_batch} of {plan.batch} at a time",
+        "pieces": f"in exact pieces, {plan.piece_rows} rows of patches at a time",
+        "tiles": f"in {plan.tiles} blended tiles, an approximation",
+    }
+    rows = {
+        "way": ways[plan.way],
+        "on": f"{plan.device}, {plan.dtype}",
+        "padded size": "{}x{} px".format(*plan.padded_hw),
+        "peak": f"{bytes_text(plan.peak_bytes)}, predicted, weights included",
+        "limit": bytes_text(plan.limit_bytes),
+    }
+    if plan.tile_px is not None:
+        rows["tiles of"] = "{}x{} px".format(*plan.tile_px) + f", overlapping by {plan.overlap_px} px or more"
+    return rows

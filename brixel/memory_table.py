@@ -1,0 +1,112 @@
+"""The smallest limits of memory that work, by architecture, size and dtype; random weights, predicted and measured."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from brixel.benchmark import random_student
+from brixel.devices import dtype_name, machine
+from brixel.live_bytes import LiveBytes, weights_and_buffers
+from brixel.memory_plan import Job, predict_peak, run_job, ways_by_cost
+from brixel.model_table import known_backbone
+from brixel.sizes import bytes_text
+from brixel.student import Student
+from brixel.ways import Way, new_results
+
+ARCHITECTURES = ("dinov3-vits16", "dinov3-vitb16", "dinov3-vitl16", "dinov3-vith16plus")
+SIDES = (256, 512, 1024, 2048, 4096)
+DTYPES = (torch.float32, torch.bfloat16)
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Least bytes of one way for one square picture; measured bytes and seconds are None where it was not run."""
+
+    architecture: str
+    dtype: torch.dtype
+    side_px: int
+    kind: str
+    predicted_bytes: int
+    measured_bytes: int | None
+    seconds: float | None
+
+
+def memory_table(
+    architectures: Sequence[str], sides_px: Sequence[int], *, measured: Sequence[str] = (), measure_up_to_px: int = 256
+) -> list[Row]:
+    """Rows for whole passes, exact pieces and tiles of square pictures.
+
+    ``measured``: architectures whose pictures up to ``measure_up_to_px`` a side are computed as well.
+
+    On the CPU, the map going to a file. Where nothing is computed the weights are never made.
+    """
+    rows = []
+    for architecture in architectures:
+        known_backbone(architecture)  # an error should not cost the time of those before it
+    for architecture in architectures:
+        for dtype in DTYPES:
+            largest_px = measure_up_to_px if architecture in measured else 0
+            with torch.device("cpu" if largest_px else "meta"):
+                student = random_student(architecture).to(dtype)
+            for side_px in sides_px:
+                job = Job(1, (side_px, side_px), to_file=True)
+                for ways in ways_by_cost(student, job, "auto"):
+                    rows.append(_row(architecture, student, ways[-1], job, run=side_px <= largest_px))
+    return rows
+
+
+def _row(architecture: str, student: Student, way: Way, job: Job, *, run: bool) -> Row:
+    predicted = predict_peak(student, way, job, _HOST)
+    measured, seconds = measure_peak(student, way, job) if run else (None, None)
+    dtype = student.head.out.weight.dtype
+    return Row(architecture, dtype, job.padded_hw[0], way.kind, predicted, measured, seconds)
+
+
+def measure_peak(student: Student, way: Way, job: Job) -> tuple[int, float]:
+    """Peak bytes and seconds of computing a job of noise on the CPU, counted as :func:`predict_peak` counts."""
+    pictures = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
+    rooms = new_results(student, torch.stack(pictures)) if job.to_file else None
+    counter = LiveBytes("cpu")
+    with counter:
+        counter.track(weights_and_buffers(student))
+        counter.track(pictures)
+        counter.leave_out(rooms or [])
+        start = time.perf_counter()
+        run_job(student, way, pictures, rooms)
+        return counter.peak, time.perf_counter() - start
+
+
+def report(rows: Sequence[Row], command: str) -> str:
+    """A table in Markdown: a line for each architecture, dtype and size, the ways side by side."""
+    lines = [
+        "# Smallest limits of memory that work",
+        "",
+        "| architecture | dtype | picture, px | whole | exact pieces | tiles | measured: whole, pieces, tiles |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    keys = dict.fromkeys((row.architecture, row.dtype, row.side_px) for row in rows)
+    for key in keys:
+        by_kind = {row.kind: row for row in rows if (row.architecture, row.dtype, row.side_px) == key}
+        predicted = [bytes_text(by_kind[kind].predicted_bytes) if kind in by_kind else "-" for kind in _KINDS]
+        measured = [_measured(by_kind[kind]) for kind in _KINDS if kind in by_kind]
+        shown = ", ".join(measured) if all(measured) else "-"
+        lines.append(f"| {key[0]} | {dtype_name(key[1])} | {key[2]} | {' | '.join(predicted)} | {shown} |")
+    return "\n".join([*lines, "", *_NOTES, "", machine(_HOST) + ". Made by:", "", f"    {command}"])
+
+
+_KINDS = ("whole", "pieces", "tiles")
+_NOTES = (
+    "One picture, random weights, weights included. Predicted on fake tensors for the CPU: live bytes of tensors, with",
+    "the pixels in float32 and without the map, which goes to a file. Pieces of one row of patches, tiles of 8 x 8",
+    "patches: the least there is. A dash: a pass that is too large for what kernels count, or that was not run.",
+    "Measured: by the same counter on real tensors, one run each, with its seconds, beside other work.",
+)
+
+
+def _measured(row: Row) -> str:
+    if row.measured_bytes is None:
+        return ""
+    return f"{bytes_text(row.measured_bytes)} in {row.seconds:.1f} s"
