@@ -215,8 +215,7 @@ def _largest(
 
     def fits(patches: int) -> bool:
         smaller = dataclasses.replace(job, padded_hw=sized(patches))
-        kinds = ways_by_cost(student, smaller, tiles)
-        return any(predict_peak(student, ways[-1], smaller, device) <= limit_bytes for ways in reversed(kinds))
+        return predict_peak(student, ways_by_cost(student, smaller, tiles)[-1][-1], smaller, device) <= limit_bytes
 
     low, high = 0, longest  # what fits, what fails
     while high - low > 1:
