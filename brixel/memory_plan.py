@@ -207,6 +207,8 @@ def _largest(
 ) -> tuple[int, int] | None:
     """The largest padded size of the same aspect that some way fits, in pixels; None where not even a patch does."""
     patch_px, grid_hw = student.backbone.patch_px, job.grid_hw(student)
+    if limit_bytes <= storage_bytes(student):
+        return None
     longest = max(grid_hw)
 
     def sized(patches: int) -> tuple[int, int]:

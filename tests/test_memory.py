@@ -416,12 +416,13 @@ def test_plan_prints_the_way(capsys):
     assert "60 MiB" in told
     assert main(["plan", "512x512", "--memory-limit", "4GiB", "--tiles", "always", "--device", "cpu"]) == 0
     assert "blended tiles" in capsys.readouterr().out
-    assert main(["plan", "512x512", "--memory-limit", "4MiB", "--device", "cpu"]) == 2
+    assert main(["plan", "64x64", "--memory-limit", "4MiB", "--device", "cpu"]) == 2
     assert "the limit is 4 MiB" in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "no size given" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_extract_and_show_take_a_limit(waves, tmp_path, capsys):
     Image.fromarray(waves).save(tmp_path / "waves.png")
     limited = ["--short-side", "native", "--tiles", "always", "--device", "cpu"]
@@ -434,6 +435,7 @@ def test_extract_and_show_take_a_limit(waves, tmp_path, capsys):
     assert main(["show", str(tmp_path / "waves.png"), "-o", str(tmp_path / "panel.png"), *tight]) == 2
 
 
+@pytest.mark.slow
 def test_the_table_is_predicted_without_weights_and_measured_where_asked():
     rows = memory_table(["dinov3-vits16"], [64, 128], measured=["dinov3-vits16"], measure_up_to_px=64)
     assert {(row.kind, row.side_px) for row in rows} == {
