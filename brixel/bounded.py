@@ -40,7 +40,8 @@ class BoundedRun:
         self._student = student
         self._tiles = check_tiles(tiles)
         self._is_given = limit is not None
-        self._limit = _free(student, student.head.out.weight.device) if limit is None else parse_bytes(limit)
+        self._weights = storage_bytes(student)
+        self._limit = self._free(student.head.out.weight.device) if limit is None else parse_bytes(limit)
         self._on_host: Student | None = None
         self._ways: dict[Job, tuple[Way, bool]] = {}
         self._all_on_host = False
@@ -76,7 +77,7 @@ class BoundedRun:
         """How a job will be computed."""
         way, on_host = self._way(job)
         device = _HOST if on_host else self._student.head.out.weight.device
-        limit = _free(self._student, _HOST) if on_host else self._limit
+        limit = self._free(_HOST) if on_host else self._limit
         return describe_way(self._student, way, job, limit, device)
 
     # ---------------------------------------------------------------- which way
@@ -100,7 +101,7 @@ class BoundedRun:
         if self._all_on_host:
             return self._choose_on_host(job), True
         trusting = not self._is_given and self._tiles != "always"
-        if trusting and surely_fits(student, job, self._limit):
+        if trusting and surely_fits(student, job, self._limit - self._weights):
             return Way("whole", batch=job.batch), False
         try:
             return choose_way(student, job, self._limit, self._tiles), False
@@ -116,8 +117,14 @@ class BoundedRun:
                 ) from error
             return Way("whole", batch=job.batch), False
 
+    def _free(self, device: torch.device) -> int:
+        """What is free on a device less a margin, and the weights that lie there; no bound where it is not known."""
+        free = free_bytes(device)
+        weights = self._weights if self._student.head.out.weight.device == device else 0
+        return sys.maxsize if free is None else int((1 - MARGIN) * free) + weights
+
     def _choose_on_host(self, job: Job) -> Way:
-        return choose_way(self._student, job, _free(self._student, _HOST), self._tiles, _HOST)
+        return choose_way(self._student, job, self._free(_HOST), self._tiles, _HOST)
 
     def _amount(self, way: Way, job: Job) -> int:
         """Pixels that are in work at a time."""
@@ -197,13 +204,6 @@ def check_host(padded_hw: tuple[int, int], map_bytes: int = 0) -> None:
             f"kept in memory, and the computer has {bytes_text(free)} free; ask for a smaller short_side_px, or write "
             "the map to a file (out='map.npy')"
         )
-
-
-def _free(student: Student, device: torch.device) -> int:
-    """What is free on the device less a margin, and the weights that lie there; no bound where it is not known."""
-    free = free_bytes(device)
-    weights = storage_bytes(student) if student.head.out.weight.device == device else 0
-    return sys.maxsize if free is None else int((1 - MARGIN) * free) + weights
 
 
 def _attempt(student: Student, way: Way, pixels: Tensor, room: Tensor | None) -> tuple[bool, list[Tensor] | None]:

@@ -113,14 +113,14 @@ def run_job(
     return [crop(each, (each.shape[1], each.shape[2])) for each in maps]
 
 
-def surely_fits(student: Student, job: Job, limit_bytes: int) -> bool:
-    """Whether a whole pass fits by a bound from above that costs nothing to compute; a test holds it to predictions."""
+def surely_fits(student: Student, job: Job, spare_bytes: int) -> bool:
+    """Whether a whole pass fits beside the weights, by a bound from above that costs nothing to compute."""
     height, width = job.grid_hw(student)
     patch_px, channels = student.backbone.patch_px, student.backbone.width
     # per patch: dense maps twice, queries, tokens and what attention and feed-forward make of them; points; the stem
     elements = (2 * UPSCALE**2 + 60) * channels + 8 * _INDICES_PER_PATCH + 4 * _STEM_PER_PIXEL * patch_px**2
-    need = 8 * job.batch * height * width * elements + 2 * storage_bytes(student)
-    return need < limit_bytes and _is_counted(student, Way("whole", batch=job.batch), job)
+    need = 8 * job.batch * height * width * elements
+    return need < spare_bytes and _is_counted(student, Way("whole", batch=job.batch), job)
 
 
 def _is_counted(student: Student, way: Way, job: Job) -> bool:
@@ -207,6 +207,8 @@ def _largest(
 ) -> tuple[int, int] | None:
     """The largest padded size of the same aspect that some way fits, in pixels; None where not even a patch does."""
     patch_px, grid_hw = student.backbone.patch_px, job.grid_hw(student)
+    if limit_bytes <= storage_bytes(student):
+        return None
     longest = max(grid_hw)
 
     def sized(patches: int) -> tuple[int, int]:
@@ -215,8 +217,7 @@ def _largest(
 
     def fits(patches: int) -> bool:
         smaller = dataclasses.replace(job, padded_hw=sized(patches))
-        kinds = ways_by_cost(student, smaller, tiles)
-        return any(predict_peak(student, ways[-1], smaller, device) <= limit_bytes for ways in reversed(kinds))
+        return predict_peak(student, ways_by_cost(student, smaller, tiles)[-1][-1], smaller, device) <= limit_bytes
 
     low, high = 0, longest  # what fits, what fails
     while high - low > 1:

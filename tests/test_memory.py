@@ -13,6 +13,7 @@ from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures, FeatureMap, MemoryLimitError
 from brixel import bounded as bounded_module
+from brixel.benchmark import random_student
 from brixel.bounded import BoundedRun, check_host, is_out_of_memory
 from brixel.cli import main
 from brixel.live_bytes import LiveBytes, copy_with, storage_bytes, weights_and_buffers
@@ -147,8 +148,9 @@ def test_the_bound_that_spares_a_prediction_is_above_it(tiny, foreign_patch):
     for model, side, batch in itertools.product((tiny, foreign_patch), (4, 16, 40), (1, 4)):
         job = Job(batch, (side * model.patch_px, side * model.patch_px))
         predicted = predict_peak(model, Way("whole", batch=batch), job)
-        assert not surely_fits(model, job, predicted)
-        assert surely_fits(model, job, 100 * predicted)
+        spare = predicted - storage_bytes(model)
+        assert not surely_fits(model, job, spare)
+        assert surely_fits(model, job, 100 * spare)
 
 
 def test_a_pass_beyond_what_kernels_count_is_never_sure_nor_whole(tiny):
@@ -189,15 +191,15 @@ def test_a_plan_is_data(tiny):
 @pytest.mark.parametrize("tiles", ["auto", "never", "always"])
 def test_what_fits_nowhere_is_refused_with_what_would_fit(tiny, tiles):
     with pytest.raises(MemoryLimitError) as raised:
-        tiny.plan((1024, 512), memory_limit="24MiB", tiles=tiles)
+        tiny.plan((768, 384), memory_limit="26MiB", tiles=tiles)
     assert isinstance(raised.value, BrixelError)
     assert isinstance(raised.value, MemoryError)
     text = str(raised.value)
-    assert "1024x512 pixels (height x width) needs" in text
-    assert "the limit is 24 MiB" in text
+    assert "768x384 pixels (height x width) needs" in text
+    assert "the limit is 26 MiB" in text
     height, width = map(int, text.split("fits has ")[1].split(";")[0].split("x"))
     assert height >= width > 0
-    assert tiny.plan((height, width), memory_limit="24MiB", tiles=tiles).peak_bytes <= 24 * MIB
+    assert tiny.plan((height, width), memory_limit="26MiB", tiles=tiles).peak_bytes <= 26 * MIB
     assert ("allow tiles" in text) == (tiles == "never")
 
 
@@ -242,7 +244,8 @@ def test_a_map_in_pieces_is_the_map(tiny, waves):
 
 def test_the_limit_holds_while_a_map_is_made(tiny, waves):
     """From prepared pixels on, counted from outside; the picture itself is small beside them."""
-    for limit in (24 * MIB, 28 * MIB, 36 * MIB, 60 * MIB):
+    for limit in (33 * MIB, 36 * MIB, 60 * MIB):
+        tiny.plan(waves.shape[:2], memory_limit=limit)  # the prediction is made by now, and not counted
         with LiveBytes("cpu") as counter:
             counter.track(weights_and_buffers(tiny))
             tiny.extract(waves, short_side_px="native", memory_limit=limit)
@@ -264,7 +267,7 @@ def test_tiles_are_said_once_and_recorded(tiny, waves, caplog):
 def test_a_map_goes_to_a_file_as_it_is_made(tiny, waves, tmp_path):
     whole = tiny.extract(waves, short_side_px="native")
     path = tmp_path / "map.npy"
-    for limit in (None, 24 * MIB):
+    for limit in (None, 34 * MIB):
         made = tiny.extract(waves, short_side_px="native", out=path, memory_limit=limit, tiles="never")
         torch.testing.assert_close(made.features, whole.features, rtol=1e-5, atol=1e-5)
         loaded = FeatureMap.load(path)
@@ -379,7 +382,7 @@ def test_what_a_failed_attempt_held_is_free_before_the_next(tiny, waves, monkeyp
         if not held:
             big = torch.ones(1000)
             held.append(weakref.ref(big))
-            raise ERRORS[0]
+            raise torch.OutOfMemoryError("CUDA out of memory")
         freed.append(held[0]() is None)
         return genuine(student, way, pixels)
 
@@ -407,18 +410,19 @@ def test_smaller_ways_end_with_the_smallest_tile():
 
 
 def test_plan_prints_the_way(capsys):
-    assert main(["plan", "512x512", "--memory-limit", "40MiB", "--device", "cpu", "--tiles", "never"]) == 0
+    assert main(["plan", "512x512", "--memory-limit", "60MiB", "--device", "cpu", "--tiles", "never"]) == 0
     told = capsys.readouterr().out
     assert "in exact pieces" in told
-    assert "40 MiB" in told
+    assert "60 MiB" in told
     assert main(["plan", "512x512", "--memory-limit", "4GiB", "--tiles", "always", "--device", "cpu"]) == 0
     assert "blended tiles" in capsys.readouterr().out
-    assert main(["plan", "512x512", "--memory-limit", "4MiB", "--device", "cpu"]) == 2
+    assert main(["plan", "64x64", "--memory-limit", "4MiB", "--device", "cpu"]) == 2
     assert "the limit is 4 MiB" in capsys.readouterr().err
     assert main(["plan"]) == 2
     assert "no size given" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_extract_and_show_take_a_limit(waves, tmp_path, capsys):
     Image.fromarray(waves).save(tmp_path / "waves.png")
     limited = ["--short-side", "native", "--tiles", "always", "--device", "cpu"]
@@ -431,6 +435,7 @@ def test_extract_and_show_take_a_limit(waves, tmp_path, capsys):
     assert main(["show", str(tmp_path / "waves.png"), "-o", str(tmp_path / "panel.png"), *tight]) == 2
 
 
+@pytest.mark.slow
 def test_the_table_is_predicted_without_weights_and_measured_where_asked():
     rows = memory_table(["dinov3-vits16"], [64, 128], measured=["dinov3-vits16"], measure_up_to_px=64)
     assert {(row.kind, row.side_px) for row in rows} == {
@@ -451,9 +456,9 @@ def test_the_table_is_predicted_without_weights_and_measured_where_asked():
 )
 def test_a_256_px_picture_takes_far_less_than_the_release_published(architecture, published_mib):
     """Its figures are of mixed precision on a GPU; ours of bfloat16 throughout, weights included."""
-    rows = memory_table([architecture], [256])
-    (whole,) = [row for row in rows if row.kind == "whole" and row.dtype == torch.bfloat16]
-    assert whole.predicted_bytes < 0.5 * published_mib * MIB
+    with torch.device("meta"):
+        student = random_student(architecture).to(torch.bfloat16)
+    assert predict_peak(student, Way("whole"), Job(1, (256, 256)), CPU) < 0.5 * published_mib * MIB
 
 
 # ---------------------------------------------------------------- the same on a GPU
