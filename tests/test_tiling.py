@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +9,9 @@ import torch
 from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures
+from brixel.pictures import SCENE
 from brixel.tiling import blend_weights, plan_tiling
 from brixel.ways import Way, maps_of
-
-SCENE = Path(__file__).parents[1] / "docs" / "scene.jpg"
 
 
 @pytest.mark.parametrize(
