@@ -144,6 +144,7 @@ def test_the_prediction_holds_for_patches_of_14_and_a_blend(foreign_patch, way):
     assert 0.9 * predicted <= counted_peak(foreign_patch, way, job) <= predicted
 
 
+@pytest.mark.slow
 def test_the_bound_that_spares_a_prediction_is_above_it(tiny, foreign_patch):
     for model, side, batch in itertools.product((tiny, foreign_patch), (4, 16, 40), (1, 4)):
         job = Job(batch, (side * model.patch_px, side * model.patch_px))
@@ -164,6 +165,7 @@ def test_a_pass_beyond_what_kernels_count_is_never_sure_nor_whole(tiny):
 # ---------------------------------------------------------------- plans
 
 
+@pytest.mark.slow
 def test_less_memory_means_another_way_and_every_plan_keeps_its_limit(tiny):
     job = Job(4, (384, 320), to_file=True)
     most = predict_peak(tiny, Way("whole", batch=4), job)
@@ -188,6 +190,7 @@ def test_a_plan_is_data(tiny):
     assert tiny.plan((3000, 2000), short_side_px=64).padded_hw == (96, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", ["auto", "never", "always"])
 def test_what_fits_nowhere_is_refused_with_what_would_fit(tiny, tiles):
     with pytest.raises(MemoryLimitError) as raised:
@@ -232,6 +235,7 @@ def waves():
     return colours.astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_a_map_in_pieces_is_the_map(tiny, waves):
     whole = tiny.extract(waves, short_side_px="native")
     limit = predict_peak(tiny, Way("pieces", rows=2), Job(1, (256, 336)))
@@ -347,6 +351,7 @@ def test_the_batch_then_the_piece_is_halved_and_remembered(tiny, waves, monkeypa
         torch.testing.assert_close(each.features, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tiles_come_after_pieces_where_they_are_allowed(tiny, waves, monkeypatch):
     tried = failing(monkeypatch, lambda way: way.kind != "tiles" or way.side > 8, ERRORS[0])
     assert "of 128x128 px" in tiny.extract(waves, short_side_px="native").meta["tiles"]
@@ -409,6 +414,7 @@ def test_smaller_ways_end_with_the_smallest_tile():
 # ---------------------------------------------------------------- on the command line
 
 
+@pytest.mark.slow
 def test_plan_prints_the_way(capsys):
     assert main(["plan", "512x512", "--memory-limit", "60MiB", "--device", "cpu", "--tiles", "never"]) == 0
     told = capsys.readouterr().out
