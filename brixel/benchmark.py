@@ -99,11 +99,11 @@ def _measure(architecture: str, image_px: int, rounds: int, device: torch.device
     calls = variants(student, image_px, next(student.backbone.parameters()))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        flops = {name: _flops(call) for name, call in calls.items()}
+        flops = {name: flops_of(call) for name, call in calls.items()}
         for turn in range(-_WARM_UP, rounds):
             for name, call in calls.items():
                 if name != LARGE or (turn >= 0 and turn % _LARGE_EVERY == 0):
-                    elapsed = _seconds(call, device)
+                    elapsed = seconds_of(call, device)
                     if turn >= 0:
                         seconds[name].append(elapsed)
     counts = {
@@ -113,7 +113,8 @@ def _measure(architecture: str, image_px: int, rounds: int, device: torch.device
     return Result(architecture, seconds, flops, peaks, counts)
 
 
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+def seconds_of(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds that one call takes, until the device is done with it."""
     start = time.perf_counter()
     call()
     if device.type != "cpu":
@@ -121,7 +122,7 @@ def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _flops(call: Callable[[], Tensor]) -> int:
+def flops_of(call: Callable[[], Tensor]) -> int:
     """Operations of matrix products, convolutions and attention, two for each multiply-add."""
     with FlopCounterMode(display=False) as counter:
         call()

@@ -18,7 +18,7 @@ def test_confusion_and_what_follows_from_it():
     assert metrics.pixel_accuracy(counts) == pytest.approx(8 / 11)
     assert metrics.intersection_union(counts).tolist() == [[3, 3, 2, 0], [5, 6, 3, 0]]
     # class 3 occurs nowhere and is left out
-    assert metrics.mean_iou(metrics.intersection_union(counts)) == pytest.approx((3 / 5 + 3 / 6 + 2 / 3) / 3)
+    assert float(metrics.mean_iou(metrics.intersection_union(counts))) == pytest.approx((3 / 5 + 3 / 6 + 2 / 3) / 3)
 
 
 def test_labels_beyond_the_classes_are_refused():

@@ -27,4 +27,6 @@ def _counts(pictures: int) -> Tensor:
     """How often each picture is in each sample: (DRAWS, N), float64, rows that sum to N."""
     generator = torch.Generator().manual_seed(_SEED)
     drawn = torch.randint(pictures, (DRAWS, pictures), generator=generator)
-    return torch.zeros(DRAWS, pictures, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape, dtype=torch.float64))
+    return torch.zeros(DRAWS, pictures, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
+    )

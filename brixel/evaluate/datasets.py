@@ -5,6 +5,7 @@ folder is not as expected the error says which one was, and where the data set c
 the sources. Shapes: H x W pixels, K classes.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ from brixel.pictures import PICTURES
 _UNKNOWN = -2  # a number that no mask should hold
 
 _VOC = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor"
-).split()
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
 _CITYSCAPES = {  # the number in `*_gtFine_labelIds.png` of each of the 19 classes that are evaluated
     **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},
     **{20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car"},
@@ -48,6 +49,10 @@ class LabelledPictures:
     classes: Sequence[str]
     samples: Sequence[Sample]
     table: Tensor
+
+    def first(self, count: int | None) -> "LabelledPictures":
+        """Only the first pictures; all where None."""
+        return dataclasses.replace(self, samples=self.samples[:count])
 
     def labels(self, index: int) -> Tensor:
         """The classes of a picture's pixels, IGNORE where there is none: (H, W), int64."""
@@ -77,7 +82,9 @@ def plain(folder: Path, split: str = "") -> LabelledPictures:
     `classes.json`, a list of names, beside them or one folder up; without it, as many classes as the masks show.
     """
     samples = paired(folder / split, "masks", (".png",))
-    files = [path for path in (folder / split / "classes.json", folder / split / ".." / "classes.json") if path.exists()]
+    files = [
+        path for path in (folder / split / "classes.json", folder / split / ".." / "classes.json") if path.exists()
+    ]
     if files:
         classes = json.loads(files[0].read_text(encoding="utf-8"))
         if not isinstance(classes, list) or not 1 < len(classes) <= 255:
@@ -104,7 +111,7 @@ def voc2012(root: Path, split: str) -> LabelledPictures:
 
 
 def ade20k(root: Path, split: str) -> LabelledPictures:
-    """ADE20K with 150 classes as `ADEChallengeData2016.zip` unpacks: 0 is "other" and has no class, i is class i - 1."""
+    """ADE20K, 150 classes, as `ADEChallengeData2016.zip` unpacks: 0 is "other" and has no class, i is class i - 1."""
     where = "ADEChallengeData2016.zip from http://data.csail.mit.edu/places/ADEchallenge/"
     inner = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
     folder = {"train": "training", "val": "validation"}.get(split, split)

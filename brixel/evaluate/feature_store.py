@@ -61,7 +61,9 @@ def features_of(source: Source, pictures: Sequence[Path], teacher_px: int, cache
             continue
         half = source.raw(centre_crop(picture, teacher_px)[None])[0].half()  # D h w
         if not half.isfinite().all():
-            raise BrixelError(f"features of source {source.name!r} on {picture} are not finite, or too large for float16")
+            raise BrixelError(
+                f"features of source {source.name!r} on {picture} are not finite, or too large for float16"
+            )
         if path is None:
             kept.append(half)
             continue

@@ -36,11 +36,11 @@ def intersection_union(counts: Tensor) -> Tensor:
     return torch.stack([both, counts.sum(0) + counts.sum(1) - both])
 
 
-def mean_iou(both_either: Tensor) -> float:
-    """Mean over classes of intersection over union, (2, K); classes that occur in neither are left out."""
-    both, either = both_either.double()
+def mean_iou(both_either: Tensor) -> Tensor:
+    """Mean over classes of intersection over union, (..., 2, K) -> (...); classes in neither are left out; else 0."""
+    both, either = both_either.double().unbind(-2)
     present = either > 0
-    return float((both[present] / either[present]).mean()) if present.any() else 0.0
+    return (both / either.clamp(min=1)).sum(-1) / present.sum(-1).clamp(min=1)
 
 
 def boundary_intersection_union(predicted: Tensor, labels: Tensor, classes: int, within_px: int) -> Tensor:
@@ -50,24 +50,23 @@ def boundary_intersection_union(predicted: Tensor, labels: Tensor, classes: int,
     without a label are no other class and count nowhere; nor is the picture's frame an outline.
     """
     _check_shapes(predicted, labels)
-    valid = labels >= 0
-    known = torch.where(valid, predicted, IGNORE)
-    result = torch.zeros(2, classes, dtype=torch.int64)
-    for number in torch.unique(torch.stack([labels, known])).tolist():
-        if number >= 0:
-            strips = [_strip(each, number, within_px) for each in (labels, known)]
-            result[0, number] = (strips[0] & strips[1]).sum()
-            result[1, number] = (strips[0] | strips[1]).sum()
-    return result
+    known = torch.where(labels >= 0, predicted, IGNORE)
+    strips = [torch.where(_near_another(each, within_px), each, IGNORE) for each in (labels, known)]
+    of_labels, of_predicted, of_both = (
+        torch.bincount(each[each >= 0], minlength=classes)
+        for each in (*strips, torch.where(strips[0] == strips[1], strips[0], IGNORE))
+    )
+    return torch.stack([of_both, of_labels + of_predicted - of_both])
 
 
-def _strip(labels: Tensor, number: int, within_px: int) -> Tensor:
-    """Pixels of a class that have another class nearby."""
-    others = ((labels >= 0) & (labels != number)).float()[None]  # 1 H W
+def _near_another(labels: Tensor, within_px: int) -> Tensor:
+    """Pixels that have one of another class nearby, (H, W): the largest or the smallest label around is not theirs."""
     side = 2 * within_px + 1
-    near = F.max_pool2d(others, (side, 1), stride=1, padding=(within_px, 0))
-    near = F.max_pool2d(near, (1, side), stride=1, padding=(0, within_px))[0]
-    return (labels == number) & (near > 0)
+    lost = -(2**20)  # never the largest
+    near = [torch.where(labels >= 0, sign * labels, lost).float()[None] for sign in (1, -1)]
+    for shape, padding in (((side, 1), (within_px, 0)), ((1, side), (0, within_px))):
+        near = [F.max_pool2d(each, shape, stride=1, padding=padding) for each in near]
+    return (labels >= 0) & ((near[0][0] != labels) | (-near[1][0] != labels))
 
 
 def pck(distances: Tensor, thresholds: Tensor) -> Tensor:

@@ -70,7 +70,9 @@ def check_markdown(path: Path | None) -> None:
     if path is None:
         return
     if path.suffix != ".md":
-        raise BrixelError(f"{path}: expected a name that ends in .md; the same figures go to {path.with_suffix('.json')}")
+        raise BrixelError(
+            f"{path}: expected a name that ends in .md; the same figures go to {path.with_suffix('.json')}"
+        )
     if not path.parent.is_dir():
         raise BrixelError(f"no folder {path.parent} to write {path.name} into")
 

@@ -8,14 +8,15 @@ Shapes: B batch, D channels, h x w cells; T the crop's side and S = T / 4 the sm
 """
 
 import hashlib
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brixel.benchmark import flops_of, seconds_of
 from brixel.crops import DOWNSAMPLING, check_teacher_px, normalised, student_view
 from brixel.devices import dtype_name
 from brixel.errors import BrixelError, did_you_mean
@@ -42,15 +43,23 @@ class Source:
     patch_px: int
     mean: Sequence[float] = (0.485, 0.456, 0.406)
     std: Sequence[float] = (0.229, 0.224, 0.225)
-    scale: Literal[1, 4] = 1
+    scale: int = 1
     resize: str | None = None
     identity: str = ""
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.scale not in (1, DOWNSAMPLING):
-            raise BrixelError(f"scale of source {self.name!r} is {self.scale!r}; expected 1 (small picture) or 4 (large)")
+            raise BrixelError(
+                f"scale of source {self.name!r} is {self.scale!r}; expected 1 (small picture) or 4 (large)"
+            )
         if self.resize is not None and self.resize not in INTERPOLATED:
             raise BrixelError(f"resize is {self.resize!r}; {did_you_mean(self.resize, INTERPOLATED)}")
+
+    @property
+    def key(self) -> object:
+        """Equal for sources whose maps, before interpolation, are the same."""
+        return (self.identity, self.scale) if self.identity else self
 
     def features(self, crops: Tensor) -> Tensor:
         """Dense maps of square crops: (B, 3, T, T) in [0, 1] -> (B, D, h, w), float32 on the CPU."""
@@ -72,6 +81,15 @@ class Source:
             return raw
         corners = None if self.resize == "nearest" else False
         return F.interpolate(raw, scale_factor=UPSCALE, mode=self.resize, align_corners=corners)
+
+
+def features_by_name(sources: Sequence[Source], crops: Tensor) -> dict[str, Tensor]:
+    """Dense maps (B, D, h, w) of every source on crops (B, 3, T, T); what several interpolate is computed once."""
+    raw: dict[object, Tensor] = {}
+    for source in sources:
+        if source.key not in raw:
+            raw[source.key] = source.raw(crops)
+    return {source.name: source.finish(raw[source.key]) for source in sources}
 
 
 def sources_of(model: BrixelFeatures, names: Sequence[str] = SOURCES) -> list[Source]:
@@ -104,6 +122,7 @@ def _source(model: BrixelFeatures, name: str) -> Source:
         scale=DOWNSAMPLING if name == TEACHER else 1,
         resize=name if name in INTERPOLATED else None,
         identity=identity,
+        device=str(model.device),
     )
 
 
@@ -114,3 +133,17 @@ def _digest(model: BrixelFeatures) -> str:
         for name, weight in part.state_dict().items():
             digest.update(name.encode() + weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def cost_of(source: Source, teacher_px: int, rounds: int = 5) -> dict[str, float]:
+    """Operations in GFLOP and the median time in ms for one crop of noise of T pixels, on the source's own device."""
+    side = teacher_px * source.scale // DOWNSAMPLING
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def call() -> Tensor:
+        return source.finish(source.maps(pixels))
+
+    with torch.no_grad():
+        flops = flops_of(call)  # warms up as well
+        seconds = statistics.median(seconds_of(call, torch.device(source.device)) for _ in range(rounds))
+    return {"gflop": flops / 1e9, "ms": seconds * 1e3}
