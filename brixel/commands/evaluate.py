@@ -8,10 +8,11 @@ from typing import Any
 
 from brixel.commands.options import add_device_options, add_model_options, command, load, positive
 from brixel.evaluate.datasets import LAYOUTS
+from brixel.evaluate.measured import DEPTH_LAYOUTS, NORMALS_LAYOUTS
 from brixel.evaluate.report import check_markdown, write_report
 from brixel.evaluate.sources import SOURCES
 from brixel.evaluate.suite import read_suite, run_suite
-from brixel.evaluate.tasks import BOUNDARY_PX, DEFAULT_SOURCES, FIELDS, STEPS, Task
+from brixel.evaluate.tasks import BOUNDARY_PX, DEFAULT_SOURCES, FIELDS, Task
 from brixel.features import BrixelFeatures
 
 
@@ -24,6 +25,12 @@ def add(commands: Any) -> None:
     one = _task(judges, "segmentation", "classes of pixels by a linear probe on frozen features")
     _add_data(one, tuple(LAYOUTS))
     one.add_argument("--boundary-px", type=positive, default=BOUNDARY_PX, metavar="PX", help="default: %(default)s")
+
+    one = _task(judges, "depth", "metres to what is seen, by a small convolutional readout on frozen features")
+    _add_data(one, tuple(DEPTH_LAYOUTS))
+
+    one = _task(judges, "normals", "directions of surfaces, by a small convolutional readout on frozen features")
+    _add_data(one, tuple(NORMALS_LAYOUTS))
 
     one = _task(judges, "matching", "points found again in a warped picture by their features")
     _add_pictures(one)
@@ -58,7 +65,7 @@ def _add_data(one: argparse.ArgumentParser, layouts: tuple[str, ...]) -> None:
     one.add_argument("--train", default="train", metavar="SPLIT", help="to fit; default: %(default)s")
     one.add_argument("--val", default="val", metavar="SPLIT", help="to report; default: %(default)s")
     one.add_argument("--cache", type=Path, metavar="DIR", help="keeps features, also for later runs; default: memory")
-    one.add_argument("--steps", type=positive, default=STEPS, help="of training; default: %(default)s")
+    one.add_argument("--steps", type=positive, help="of training; default: by the kind of probe")
     one.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures of each split")
 
 

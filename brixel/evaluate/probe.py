@@ -80,7 +80,7 @@ def linear_readout(width: int, outputs: int) -> nn.Module:
     return layer
 
 
-def convolutional_readout(width: int, outputs: int, hidden: int = 64) -> nn.Module:
+def convolutional_readout(width: int, outputs: int, hidden: int = 32) -> nn.Sequential:
     """The small readout for depth and normals: 1x1 to ``hidden`` channels, 3x3, 3x3, with GELU between."""
     return nn.Sequential(
         nn.Conv2d(width, hidden, 1),

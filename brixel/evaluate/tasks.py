@@ -10,27 +10,31 @@ from brixel.errors import BrixelError, did_you_mean
 from brixel.evaluate.datasets import read_labelled
 from brixel.evaluate.fidelity import fidelity
 from brixel.evaluate.matching import matching
+from brixel.evaluate.measured import read_measured
 from brixel.evaluate.probe import ProbeSettings
 from brixel.evaluate.report import Report
-from brixel.evaluate.segmentation import segmentation
+from brixel.evaluate.segmentation import LINEAR, segmentation
+from brixel.evaluate.shape import CONVOLUTIONAL, shape
 from brixel.evaluate.sources import INTERPOLATED, STUDENT, TEACHER, sources_of
 from brixel.features import BrixelFeatures
 from brixel.pictures import find_pictures
 
 PROBED = ("bilinear", STUDENT, TEACHER)
-DEFAULT_SOURCES = {"fidelity": (*INTERPOLATED, STUDENT), "segmentation": PROBED, "matching": PROBED}
+DEFAULT_SOURCES = {
+    **{"fidelity": (*INTERPOLATED, STUDENT), "matching": PROBED},
+    **{"segmentation": PROBED, "depth": PROBED, "normals": PROBED},
+}
 KINDS = tuple(DEFAULT_SOURCES)
 BOUNDARY_PX = 8
-STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Task:
     """One question. ``teacher_px``: sides of the teacher's picture, four times the student's.
 
-    ``images``: pictures and folders, for fidelity and matching. ``data``, ``layout``, ``train``, ``val``, ``steps``,
-    ``limit`` (only so many pictures of each split) and ``cache`` (where features are kept): for probes;
-    ``boundary_px``: for segmentation. ``sources``: names of `sources.SOURCES`; empty for the usual ones.
+    ``images``: pictures and folders, for fidelity and matching. For probes: ``data``, ``layout``, ``train``, ``val``;
+    ``steps``, None for the usual number; ``limit``, only so many pictures of each split; ``cache``, where features are
+    kept; ``boundary_px``, for segmentation. ``sources``: names of `sources.SOURCES`; empty for the usual ones.
     """
 
     kind: str
@@ -42,7 +46,7 @@ class Task:
     val: str = "val"
     sources: tuple[str, ...] = ()
     boundary_px: int = BOUNDARY_PX
-    steps: int = STEPS
+    steps: int | None = None
     limit: int | None = None
     cache: Path | None = None
 
@@ -83,15 +87,31 @@ def _segmentation(task: Task, model: BrixelFeatures, name: str) -> Report:
         val,
         task.teacher_px,
         model=name,
-        settings=ProbeSettings(steps=task.steps),
+        settings=_steps(LINEAR, task.steps),
         within_px=task.boundary_px,
         cache=task.cache,
     )
+
+
+def _shape(task: Task, model: BrixelFeatures, name: str) -> Report:
+    assert task.data is not None
+    train, val = (
+        read_measured(task.kind, task.layout, task.data, each).first(task.limit) for each in (task.train, task.val)
+    )
+    settings = _steps(CONVOLUTIONAL, task.steps)
+    sources = sources_of(model, task.sources)
+    return shape(task.kind, sources, train, val, task.teacher_px, model=name, settings=settings, cache=task.cache)
+
+
+def _steps(settings: ProbeSettings, steps: int | None) -> ProbeSettings:
+    return settings if steps is None else dataclasses.replace(settings, steps=steps)
 
 
 _RUN: dict[str, Callable[[Task, BrixelFeatures, str], Report]] = {
     "fidelity": _fidelity,
     "matching": _matching,
     "segmentation": _segmentation,
+    "depth": _shape,
+    "normals": _shape,
 }
 FIELDS = tuple(field.name for field in dataclasses.fields(Task))
