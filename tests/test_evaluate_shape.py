@@ -103,9 +103,9 @@ def told(tmp_path_factory):
     return root
 
 
-QUICK = ProbeSettings(steps=150, batch_size=4, learning_rates=(1e-5, 0.01))
-COLOURS = Source("teacher", lambda pixels: F.avg_pool2d(pixels, 4), 4, scale=4)
-NOTHING = Source("bilinear", lambda pixels: torch.ones(len(pixels), 3, 4, 4), 4, resize="bilinear")
+QUICK = ProbeSettings(steps=80, batch_size=3, learning_rates=(1e-5, 0.01))
+COLOURS = Source("teacher", lambda pixels: F.avg_pool2d(pixels, 8), 8, scale=4)
+NOTHING = Source("bilinear", lambda pixels: torch.ones(len(pixels), 3, 2, 2), 8, resize="bilinear")
 
 
 @pytest.mark.parametrize(("kind", "figure", "limit"), [("depth", "abs_rel", 0.05), ("normals", "mean_deg", 4)])
