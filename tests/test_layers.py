@@ -41,7 +41,7 @@ LAYERS = (
     {"panel", "extraction", "benchmark", "describe", "evaluate.bootstrap", "evaluate.metrics", "evaluate.report"},
     {"evaluate.datasets", "evaluate.sources"},
     {"evaluate.feature_store"},
-    {"evaluate.fidelity", "evaluate.matching", "evaluate.measured", "evaluate.probe"},
+    {"evaluate.cost", "evaluate.fidelity", "evaluate.matching", "evaluate.measured", "evaluate.probe"},
     {"evaluate.segmentation", "evaluate.shape"},
     {"evaluate.tasks"},
     {"evaluate.suite"},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel.commands.options import add_device_options, add_model_options, command, load, positive
+from brixel.evaluate.cost import cost
 from brixel.evaluate.datasets import LAYOUTS
 from brixel.evaluate.measured import DEPTH_LAYOUTS, NORMALS_LAYOUTS
 from brixel.evaluate.report import check_markdown, write_report
@@ -14,6 +15,8 @@ from brixel.evaluate.sources import SOURCES
 from brixel.evaluate.suite import read_suite, run_suite
 from brixel.evaluate.tasks import BOUNDARY_PX, DEFAULT_SOURCES, FIELDS, Task
 from brixel.features import BrixelFeatures
+
+_REPORT_HELP = "write the report here, its figures as JSON beside"
 
 
 def add(commands: Any) -> None:
@@ -35,6 +38,16 @@ def add(commands: Any) -> None:
     one = _task(judges, "matching", "points found again in a warped picture by their features")
     _add_pictures(one)
 
+    one = command(judges, "cost", _cost, "parameters, operations, time and memory as pictures grow; random weights")
+    one.add_argument(
+        "--architecture", nargs="+", default=["dinov3-vits16"], metavar="NAME", help="default: %(default)s"
+    )
+    one.add_argument("--image-px", nargs="+", type=positive, default=[256], metavar="PX", help="default: %(default)s")
+    one.add_argument("--batch-size", nargs="+", type=positive, default=[1], metavar="N", help="default: %(default)s")
+    one.add_argument("--rounds", type=int, default=10, help="timed; 0 to count operations alone; default: %(default)s")
+    one.add_argument("-o", "--output", type=Path, metavar="MD", help=_REPORT_HELP)
+    add_device_options(one)
+
     one = command(judges, "suite", _suite, "any set of models, tasks and data, as one report; goes on where it was")
     one.add_argument("suite", type=Path, metavar="TOML", help="such as examples/suite_paper.toml")
     one.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="for report.md, report.json")
@@ -48,9 +61,7 @@ def _task(judges: Any, kind: str, text: str) -> argparse.ArgumentParser:
     one.add_argument("--teacher-px", nargs="+", type=positive, required=True, metavar="PX", help=sides)
     usual = DEFAULT_SOURCES[kind]
     one.add_argument("--sources", nargs="+", choices=SOURCES, default=usual, help=f"default: {' '.join(usual)}")
-    one.add_argument(
-        "-o", "--output", type=Path, metavar="MD", help="write the report here, its figures as JSON beside"
-    )
+    one.add_argument("-o", "--output", type=Path, metavar="MD", help=_REPORT_HELP)
     add_model_options(one)
     return one
 
@@ -75,6 +86,14 @@ def _run(options: argparse.Namespace) -> int:
     given.update({name: tuple(value) for name, value in given.items() if isinstance(value, list)})
     task = Task(**given)
     write_report(task.run(load(options)), options.command, options.output)
+    return 0
+
+
+def _cost(options: argparse.Namespace) -> int:
+    check_markdown(options.output)
+    where = {"device": options.device, "dtype": options.dtype}
+    sizes = {"batch_sizes": options.batch_size, "rounds": options.rounds}
+    write_report(cost(options.architecture, options.image_px, **sizes, **where), options.command, options.output)
     return 0
 
 
