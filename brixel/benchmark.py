@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from brixel.backbones.vit import ViT
@@ -55,10 +56,10 @@ def random_student(architecture: str) -> Student:
     return Student(ViT(vit), trainable["adapter"], trainable["head"], config.blocks)  # type: ignore[arg-type]
 
 
-def variants(student: Student, image_px: int, like: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The calls that are compared, by name; ``like`` gives device and dtype."""
-    small = torch.randn(1, 3, image_px, image_px).to(like)
-    large = torch.randn(1, 3, UPSCALE * image_px, UPSCALE * image_px).to(like)
+def variants(student: Student, image_px: int, like: Tensor, batch: int = 1) -> dict[str, Callable[[], Tensor]]:
+    """The calls that are compared, by name, on ``batch`` pictures; ``like`` gives device and dtype."""
+    small = torch.randn(batch, 3, image_px, image_px).to(like)
+    large = torch.randn(batch, 3, UPSCALE * image_px, UPSCALE * image_px).to(like)
     return {
         BACKBONE: lambda: student.backbone_features(small),
         STUDENT: lambda: student(small),
@@ -94,16 +95,16 @@ def benchmark(
 
 
 def _measure(architecture: str, image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> Result:
-    peaks = {name: _peak_bytes(architecture, name, image_px, device, dtype) for name in (BACKBONE, STUDENT, LARGE)}
+    peaks = {name: peak_bytes_of(architecture, name, image_px, device, dtype) for name in (BACKBONE, STUDENT, LARGE)}
     student = random_student(architecture).to(device, dtype)
     calls = variants(student, image_px, next(student.backbone.parameters()))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        flops = {name: _flops(call) for name, call in calls.items()}
+        flops = {name: flops_of(call) for name, call in calls.items()}
         for turn in range(-_WARM_UP, rounds):
             for name, call in calls.items():
                 if name != LARGE or (turn >= 0 and turn % _LARGE_EVERY == 0):
-                    elapsed = _seconds(call, device)
+                    elapsed = seconds_of(call, device)
                     if turn >= 0:
                         seconds[name].append(elapsed)
     counts = {
@@ -113,7 +114,8 @@ def _measure(architecture: str, image_px: int, rounds: int, device: torch.device
     return Result(architecture, seconds, flops, peaks, counts)
 
 
-def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+def seconds_of(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Seconds that one call takes, until the device is done with it."""
     start = time.perf_counter()
     call()
     if device.type != "cpu":
@@ -121,14 +123,17 @@ def _seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _flops(call: Callable[[], Tensor]) -> int:
+def flops_of(call: Callable[[], Tensor]) -> int:
     """Operations of matrix products, convolutions and attention, two for each multiply-add."""
-    with FlopCounterMode(display=False) as counter:
+    # torch 2.13 counts nothing for the attention kernel that the CPU takes: as plain products it is counted everywhere
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return int(counter.get_total_flops())
 
 
-def _peak_bytes(architecture: str, variant: str, image_px: int, device: torch.device, dtype: torch.dtype) -> int | None:
+def peak_bytes_of(
+    architecture: str, variant: str, image_px: int, device: torch.device, dtype: torch.dtype
+) -> int | None:
     """Peak memory of a fresh process that runs one variant: resident on the CPU, allocated on CUDA; else None."""
     context = multiprocessing.get_context("spawn")
     arguments = (architecture, variant, image_px, str(device), dtype, torch.get_num_threads())

@@ -14,7 +14,7 @@ ROUNDS = 6
 def run():
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_peak_bytes", lambda *_: 3 * 2**20)  # its own test below: it starts processes
+        patch.setattr(module, "peak_bytes_of", lambda *_: 3 * 2**20)  # its own test below: it starts processes
         made = benchmark(["dinov3-vits16"], image_px=32, rounds=ROUNDS, threads=1, device="cpu")
     assert torch.get_num_threads() == threads
     return made
@@ -67,5 +67,11 @@ def test_an_unknown_architecture_is_refused_at_once():
 
 @pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own():
-    peak = module._peak_bytes("dinov3-vits16", STUDENT, 32, torch.device("cpu"), torch.float32)
+    peak = module.peak_bytes_of("dinov3-vits16", STUDENT, 32, torch.device("cpu"), torch.float32)
     assert 4 * (21.6e6 + 2.1e6) < peak < 8 * 2**30
+
+
+def test_attention_is_counted_on_the_cpu():
+    query = torch.randn(1, 2, 8, 4)
+    counted = module.flops_of(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query))
+    assert counted == 2 * (2 * 2 * 8 * 8 * 4)  # two products of 8 x 4 with 4 x 8, two heads, two a multiply-add

@@ -1,5 +1,7 @@
 """Nearness to the teacher, against the same figures made step by step with Pillow and torch."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,10 @@ from PIL import Image
 from brixel import BrixelError, BrixelFeatures
 from brixel.cli import main
 from brixel.errors import ImageError
-from brixel.evaluate.fidelity import fidelity, report
+from brixel.evaluate.fidelity import compare, fidelity, teacher_edges
+from brixel.evaluate.report import Report
+from brixel.evaluate.sources import Source, sources_of
+from brixel.losses import edge_loss, principal_directions, spectral_loss
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +47,83 @@ def twin(model, path):
     pixels, small = (pixels - mean) / std, (small - mean) / std
     with torch.no_grad():
         teacher, low = model.backbone_features(pixels), model.backbone_features(small)
-        maps = {mode: F.interpolate(low, (8, 8), mode=mode) for mode in ("bilinear", "bicubic")}
+        maps = {mode: F.interpolate(low, (8, 8), mode=mode) for mode in ("nearest", "bilinear", "bicubic")}
         maps["student"] = model(small)
     figures = {}
     for name, each in maps.items():
         cells, theirs = (x[0].double().flatten(1).T.numpy() for x in (each, teacher))
         cosine = (cells * theirs).sum(1) / np.linalg.norm(cells, axis=1) / np.linalg.norm(theirs, axis=1)
-        figures[name] = {"l1": np.abs(cells - theirs).mean(), "cosine": cosine.mean()}
+        edges = set(strongest(teacher[0].double()))
+        inner = [cell for place, cell in enumerate(cosine) if divmod(place, 8) in edges]
+        directions = principal_directions(teacher)
+        figures[name] = {
+            "l1": np.abs(cells - theirs).mean(),
+            "cosine": cosine.mean(),
+            "cosine_edges": np.mean(inner),
+            "edge": float(edge_loss(each, teacher, directions=directions)),
+            "spectral": float(spectral_loss(each, teacher)),
+        }
     return figures
 
 
+def strongest(teacher):
+    """Places of the four of 36 inner cells where the eight directions change most, one by one."""
+    directions = principal_directions(teacher.float()[None]).double()
+    planes = torch.einsum("nd,dyx->nyx", directions, teacher)
+    found = {}
+    for y in range(1, 7):
+        for x in range(1, 7):
+            patch = planes[:, y - 1 : y + 2, x - 1 : x + 2]
+            weights = torch.tensor([1.0, 2.0, 1.0]).double()
+            across = (patch[:, :, 2] - patch[:, :, 0]) @ weights
+            down = (patch[:, 2] - patch[:, 0]) @ weights
+            found[y, x] = float((across**2 + down**2).sum())
+    return sorted(found, key=lambda place: -found[place])[:4]
+
+
+def by_name(report, side):
+    return {row["source"]: row for row in report.rows if row["teacher_px"] == side}
+
+
 def test_figures_are_means_over_pictures_of_means_over_cells(model, squares):
-    found = fidelity(model, squares, [112]).figures[112]
+    report = fidelity(model, squares, [112])
     both = [twin(model, path) for path in squares]
-    assert list(found) == ["bilinear", "bicubic", "student"]
-    for name, figure in found.items():
-        for kind, value in figure.items():
-            assert value == pytest.approx(np.mean([each[name][kind] for each in both]), abs=1e-5)
+    rows = by_name(report, 112)
+    assert list(rows) == ["nearest", "bilinear", "bicubic", "student"]
+    for name, row in rows.items():
+        for kind, first in both[0][name].items():
+            pair = [first, both[1][name][kind]]
+            assert row[kind] == pytest.approx(np.mean(pair), rel=1e-4, abs=1e-5)
+            assert report.details["112"][name][kind] == pytest.approx(pair, rel=1e-4, abs=1e-5)
+            low, high = row[f"{kind}_interval"]  # of two pictures: the one, the other, or half of both
+            assert (low, high) == pytest.approx((min(pair), max(pair)), rel=1e-4, abs=1e-5)
+
+
+def test_edges_are_the_tenth_of_cells_where_the_teacher_changes():
+    teacher = torch.zeros(1, 2, 22, 22)
+    teacher[:, 0, :, 10:] = 1
+    edges = teacher_edges(teacher, torch.eye(2))
+    assert edges.sum() == 40
+    assert edges[:, 8:10].all()  # inner columns 8 and 9 are columns 9 and 10 of the map
+
+
+def test_the_backbone_runs_once_for_all_interpolations(model, squares):
+    called = []
+    one = sources_of(model, ["bilinear"])[0]
+
+    def counted(pixels):
+        called.append(tuple(pixels.shape))
+        return one.maps(pixels)
+
+    sources = [Source(name, counted, 14, resize=name, identity="same") for name in ("nearest", "bilinear", "bicubic")]
+    compare(sources, sources_of(model, ["teacher"])[0], squares, [112], model="any")
+    assert called == [(1, 3, 28, 28)] * 2
+
+
+def test_maps_of_another_grid_are_refused(model, squares):
+    source = Source("small", model.backbone_features, 14)
+    with pytest.raises(BrixelError, match=r"'small' gave \(1, 64, 2, 2\), the teacher \(1, 64, 8, 8\)"):
+        compare([source], sources_of(model, ["teacher"])[0], squares, [112], model="any")
 
 
 def test_the_model_is_left_in_the_mode_it_was_in(model, squares):
@@ -69,10 +134,11 @@ def test_the_model_is_left_in_the_mode_it_was_in(model, squares):
 
 
 def test_a_fresh_student_is_bilinear(backbone_folder, squares):
-    figures = fidelity(BrixelFeatures.from_backbone(backbone_folder, device="cpu"), squares, [56, 112]).figures
-    assert list(figures) == [56, 112]
-    for methods in figures.values():
-        assert methods["student"] == pytest.approx(methods["bilinear"], abs=1e-6)
+    report = fidelity(BrixelFeatures.from_backbone(backbone_folder, device="cpu"), squares, [56, 112])
+    for side in (56, 112):
+        rows = by_name(report, side)
+        for kind in ("l1", "cosine", "edge", "spectral"):
+            assert rows["student"][kind] == pytest.approx(rows["bilinear"][kind], rel=1e-4, abs=1e-6)
 
 
 def test_what_cannot_be_compared_is_refused(model, squares, tmp_path):
@@ -86,11 +152,13 @@ def test_what_cannot_be_compared_is_refused(model, squares, tmp_path):
 
 
 def test_the_report_tells_how_much_of_the_error_is_gone(model, squares):
-    result = fidelity(model, squares, [112])
-    text = report(result, "brixel evaluate fidelity")
-    plain, ours = (result.figures[112][name]["cosine"] for name in ("bilinear", "student"))
-    assert f"| 28 px | 112 px | bilinear | {result.figures[112]['bilinear']['l1']:.4f} | {plain:.4f} | 0.0% |" in text
-    assert f"| {ours:.4f} | {1 - (1 - ours) / (1 - plain):.1%} |" in text
+    report = fidelity(model, squares, [112])
+    text, rows = report.markdown("brixel evaluate fidelity"), by_name(report, 112)
+    plain, ours = rows["bilinear"], rows["student"]
+    removed = 1 - (1 - ours["cosine"]) / (1 - plain["cosine"])
+    assert ours["removed"] == pytest.approx(removed)
+    assert f"| 28 | 112 | bilinear | {plain['l1']:.4f} | {plain['cosine']:.4f} | - | - |" in text
+    assert f"| {ours['cosine']:.4f} | {removed:.1%} | {ours['removed_interval'][0]:.1%} to" in text
     assert "2 pictures, centre crops" in text
     assert "    brixel evaluate fidelity" in text
 
@@ -100,5 +168,7 @@ def test_the_command_writes_its_report(backbone_folder, squares, tmp_path, capsy
     arguments = ["--backbone", str(backbone_folder), "--images", str(squares[0].parent), "--teacher-px", "56", "112"]
     assert main(["evaluate", "fidelity", *arguments, "--device", "cpu", "-o", str(output)]) == 0
     assert output.read_text(encoding="utf-8") == capsys.readouterr().out
-    assert "| 14 px | 56 px | student |" in output.read_text(encoding="utf-8")
+    content = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    assert "| 14 | 56 | student |" in output.read_text(encoding="utf-8")
+    assert Report.from_content(content).markdown(content["command"]) + "\n" == output.read_text(encoding="utf-8")
     assert main(["evaluate", "fidelity", *arguments, "-o", str(tmp_path / "no" / "report.md")]) == 2

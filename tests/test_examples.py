@@ -1,5 +1,6 @@
 """The examples run as they are written, on a tiny backbone, and stay short."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,22 @@ def test_the_drawn_scene(tmp_path):
 @pytest.mark.parametrize("name", ["quickstart.py", "similarity.py"])
 def test_examples_stay_under_forty_lines(name):
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 40
+
+
+def test_the_linear_probe_stays_under_sixty_lines_and_runs_on_own_masks(tmp_path, capsys):
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+        for name, number in (("a", 0), ("b", 1)):
+            Image.new("RGB", (64, 64), (200 * number, 90, 40)).save(
+                tmp_path / "data" / split / "images" / f"{name}.png"
+            )
+            Image.new("L", (64, 64), number).save(tmp_path / "data" / split / "masks" / f"{name}.png")
+    spec = importlib.util.spec_from_file_location("linear_probe", EXAMPLES / "linear_probe.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(tmp_path / "data"), "--teacher-px", "64", "--steps", "9", "--cache", str(tmp_path / "cache")])
+    printed = capsys.readouterr().out
+    assert "| brixel-tiny | 16 | student | 1.0000 |" in printed
+    assert "| brixel-tiny | 64 | colours | 1.0000 |" in printed
+    assert len((EXAMPLES / "linear_probe.py").read_text(encoding="utf-8").splitlines()) < 60

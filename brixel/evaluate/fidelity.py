@@ -1,34 +1,33 @@
 """How near maps are to the teacher's: the student's, and those of plain interpolation, which it must beat.
 
-The teacher is the backbone itself on a picture of four times the side. Pictures are cut to centre squares.
+The teacher is the backbone itself on a picture of four times the side. Pictures are cut to centre squares, and every
+figure is taken of one picture and then averaged. `docs/evaluation.md` says what each means.
 Shapes: B batch, D width, H x W cells; T and S = T / 4 the teacher's and the student's side in pixels.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from brixel.crops import DOWNSAMPLING, CropSettings, check_teacher_px, normalised, student_view, teacher_crop
+from brixel.crops import DOWNSAMPLING, check_teacher_px
 from brixel.devices import machine
 from brixel.errors import BrixelError
+from brixel.evaluate.bootstrap import interval
+from brixel.evaluate.feature_store import centre_crop
+from brixel.evaluate.report import Report
+from brixel.evaluate.sources import INTERPOLATED, STUDENT, TEACHER, Source, features_by_name, sources_of
 from brixel.features import BrixelFeatures
-from brixel.images import load_image
-from brixel.modes import evaluating
+from brixel.losses import edge_loss, principal_directions, spectral_loss
 
 BASELINES = ("bilinear", "bicubic")
-STUDENT = "student"
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Means over all pictures: ``figures[T][method]`` holds "l1" and "cosine"; and how they were made."""
-
-    figures: dict[int, dict[str, dict[str, float]]]
-    recipe: str
+BASE = "bilinear"  # of whose error the share is told that another removes
+EDGE_SHARE = 0.1  # of a picture's cells, those with the teacher's strongest gradients, are its edges
+_DIRECTIONS = 8  # along which edges are looked at: the teacher's first principal ones, picture by picture
 
 
 def nearness(maps: Tensor, teacher: Tensor) -> dict[str, float]:
@@ -52,61 +51,99 @@ def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(each[name] for each in records) / len(records) for name in records[0]}
 
 
-def fidelity(model: BrixelFeatures, pictures: Sequence[Path], teacher_px: Iterable[int]) -> Fidelity:
-    """Compare student and interpolation with the teacher on centre crops, for each side T of ``teacher_px``.
+def figures(maps: Tensor, teacher: Tensor) -> dict[str, float]:
+    """All figures of one picture's map beside the teacher's, (1, D, H, W) each, at least 3 x 3 cells."""
+    maps, teacher = maps.float(), teacher.float()
+    directions = principal_directions(teacher, min(_DIRECTIONS, teacher.shape[1]))
+    cosine = F.cosine_similarity(maps, teacher, dim=1)[0]
+    return {
+        **nearness(maps, teacher),
+        "cosine_edges": float(cosine[1:-1, 1:-1][teacher_edges(teacher, directions)].mean()),
+        "edge": float(edge_loss(maps, teacher, directions=directions)),
+        "spectral": float(spectral_loss(maps, teacher)),
+    }
+
+
+def teacher_edges(teacher: Tensor, directions: Tensor) -> Tensor:
+    """The tenth of inner cells with the largest Sobel gradients: (1, D, H, W) -> (H - 2, W - 2), True at edges."""
+    planes = (directions @ teacher.flatten(2)).unflatten(2, teacher.shape[2:])[0, :, None]  # N 1 H W
+    ramp, blur = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])
+    kernels = torch.stack([torch.outer(blur, ramp), torch.outer(ramp, blur)])[:, None]  # 2 1 3 3
+    strength = F.conv2d(planes, kernels.to(planes)).square().sum((0, 1))  # H-2 W-2
+    strongest = strength.flatten().topk(max(1, round(EDGE_SHARE * strength.numel()))).indices
+    return torch.zeros_like(strength, dtype=torch.bool).flatten().index_fill(0, strongest, True).view_as(strength)
+
+
+def fidelity(
+    model: BrixelFeatures,
+    pictures: Sequence[Path],
+    teacher_px: Iterable[int],
+    names: Sequence[str] = (*INTERPOLATED, STUDENT),
+    *,
+    name: str = "",
+) -> Report:
+    """Compare a model's sources with its teacher on centre crops, for each side T; ``name``: for the table.
 
     Raises BrixelError where there is no picture or a side is not four whole patches, ImageError for a picture that
     cannot be used.
     """
+    teacher = sources_of(model, [TEACHER])[0]
+    return compare(sources_of(model, names), teacher, pictures, teacher_px, model=name or model.config.backbone.title)
+
+
+def compare(
+    sources: Sequence[Source], teacher: Source, pictures: Sequence[Path], teacher_px: Iterable[int], *, model: str
+) -> Report:
+    """As :func:`fidelity`, of any sources; their maps must have the teacher's shape."""
     sides = tuple(teacher_px)
     if not pictures:
         raise BrixelError("no pictures to compare on; expected at least one")
     for side in sides:
-        check_teacher_px(side, model.patch_px)
-    with evaluating(model), torch.no_grad():
-        figures = {side: _at_size(model, pictures, side) for side in sides}
-    recipe = f"{len(pictures)} pictures, centre crops; {model.config.backbone.title}; {machine(model.device)}."
-    return Fidelity(figures, recipe)
-
-
-def _at_size(model: BrixelFeatures, pictures: Sequence[Path], side: int) -> dict[str, dict[str, float]]:
-    grid_hw = (side // model.patch_px, side // model.patch_px)
-    methods: dict[str, Callable[[Tensor], Tensor]] = {
-        mode: interpolated(model.backbone_features, mode, grid_hw) for mode in BASELINES
+        check_teacher_px(side, teacher.patch_px)
+    rows, details = [], {}
+    for side in sides:
+        found = _at_size(sources, teacher, pictures, side)
+        rows += [_row(model, side, source, found) for source in sources]
+        details[str(side)] = {name: {key: each.tolist() for key, each in by.items()} for name, by in found.items()}
+    columns = {
+        **{"model": ("model", ""), "picture_px": ("student's picture, px", "d"), "teacher_px": ("teacher's", "d")},
+        **{"source": ("method", ""), "l1": ("L1", ".4f"), "cosine": ("cosine", ".4f")},
+        **{"removed": ("of bilinear's 1 - cosine removed", ".1%"), "removed_interval": ("95 %", ".1%")},
+        **{"cosine_edges": ("cosine at edges", ".4f"), "edge": ("edge error", ".3g")},
+        "spectral": ("spectral error", ".3f"),
     }
-    methods[STUDENT] = model
-    records: dict[str, list[dict[str, float]]] = {name: [] for name in methods}
-    for picture in pictures:
-        small, teacher = _pair(model, picture, side)
-        for name, method in methods.items():
-            records[name].append(nearness(method(small), teacher))
-    return {name: mean_of(each) for name, each in records.items()}
+    recipe = f"{len(pictures)} pictures, centre crops; {machine(torch.device(teacher.device))}."
+    names = [str(picture.name) for picture in pictures]
+    return Report("fidelity", "How near to the teacher", columns, rows, recipe, (), {"pictures": names, **details})
 
 
-def _pair(model: BrixelFeatures, picture: Path, side: int) -> tuple[Tensor, Tensor]:
-    """The student's pixels (1, 3, S, S) and the teacher's map (1, D, 4h, 4w) of a picture's centre."""
-    vit = model.config.backbone.vit
-    crop = teacher_crop(load_image(picture), CropSettings(side, random=False), torch.Generator())
-    small, large = (
-        normalised(each, vit.mean, vit.std)[None].to(model.device, model.dtype) for each in (student_view(crop), crop)
-    )
-    return small, model.backbone_features(large)
+def _at_size(
+    sources: Sequence[Source], teacher: Source, pictures: Sequence[Path], side: int
+) -> dict[str, dict[str, Tensor]]:
+    """Every figure of every source by picture, (N,), float64."""
+    records: dict[str, list[dict[str, float]]] = {source.name: [] for source in sources}
+    for picture in tqdm(pictures, f"pictures, {side} px", disable=None):
+        crop = centre_crop(picture, side)[None]
+        target = teacher.features(crop)
+        for name, maps in features_by_name(sources, crop).items():
+            if maps.shape != target.shape:
+                shapes = f"{tuple(maps.shape)}, the teacher {tuple(target.shape)}"
+                raise BrixelError(f"source {name!r} gave {shapes}; maps of one shape can be compared")
+            records[name].append(figures(maps, target))
+    return {
+        name: {key: torch.tensor([each[key] for each in by], dtype=torch.float64) for key in by[0]}
+        for name, by in records.items()
+    }
 
 
-def report(result: Fidelity, command: str) -> str:
-    """The figures as Markdown, with the share of bilinear's 1 - cosine that each method removes."""
-    lines = [
-        "# How near to the teacher",
-        "",
-        "| student's picture | teacher's | method | L1 | cosine | of bilinear's 1 - cosine removed |",
-        "| ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
-    for side, methods in result.figures.items():
-        plain = 1 - methods["bilinear"]["cosine"]
-        for name, figure in methods.items():
-            removed = 1 - (1 - figure["cosine"]) / plain if plain > 0 else 0.0
-            lines.append(
-                f"| {side // DOWNSAMPLING} px | {side} px | {name} "
-                f"| {figure['l1']:.4f} | {figure['cosine']:.4f} | {removed:.1%} |"
-            )
-    return "\n".join([*lines, "", result.recipe, "Made by:", "", f"    {command}"])
+def _row(model: str, side: int, source: Source, found: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+    own, base = found[source.name], found.get(BASE)
+    row: dict[str, Any] = {"model": model, "picture_px": side // DOWNSAMPLING, "teacher_px": side}
+    row["source"] = source.name
+    for key, values in own.items():
+        row[key], row[f"{key}_interval"] = float(values.mean()), interval(values)
+    if base is not None and source.name != BASE:
+        both = torch.stack([1 - own["cosine"], (1 - base["cosine"]).clamp(min=1e-9)], 1)  # N 2
+        row["removed"] = float(1 - both[:, 0].sum() / both[:, 1].sum())
+        row["removed_interval"] = interval(both, lambda sums: 1 - sums[:, 0] / sums[:, 1])
+    return row

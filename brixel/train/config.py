@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from brixel.atomic import atomic_path
 from brixel.errors import BrixelError, did_you_mean
-from brixel.train.losses import LossWeights
+from brixel.losses import LossWeights
 
 # the recipe of the release; three epochs are for the user to say in steps
 RELEASE = MappingProxyType(

@@ -25,13 +25,13 @@ from brixel.crops import CropSettings
 from brixel.errors import BrixelError
 from brixel.evaluate.fidelity import BASELINES, interpolated
 from brixel.features import BrixelFeatures
+from brixel.losses import total_loss
 from brixel.train.batches import batches
 from brixel.train.cache import TeacherCache
 from brixel.train.config import TrainConfig, write_settings
 from brixel.train.data import CropDataset, find_training_pictures
 from brixel.train.distributed import World, joined, mean_over_all, synchronised, wait_for_all
 from brixel.train.facts import training_facts
-from brixel.train.losses import total_loss
 from brixel.train.recipe import learning_rate, make_optimizer, passes_to_fit, prepared_model, teacher_side
 from brixel.train.start import fit_blend, is_fresh
 from brixel.train.state import Average, Progress, load_state, save_state

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.train.losses import (
+from brixel.losses import (
     LossWeights,
     edge_loss,
     l1_loss,
