@@ -53,7 +53,7 @@ LAYERS = (
     {"publish"},
     {"features"},
     {"extraction.run", "benchmark", "describe", "evaluate.bootstrap", "evaluate.metrics", "evaluate.report"},
-    {"memory_table", "evaluate.datasets", "evaluate.sources"},
+    {"memory_table", "throughput", "evaluate.datasets", "evaluate.sources"},
     {"evaluate.feature_store"},
     {"evaluate.cost", "evaluate.fidelity", "evaluate.matching", "evaluate.measured", "evaluate.probe"},
     {"evaluate.segmentation", "evaluate.shape"},
@@ -65,7 +65,7 @@ LAYERS = (
     {"train.loop"},
     {"train.plan"},
     {"commands.options"},
-    {"commands.use", "commands.make", "commands.evaluate", "commands.plan"},
+    {"commands.use", "commands.throughput", "commands.make", "commands.evaluate", "commands.plan"},
     {"cli"},
     {"__main__"},
 )

@@ -68,6 +68,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Zero or a positive whole number."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected zero or a positive whole number")
+    return int(text)
+
+
 def short_side(text: str) -> int | str:
     """A number of pixels, or "native"."""
     return NATIVE if text == NATIVE else positive(text)

@@ -15,6 +15,7 @@ from brixel.commands.options import (
     load,
     positive,
     print_table,
+    whole,
 )
 from brixel.describe import describe, describe_models
 from brixel.devices import DTYPES
@@ -42,7 +43,7 @@ def add(commands: Any) -> None:
     one.add_argument("--shard-gib", type=_gib, metavar="GIB", help="into shards of that size, many maps each")
     one.add_argument("--save-dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
     one.add_argument("--batch-size", type=positive, default=1, help="pictures of one size at once; default: 1")
-    one.add_argument("--workers", type=_whole, default=2, help="threads that decode ahead; default: %(default)s")
+    one.add_argument("--workers", type=whole, default=2, help="threads that decode ahead; default: %(default)s")
     one.add_argument("--overwrite", action="store_true", help="do everything anew")
     one.add_argument("--verify", action="store_true", help="only check every file in DIR against its manifest")
     add_model_options(one)
@@ -116,12 +117,6 @@ def _gib(text: str) -> int:
     if limit_bytes < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a number of GiB above zero, such as 1 or 0.5")
     return limit_bytes
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}; expected zero or a positive whole number")
-    return int(text)
 
 
 def _info(options: argparse.Namespace) -> int:
