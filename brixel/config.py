@@ -1,9 +1,10 @@
 """`config.json` of a saved model: which backbone, exactly, and which adapter."""
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -110,6 +111,17 @@ def _some_weights(module: nn.Module) -> list[Tensor]:
     weights = [each for each in weights if each.ndim > 1 and max(each.shape) < each.numel()] or weights
     step = (len(weights) - 1) / (_FINGERPRINT_TENSORS - 1)
     return weights if step <= 1 else [weights[round(index * step)] for index in range(_FINGERPRINT_TENSORS)]
+
+
+def digest(parts: Iterable[nn.Module]) -> str:
+    """A hash of all weights and buffers of some modules, with their names: 16 hexadecimal digits."""
+    found = hashlib.sha256()
+    for part in parts:
+        for name, weight in part.state_dict().items():
+            found.update(
+                name.encode() + weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            )
+    return found.hexdigest()[:16]
 
 
 def write_config(path: Path, config: BrixelConfig) -> None:

@@ -6,16 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from brixel import panel
 from brixel.commands.options import add_device_options, add_model_options, command, load, positive
 from brixel.evaluate.cost import cost
 from brixel.evaluate.datasets import LAYOUTS
 from brixel.evaluate.measured import DEPTH_LAYOUTS, NORMALS_LAYOUTS
+from brixel.evaluate.pictures import panel_of
 from brixel.evaluate.report import check_markdown, write_report
-from brixel.evaluate.sources import SOURCES
+from brixel.evaluate.sources import SOURCES, STUDENT, TEACHER, sources_of
 from brixel.evaluate.suite import read_suite, run_suite
 from brixel.evaluate.tasks import BOUNDARY_PX, DEFAULT_SOURCES, FIELDS, Task
 from brixel.features import BrixelFeatures
+from brixel.pictures import find_pictures
 
+_SHOWN = ("bilinear", STUDENT, TEACHER)
 _REPORT_HELP = "write the report here, its figures as JSON beside"
 
 
@@ -47,6 +51,16 @@ def add(commands: Any) -> None:
     one.add_argument("--rounds", type=int, default=10, help="timed; 0 to count operations alone; default: %(default)s")
     one.add_argument("-o", "--output", type=Path, metavar="MD", help=_REPORT_HELP)
     add_device_options(one)
+
+    one = command(judges, "panel", _panel, "pictures of the maps of several sources, side by side")
+    one.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, and folders")
+    one.add_argument("--teacher-px", type=positive, required=True, metavar="PX", help="side of the teacher's picture")
+    one.add_argument("--sources", nargs="+", choices=SOURCES, default=_SHOWN, help=f"default: {' '.join(_SHOWN)}")
+    one.add_argument(
+        "--point", nargs=2, type=float, metavar=("ROW", "COLUMN"), help="also the likeness of all cells to that one"
+    )
+    one.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="default: %(default)s")
+    add_model_options(one)
 
     one = command(judges, "suite", _suite, "any set of models, tasks and data, as one report; goes on where it was")
     one.add_argument("suite", type=Path, metavar="TOML", help="such as examples/suite_paper.toml")
@@ -86,6 +100,16 @@ def _run(options: argparse.Namespace) -> int:
     given.update({name: tuple(value) for name, value in given.items() if isinstance(value, list)})
     task = Task(**given)
     write_report(task.run(load(options)), options.command, options.output)
+    return 0
+
+
+def _panel(options: argparse.Namespace) -> int:
+    pictures = [path for path, _ in find_pictures(options.images)]
+    panel.check_output(options.output, pictures)
+    point = None if options.point is None else (options.point[0], options.point[1])
+    made = panel_of(sources_of(load(options), options.sources), pictures, options.teacher_px, point)
+    panel.save(made, options.output)
+    print(options.output)
     return 0
 
 

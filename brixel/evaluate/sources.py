@@ -7,7 +7,6 @@ function of yours. All start from one square crop of T pixels: a source with ``s
 Shapes: B batch, D channels, h x w cells; T the crop's side and S = T / 4 the small picture's, in pixels.
 """
 
-import hashlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brixel.benchmark import flops_of, seconds_of
+from brixel.config import digest
 from brixel.crops import DOWNSAMPLING, check_teacher_px, normalised, student_view
 from brixel.devices import dtype_name
 from brixel.errors import BrixelError, did_you_mean
@@ -107,7 +107,7 @@ def _source(model: BrixelFeatures, name: str) -> Source:
     vit, described = model.config.backbone.vit, model.config.backbone
     identity = f"{described.title} {list(described.fingerprint)} {dtype_name(model.dtype)}"
     if name == STUDENT:
-        identity = f"{identity} adapter {_digest(model)}"
+        identity = f"{identity} adapter {digest((model.adapter, model.head))}"
     call = model if name == STUDENT else model.backbone_features
 
     def maps(pixels: Tensor) -> Tensor:
@@ -125,15 +125,6 @@ def _source(model: BrixelFeatures, name: str) -> Source:
         identity=identity,
         device=str(model.device),
     )
-
-
-def _digest(model: BrixelFeatures) -> str:
-    """A hash of the adapter's and the head's weights."""
-    digest = hashlib.sha256()
-    for part in (model.adapter, model.head):
-        for name, weight in part.state_dict().items():
-            digest.update(name.encode() + weight.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def cost_of(source: Source, teacher_px: int, rounds: int = 5) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Features of folders into files: decoded ahead, written behind, noted when safe, taken up where a run stopped."""
 
-import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from brixel.ahead import Behind
+from brixel.config import digest
 from brixel.devices import dtype_name
 from brixel.errors import BrixelError
 from brixel.extraction.manifest import Manifest, Source, Written
@@ -116,13 +115,9 @@ def _settings(
     model: BrixelFeatures, short_side_px: int | str | None, kind: str, save_dtype: torch.dtype | None, tiles: str
 ) -> Mapping[str, str]:
     """All that the maps depend on, beside the pictures."""
-    digest = hashlib.sha256(repr(model.config.backbone.fingerprint).encode())
-    for name, tensor in nn.ModuleDict({"adapter": model.adapter, "head": model.head}).state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {
-        "backbone": model.config.backbone.title,
-        "weights": digest.hexdigest()[:16],
+        "backbone": f"{model.config.backbone.title} {model.config.backbone.fingerprint[:4]}",
+        "weights": digest((model.adapter, model.head)),
         "short_side_px": str(model.config.adapter.short_side_px if short_side_px is None else short_side_px),
         "dtype": dtype_name(model.dtype),
         "saved as": f"{kind}, {dtype_name(save_dtype or model.dtype)}",
