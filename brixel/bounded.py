@@ -4,6 +4,7 @@ import gc
 import logging
 import math
 import sys
+import threading
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class BoundedRun:
         self._too_much: dict[str, float] = {}  # by kind of way: pixels at a time that ran out of memory
         self._notes = WeakTensorKeyDictionary()
         self._told: set[str] = set()
+        self._planning = threading.RLock()  # pictures are checked by the threads that decode them
 
     def __call__(self, pixels: Tensor) -> list[Tensor]:
         """The maps (D, 4h, 4w) of ``pixels`` (B, 3, H, W), which lie on the CPU. Raises MemoryLimitError."""
@@ -84,6 +86,10 @@ class BoundedRun:
 
     def _way(self, job: Job) -> tuple[Way, bool]:
         """The way for a job, and whether it is on the CPU because the accelerator has no room."""
+        with self._planning:
+            return self._way_locked(job)
+
+    def _way_locked(self, job: Job) -> tuple[Way, bool]:
         if job not in self._ways:
             self._ways[job] = self._choose(job)
         way, on_host = self._ways[job]

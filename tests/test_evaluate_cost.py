@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from brixel.benchmark import BACKBONE, LARGE, STUDENT
@@ -9,6 +10,8 @@ from brixel.cli import main
 from brixel.errors import BrixelError
 from brixel.evaluate import cost as module
 from brixel.evaluate.cost import cost
+from brixel.evaluate.cost_plot import SIZE_PX, cost_plot
+from brixel.panel import MARGIN_PX
 
 
 def test_operations_grow_as_tokens_do():
@@ -44,3 +47,21 @@ def test_the_command_times_every_batch_size(tmp_path, monkeypatch, capsys):
         cost(["dinov3-vits"], [32], rounds=0)
     with pytest.raises(BrixelError, match="nothing to measure"):
         cost([], [32], rounds=0)
+
+
+def test_the_plot_has_a_diagram_for_each_architecture_and_quantity():
+    rows = [
+        {"architecture": name, "variant": variant, "output_cells": f"{cells} x {cells}", "gflop": cells**power, **more}
+        for name, more in (("one", {"peak_mib": 100.0}), ("other", {}))
+        for variant, power in (("backbone", 1), ("student", 2))
+        for cells in (16, 64)
+    ]
+    plot = np.asarray(cost_plot(rows))
+    assert plot.shape[:2] == (2 * SIZE_PX[0] + 3 * MARGIN_PX, 2 * SIZE_PX[1] + 3 * MARGIN_PX)
+    first, second = (plot[MARGIN_PX:, MARGIN_PX + number * (SIZE_PX[1] + MARGIN_PX) :] for number in range(2))
+    for diagram in (first, second):  # both lines have two marks; the steeper one reaches higher
+        diagram = diagram[: SIZE_PX[0], : SIZE_PX[1]]
+        rows_of = [np.nonzero((diagram == colour).all(-1).any(1))[0] for colour in ((0x88,) * 3, (0xC2, 0x3B, 0x22))]
+        assert len(rows_of[0]) > 0 < len(rows_of[1])
+        heights = [rows.max() - rows[rows > 70].min() for rows in rows_of]
+        assert heights[1] > heights[0]

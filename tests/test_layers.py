@@ -57,6 +57,7 @@ LAYERS = (
     {"evaluate.feature_store"},
     {
         "evaluate.cost",
+        "evaluate.cost_plot",
         "evaluate.fidelity",
         "evaluate.pictures",
         "evaluate.matching",

@@ -9,6 +9,7 @@ from typing import Any
 from brixel import panel
 from brixel.commands.options import add_device_options, add_model_options, command, load, positive
 from brixel.evaluate.cost import cost
+from brixel.evaluate.cost_plot import cost_plot
 from brixel.evaluate.datasets import LAYOUTS
 from brixel.evaluate.measured import DEPTH_LAYOUTS, NORMALS_LAYOUTS
 from brixel.evaluate.pictures import panel_of
@@ -49,7 +50,7 @@ def add(commands: Any) -> None:
     one.add_argument("--image-px", nargs="+", type=positive, default=[256], metavar="PX", help="default: %(default)s")
     one.add_argument("--batch-size", nargs="+", type=positive, default=[1], metavar="N", help="default: %(default)s")
     one.add_argument("--rounds", type=int, default=10, help="timed; 0 to count operations alone; default: %(default)s")
-    one.add_argument("-o", "--output", type=Path, metavar="MD", help=_REPORT_HELP)
+    one.add_argument("-o", "--output", type=Path, metavar="MD", help=f"{_REPORT_HELP}, and a plot")
     add_device_options(one)
 
     one = command(judges, "panel", _panel, "pictures of the maps of several sources, side by side")
@@ -117,7 +118,10 @@ def _cost(options: argparse.Namespace) -> int:
     check_markdown(options.output)
     where = {"device": options.device, "dtype": options.dtype}
     sizes = {"batch_sizes": options.batch_size, "rounds": options.rounds}
-    write_report(cost(options.architecture, options.image_px, **sizes, **where), options.command, options.output)
+    report = cost(options.architecture, options.image_px, **sizes, **where)
+    write_report(report, options.command, options.output)
+    if options.output is not None:
+        panel.save(cost_plot(report.rows), options.output.with_suffix(".png"))
     return 0
 
 
