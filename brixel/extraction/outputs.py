@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from brixel.atomic import atomic_path
+from brixel.errors import BrixelError
 from brixel.extraction.manifest import Source, Written, shards
 from brixel.feature_map import FeatureMap
 
@@ -85,9 +86,16 @@ class Shards:
 
 
 def converted(feature_map: FeatureMap, dtype: torch.dtype | None, **meta: str) -> FeatureMap:
-    """The map in the dtype that is saved, and with more to tell."""
+    """The map in the dtype that is saved, and with more to tell; BrixelError where numbers are too large for that."""
     features = feature_map.features if dtype is None else feature_map.features.to(dtype)
+    if dtype == torch.float16 and features.isinf().any() and not feature_map.features.isinf().any():
+        raise BrixelError(f"{meta.get('picture', 'a map')}: its features do not fit float16; save as bfloat16")
     return dataclasses.replace(feature_map, features=features, meta={**feature_map.meta, **meta})
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file of maps, with those of what lies beside a `.npy`; OSError where either is missing."""
+    return sum(part.stat().st_size for part in _parts(path))
 
 
 def checksum(path: Path) -> tuple[int, str]:
