@@ -11,13 +11,19 @@ Made = TypeVar("Made")
 
 
 def ahead(
-    function: Callable[[Given], Made], items: Iterable[Given], *, workers: int, depth: int | None = None
+    function: Callable[[Given], Made],
+    items: Iterable[Given],
+    *,
+    workers: int,
+    depth: int | None = None,
+    at_once: Callable[[Given], bool] = lambda item: False,
 ) -> Iterator[Made]:
     """``function`` of every item, in order, in ``workers`` threads that are at most ``depth`` items ahead.
 
     ``items`` is advanced by whoever takes the results, never by the threads. What ``function`` or ``items`` raises
     comes at its place, after the results before it. Without workers it is `map`. ``depth``: where None, twice the
-    number of workers.
+    number of workers. ``at_once``: for which items the function is called when they are taken, by whoever takes the
+    results: those that their owner may change afterwards.
     """
     if workers == 0:
         yield from map(function, items)
@@ -30,7 +36,8 @@ def ahead(
         while True:
             while failure is None and len(waiting) < (depth or 2 * workers):
                 try:
-                    waiting.append(executor.submit(function, next(iterator)))
+                    item = next(iterator)
+                    waiting.append(_done(function(item)) if at_once(item) else executor.submit(function, item))
                 except StopIteration:
                     break
                 except Exception as error:
@@ -42,6 +49,12 @@ def ahead(
         executor.shutdown(cancel_futures=True)
     if failure is not None:
         raise failure
+
+
+def _done(made: Made) -> Future[Made]:
+    future: Future[Made] = Future()
+    future.set_result(made)
+    return future
 
 
 class Behind(Generic[Made]):

@@ -212,7 +212,7 @@ class DenseFeatures(Student):
             tiles = "" if bounded is None else bounded.tiles_of(features)
             return placement.feature_map(features, meta=_told(tiles), in_place=True)
 
-        prepared = ahead(prepare, images, workers=workers, depth=batch_size + 2 * workers)
+        prepared = ahead(prepare, images, workers=workers, depth=batch_size + 2 * workers, at_once=_in_memory)
         return itertools.starmap(finish, run_batches(run, prepared, batch_size=batch_size))
 
     def _meta(self) -> Mapping[str, str]:
@@ -220,6 +220,11 @@ class DenseFeatures(Student):
         facts = {"backbone": self.config.backbone.title, "dtype": dtype_name(self.dtype)}
         commits = ", ".join(f"{name}@{commit}" for name, commit in self.config.commits.items())
         return {**facts, "commits": commits} if commits else facts
+
+
+def _in_memory(image: ImageInput) -> bool:
+    """Whether a picture is no file: its owner may fill the same array again, or seek to another frame."""
+    return not isinstance(image, (str, os.PathLike))
 
 
 def _told(tiles: str) -> Mapping[str, str]:

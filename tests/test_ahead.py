@@ -99,3 +99,9 @@ def test_an_error_in_the_block_lets_what_was_given_be_done():
             behind.do(lambda number=number: number)
         raise KeyError("elsewhere")
     assert done == [0, 1, 2, 3]
+
+
+def test_what_may_change_is_done_when_it_is_taken():
+    here = threading.get_ident()
+    where = ahead(lambda _: threading.get_ident(), range(6), workers=2, at_once=lambda number: number % 2 == 0)
+    assert [each == here for each in where] == [True, False] * 3

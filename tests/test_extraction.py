@@ -1,5 +1,7 @@
+import contextlib
 import copy
 import errno
+import os
 import random
 import shutil
 import signal
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder
@@ -103,11 +106,12 @@ def test_a_picture_that_vanishes_is_listed(model, album, tmp_path):
 def test_what_is_finished_is_skipped_unless_overwritten(model, album, tmp_path):
     out = tmp_path / "out"
     extract_files(model, find_pictures([album]), out)
-    (out / "a.png.safetensors").write_bytes(b"mine")
+    mine = b"m" * (out / "a.png.safetensors").stat().st_size
+    (out / "a.png.safetensors").write_bytes(mine)
     (out / "b.JPG.safetensors").unlink()
     report = extract_files(model, find_pictures([album]), out)
     assert (report.written, report.skipped) == (1, 2)
-    assert (out / "a.png.safetensors").read_bytes() == b"mine"
+    assert (out / "a.png.safetensors").read_bytes() == mine
     report = extract_files(model, find_pictures([album]), out, overwrite=True)
     assert (report.written, report.skipped) == (3, 0)
     FeatureMap.load(out / "a.png.safetensors")
@@ -185,6 +189,44 @@ def test_a_folder_that_cannot_be_written_to(model, album, tmp_path):
 def test_two_runs_do_not_write_to_one_folder(model, album, tmp_path):
     with Manifest(tmp_path, {}, Share()), pytest.raises(BrixelError, match="another run writes to"):
         extract_files(model, find_pictures([album]), tmp_path)
+
+
+@pytest.mark.parametrize(("first", "second"), [(Share(0, 1), Share(1, 2)), (Share(1, 2), Share(0, 1))])
+def test_a_run_of_another_number_of_processes_does_not_write_along(tmp_path, first, second):
+    with Manifest(tmp_path, {}, first):
+        with pytest.raises(BrixelError, match="another run writes to"), Manifest(tmp_path, {}, second):
+            pass
+        with Manifest(tmp_path, {}, Share(1 - first.rank, 2)) if first.processes == 2 else contextlib.nullcontext():
+            pass  # its own kind does
+    with Manifest(tmp_path, {}, second):
+        pass
+
+
+def test_a_file_that_was_cut_short_is_made_again(model, album, tmp_path):
+    out = tmp_path / "out"
+    extract_files(model, find_pictures([album]), out)
+    os.truncate(out / "a.png.safetensors", 100)
+    report = extract_files(model, find_pictures([album]), out)
+    assert (report.written, report.skipped) == (1, 2)
+    assert verify(out) == []
+
+
+def test_features_that_do_not_fit_float16_are_listed(model, album, tmp_path):
+    large = copy.deepcopy(model)
+    with torch.no_grad():
+        large.head.out.bias += 1e6
+    report = extract_files(large, find_pictures([album]), tmp_path / "out", save_dtype=torch.float16)
+    assert report.written == 0
+    assert "a.png: its features do not fit float16; save as bfloat16" in str(report.failures[0][1])
+
+
+def test_what_the_writer_of_safetensors_says_of_a_full_disk_is_explained(model, album, tmp_path, monkeypatch):
+    def fail(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("brixel.feature_map.save_file", fail)
+    with pytest.raises(BrixelError, match="No space left on device.*start the same command again"):
+        extract_files(model, find_pictures([album]), tmp_path / "out")
 
 
 # ---------------------------------------------------------------- the manifest
@@ -276,11 +318,22 @@ def test_a_lost_shard_is_made_again(model, album, tmp_path):
     assert MapFolder(tmp_path)["b.JPG"].features.shape[0] == model.embed_dim
 
 
+def test_a_shard_that_was_not_noted_is_written_over(model, album, tmp_path):
+    out = tmp_path / "out"
+    extract_files(model, find_pictures([album]), out, shard_bytes=1)
+    before = maps_in(out)
+    manifest = out / "manifest-0.jsonl"
+    manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:-1]))
+    extract_files(model, find_pictures([album]), out, shard_bytes=1)
+    assert maps_in(out) == before
+
+
 def test_overwriting_shards_leaves_none_of_before(model, album, tmp_path):
     out = tmp_path / "out"
     extract_files(model, find_pictures([album]), out, shard_bytes=1)
     extract_files(model, find_pictures([album]), out, shard_bytes=2**30, overwrite=True)
-    assert sorted(path.name for path in out.iterdir()) == ["manifest-0.jsonl", "maps-0-00000.safetensors"]
+    names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    assert names == ["manifest-0.jsonl", "maps-0-00000.safetensors"]
 
 
 def test_what_is_saved_can_be_narrower(model, album, tmp_path):
@@ -382,7 +435,9 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(backbone_folder, t
     noted = len(MapFolder(out)) if manifests(out) else 0
     last = start(backbone_folder, source, out, *shards)
     assert last.communicate()[0] == f"{200 - noted} {noted}\n"
-    assert maps_in(out) == maps_in(tmp_path / "whole")
+    ours, theirs = maps_in(out), maps_in(tmp_path / "whole")
+    assert sorted(ours) == sorted(theirs)
+    assert [name for name in ours if ours[name] != theirs[name]] == []  # said without a comparison of the bytes
     pictures = [source.picture for each in read_manifests(out) for source in each.pictures]
     assert len(pictures) == len(set(pictures)) == 200
     assert verify(out) == []

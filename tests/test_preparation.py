@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -99,3 +100,32 @@ def test_a_stream_that_goes_on_over_what_cannot_be_used(model, picture, tmp_path
 def test_numbers_that_are_none(model, given):
     with pytest.raises(BrixelError, match="workers is .*; expected zero or a positive whole number"):
         model.stream([], workers=given)
+
+
+def test_a_buffer_that_is_filled_again_for_each_picture_streams_right(model):
+    """What its owner may change is prepared when it is taken, however far the stream reads ahead."""
+
+    def frames():
+        frame = np.zeros((28, 28, 3), np.uint8)
+        for level in (0, 100, 200):
+            frame[:] = level
+            yield frame
+
+    for level, ours in zip((0, 100, 200), model.stream(frames(), batch_size=2, workers=3), strict=True):
+        expected = model.extract(np.full((28, 28, 3), level, np.uint8)).features
+        torch.testing.assert_close(ours.features, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_frames_of_an_animation_stream_right(model, tmp_path):
+    """Of a PIL picture the frame that it stands at when it is given."""
+    frames = [Image.fromarray(np.full((28, 28, 3), level, np.uint8)) for level in (0, 100, 200)]
+    frames[0].save(tmp_path / "film.tiff", save_all=True, append_images=frames[1:])
+
+    def seeking():
+        with Image.open(tmp_path / "film.tiff") as film:
+            for number in range(3):
+                film.seek(number)
+                yield film
+
+    for ours, frame in zip(model.stream(seeking(), workers=3), frames, strict=True):
+        torch.testing.assert_close(ours.features, model.extract(frame).features, rtol=1e-5, atol=1e-5)

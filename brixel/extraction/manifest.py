@@ -60,8 +60,10 @@ class Manifest:
             raise BrixelError(
                 f"cannot write into {folder} ({error}); give another folder, or mend its permissions"
             ) from error
+        self._mark = -1
         try:
             _lock(self._file.fileno(), folder)
+            self._mark = _mark(folder, share)
             if share.processes == 1:
                 self._tidy(folder)
             if overwrite:
@@ -71,7 +73,7 @@ class Manifest:
             if self._file.tell() == 0:
                 self._append({"format_version": FORMAT_VERSION, "settings": dict(settings)})
         except BaseException:
-            self._file.close()
+            self._close()
             raise
 
     def add(self, written: Written) -> None:
@@ -84,6 +86,11 @@ class Manifest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._mark >= 0:
+            os.close(self._mark)
         self._file.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
@@ -175,6 +182,27 @@ def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str
             f"{path.parent} holds maps made with other settings ({'; '.join(wrong)}): give those that it was started "
             "with, another output folder, or --overwrite"
         )
+
+
+def _mark(folder: Path, share: Share) -> int:
+    """Hold an empty file that tells how many processes this run has; an error where one of another number runs.
+
+    The manifests' own locks would let processes of a larger run begin whose numbers the smaller one has not.
+    """
+    own = os.open(folder / f".run-{share.rank}-of-{share.processes}", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(own, folder)
+        for path in folder.glob(".run-*-of-*"):
+            if path.name.rpartition("-")[2] != str(share.processes):
+                other = os.open(path, os.O_RDWR)
+                try:
+                    _lock(other, folder)
+                finally:
+                    os.close(other)
+    except BaseException:
+        os.close(own)
+        raise
+    return own
 
 
 def _lock(handle: int, folder: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from brixel.atomic import atomic_path
-from brixel.extraction.manifest import Source, Written, shards
+from brixel.errors import BrixelError
+from brixel.extraction.manifest import Source, Written
 from brixel.feature_map import FeatureMap
 
 SHARD_KEY = "maps"  # in a shard's metadata: JSON of what each map's own file would hold beside its features
@@ -51,10 +53,11 @@ class Files:
 class Shards:
     """Safetensors files of up to ``limit_bytes`` of maps, by the pictures' places; a larger map has one to itself."""
 
-    def __init__(self, folder: Path, limit_bytes: int, rank: int) -> None:
+    def __init__(self, folder: Path, limit_bytes: int, rank: int, written: Iterable[Written] = ()) -> None:
         self._folder, self._limit_bytes, self._rank = folder, limit_bytes, rank
-        numbers = [int(path.stem.split("-")[2]) for path in shards(folder) if int(path.stem.split("-")[1]) == rank]
-        self._number = max(numbers, default=-1) + 1
+        # a shard that was written and not noted is written over
+        names = [Path(each.file).stem.split("-") for each in written]
+        self._number = max((int(name[2]) for name in names if int(name[1]) == rank), default=-1) + 1
         self._waiting: list[tuple[Source, FeatureMap]] = []
         self._bytes = 0
 
@@ -85,9 +88,16 @@ class Shards:
 
 
 def converted(feature_map: FeatureMap, dtype: torch.dtype | None, **meta: str) -> FeatureMap:
-    """The map in the dtype that is saved, and with more to tell."""
+    """The map in the dtype that is saved, and with more to tell; BrixelError where numbers are too large for that."""
     features = feature_map.features if dtype is None else feature_map.features.to(dtype)
+    if dtype == torch.float16 and features.isinf().any() and not feature_map.features.isinf().any():
+        raise BrixelError(f"{meta.get('picture', 'a map')}: its features do not fit float16; save as bfloat16")
     return dataclasses.replace(feature_map, features=features, meta={**feature_map.meta, **meta})
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file of maps, with those of what lies beside a `.npy`; OSError where either is missing."""
+    return sum(part.stat().st_size for part in _parts(path))
 
 
 def checksum(path: Path) -> tuple[int, str]:

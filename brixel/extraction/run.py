@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from brixel.ahead import Behind
 from brixel.config import digest
 from brixel.devices import dtype_name
 from brixel.errors import BrixelError
 from brixel.extraction.manifest import Manifest, Source, Written
-from brixel.extraction.outputs import Files, Output, Shards, converted
+from brixel.extraction.outputs import Files, Output, Shards, converted, size_of
 from brixel.extraction.progress import Progress
 from brixel.extraction.share import Share
+from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
 
 _WRITES_BEHIND = 2  # maps that may wait to be written
@@ -60,7 +62,9 @@ def extract_files(
     settings = _settings(model, short_side_px, kind, save_dtype, tiles)
     report, own = Report(), [each for each in pictures if share.holds(each[1].as_posix())]
     with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _stopping() as asked:
-        output: Output = Files(folder, ending) if shard_bytes is None else Shards(folder, shard_bytes, share.rank)
+        output: Output = (
+            Files(folder, ending) if shard_bytes is None else Shards(folder, shard_bytes, share.rank, manifest.written)
+        )
         todo = _todo(own, manifest, folder, report)
         if isinstance(output, Files) and not manifest.written and not overwrite:
             _check_free([output.path(source.picture) for _, source in todo])
@@ -76,11 +80,11 @@ def extract_files(
         behind = Behind[int](lambda count: _count(report, bar, count), depth=_WRITES_BEHIND)
         with bar, _explained(folder), behind as writer:
             for (picture, source), result in zip(todo, results, strict=False):
-                if isinstance(result, Exception):
-                    report.failures.append((picture, result))
+                made = _converted(result, save_dtype, picture)
+                if isinstance(made, Exception):
+                    report.failures.append((picture, made))
                     bar.add(1)
                 else:
-                    made = converted(result, save_dtype, picture=picture.name)
                     writer.do(partial(_note, manifest, partial(output.add, source, made)))
                 if asked():
                     break
@@ -88,6 +92,16 @@ def extract_files(
         if asked():
             raise KeyboardInterrupt
     return report
+
+
+def _converted(result: FeatureMap | Exception, save_dtype: torch.dtype | None, picture: Path) -> FeatureMap | Exception:
+    """The map as it is saved, or why there is none."""
+    if isinstance(result, Exception):
+        return result
+    try:
+        return converted(result, save_dtype, picture=picture.name)
+    except BrixelError as error:
+        return error
 
 
 def _note(manifest: Manifest, write: Callable[[], Written | None]) -> int:
@@ -146,8 +160,11 @@ def _todo(
 
 
 def _is_there(folder: Path, written: Written) -> bool:
-    """Whether a file is still there; `verify` is for what is in it."""
-    return (folder / written.file).is_file()
+    """Whether a file is still there, whole; `verify` is for what is in it."""
+    try:
+        return size_of(folder / written.file) == written.bytes
+    except OSError:
+        return False
 
 
 def _check_free(paths: Sequence[Path]) -> None:
@@ -163,7 +180,7 @@ def _check_free(paths: Sequence[Path]) -> None:
 def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how that library says of a full disk
         raise BrixelError(
             f"cannot write into {folder} ({error}); what was finished before is kept: make room, and start the same "
             "command again"
