@@ -11,6 +11,7 @@ from brixel.config import ADAPTER, BACKBONE, CONFIG, read_config
 from brixel.features import PathLike
 from brixel.hub import parse_repository
 from brixel.model_table import KnownBackbone, list_models
+from brixel.release import RELEASED
 from brixel.sources import Place, locate
 from brixel.student import UPSCALE, new_trainable
 
@@ -49,6 +50,7 @@ def describe_models() -> list[dict[str, str]]:
 
 
 def _describe_model(row: KnownBackbone) -> dict[str, str]:
+    released = ", ".join(name for name, each in RELEASED.items() if each.backbone == row.name)
     return {
         "name": row.name,
         "numbers": _millions(shapes_of(lambda: ViT(row.vit))),
@@ -56,7 +58,7 @@ def _describe_model(row: KnownBackbone) -> dict[str, str]:
         "width": str(row.vit.width),
         "licence": row.licence,
         "gated": "first source" if row.gated else "no",
-        "adapter": row.adapter or "train one",
+        "adapter": row.adapter or (f"released: {released}" if released else "train one"),
         "sources": ", ".join(row.sources) or "in the package",
     }
 
