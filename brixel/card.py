@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from brixel.atomic import atomic_path
+from brixel.atomic import write_text
 from brixel.backbones.vit_config import ForeignConfig
 from brixel.checkpoints import shapes_of
 from brixel.config import BackboneConfig, BrixelConfig
@@ -23,8 +23,7 @@ def write_card(folder: Path, text: str) -> None:
     path = folder / CARD
     if path.is_file() and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
         return
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def is_ours(card: str) -> bool:

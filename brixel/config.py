@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from brixel.atomic import atomic_path
+from brixel.atomic import write_text
 from brixel.backbones.protocol import Backbone, weights_of
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
@@ -127,8 +127,7 @@ def digest(parts: Iterable[nn.Module]) -> str:
 def write_config(path: Path, config: BrixelConfig) -> None:
     """Write `config.json`, whole or not at all."""
     content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_config(path: Path) -> BrixelConfig:

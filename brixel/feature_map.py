@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from brixel.atomic import atomic_path
+from brixel.atomic import atomic_path, write_text
 from brixel.devices import DTYPES, dtype_name
 from brixel.errors import BrixelError
 from brixel.pca import PcaBasis
@@ -171,9 +171,7 @@ class FeatureMap:
         """
         target = Path(path)
         _check_ending(target)
-        if target.is_dir() or not target.parent.is_dir():
-            what = "is a folder" if target.is_dir() else "cannot be written: its folder does not exist"
-            raise BrixelError(f"{target} {what}; give a file in a folder that exists")
+        check_place(target)
         shape, dtype = tuple(self.features.shape), dtype_name(self.features.dtype)
         fields = dict(zip(FIELDS, (self.image_hw, self.stride, dict(self.meta), shape, dtype), strict=True))
         with atomic_path(target) as unfinished:
@@ -254,10 +252,16 @@ def _check_ending(path: Path) -> None:
         raise BrixelError(f"{path} ends in {path.suffix!r}; name a feature map *.safetensors or *.npy")
 
 
+def check_place(path: Path) -> None:
+    """Raise BrixelError where no file can be: a folder has that name, or its own folder is missing."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "cannot be written: its folder does not exist"
+        raise BrixelError(f"{path} {what}; give a file in a folder that exists")
+
+
 def write_sidecar(path: Path, fields: Mapping[str, Any]) -> None:
     """Write what a ``.npy`` cannot say of its map, FIELDS, into the file beside it."""
-    with atomic_path(_sidecar(path)) as unfinished:
-        unfinished.write_text(json.dumps({VERSION_KEY: VERSION, **fields}, indent=1))
+    write_text(_sidecar(path), json.dumps({VERSION_KEY: VERSION, **fields}, indent=1))
 
 
 def _sidecar(path: Path) -> Path:

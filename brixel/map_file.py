@@ -11,7 +11,7 @@ from torch import Tensor
 from brixel.atomic import atomic_path
 from brixel.devices import dtype_name
 from brixel.errors import BrixelError
-from brixel.feature_map import FeatureMap, write_sidecar
+from brixel.feature_map import FeatureMap, check_place, write_sidecar
 
 
 def check_map_path(path: str | os.PathLike[str]) -> Path:
@@ -19,9 +19,7 @@ def check_map_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix != ".npy":
         raise BrixelError(f"{target} ends in {target.suffix!r}; a map is written as it is made to *.npy alone")
-    if target.is_dir() or not target.parent.is_dir():
-        what = "is a folder" if target.is_dir() else "cannot be written: its folder does not exist"
-        raise BrixelError(f"{target} {what}; give a file in a folder that exists")
+    check_place(target)
     return target
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from brixel import panel
-from brixel.atomic import atomic_path
+from brixel.atomic import write_text
 from brixel.errors import BrixelError
 from brixel.features import BrixelFeatures
 from brixel.geometry import NATIVE
@@ -112,5 +112,4 @@ def tell(text: str, output: Path | None) -> None:
     """Print a text, and write it to a file if one is named, whole or not at all."""
     print(text)
     if output is not None:
-        with atomic_path(output) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(output, text + "\n")

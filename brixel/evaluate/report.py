@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brixel.atomic import atomic_path
+from brixel.atomic import write_text
 from brixel.errors import BrixelError
+from brixel.panel import check_folder
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,12 @@ def check_markdown(path: Path | None) -> None:
         raise BrixelError(
             f"{path}: expected a name that ends in .md; the same figures go to {path.with_suffix('.json')}"
         )
-    if not path.parent.is_dir():
-        raise BrixelError(f"no folder {path.parent} to write {path.name} into")
+    check_folder(path)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_report(report: Report, command: str, path: Path | None) -> None:
@@ -89,5 +88,4 @@ def write_report(report: Report, command: str, path: Path | None) -> None:
     print(text)
     if path is not None:
         write_json(path.with_suffix(".json"), report.content(command))
-        with atomic_path(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from brixel.atomic import atomic_path
+from brixel.atomic import write_text
 from brixel.errors import BrixelError, did_you_mean
 from brixel.evaluate.report import Report, write_json
 from brixel.evaluate.tasks import FIELDS, Task
@@ -103,8 +103,7 @@ def run_suite(
     reports = list(merged([Report.from_content(each) for each in contents]))
     text = "\n\n".join(["# Evaluation", *(report.markdown(command, level=2) for report in reports)])
     write_json(out / "report.json", [report.content(command) for report in reports])
-    with atomic_path(out / "report.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_text(out / "report.md", text + "\n")
     return text
 
 

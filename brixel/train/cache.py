@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from brixel.atomic import atomic_path
+from brixel.atomic import write_text
 from brixel.errors import BrixelError
 from brixel.train.data import CropBatch, CropDataset, collate
 
@@ -208,5 +208,4 @@ def _read(folder: Path) -> tuple[dict[str, Any], int, list[str]]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from brixel.atomic import atomic_path
+from brixel.atomic import write_text
 from brixel.errors import BrixelError, did_you_mean
 from brixel.losses import LossWeights
 
@@ -147,8 +147,7 @@ def write_settings(path: Path, config: TrainConfig) -> None:
     # JSON's strings, numbers, booleans and flat lists are TOML's, too, but for one control character
     written = {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()}
     lines = [f"{name} = {text}\n".replace("\x7f", "\\u007f") for name, text in written.items()]
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def differences(one: TrainConfig, other: TrainConfig) -> list[str]:

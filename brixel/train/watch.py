@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from brixel.atomic import atomic_path
+from brixel.atomic import write_text
 from brixel.panel import enlarge, labelled, save, stacked
 from brixel.pca import PcaBasis
 
@@ -26,8 +26,7 @@ class Metrics:
         self.path = path
         kept = [record for record in self.records() if record["step"] <= done_steps]
         text = "".join(f"{json.dumps(record)}\n" for record in kept)
-        with atomic_path(path) as temporary:  # a run may be killed here, too
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)  # a run may be killed here, too
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a record, which has at least a ``step``."""
