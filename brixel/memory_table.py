@@ -1,10 +1,12 @@
 """The smallest limits of memory that work, by architecture, size and dtype; random weights, predicted and measured."""
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from brixel.benchmark import random_student
 from brixel.devices import dtype_name, machine
@@ -68,15 +70,26 @@ def _row(architecture: str, student: Student, way: Way, job: Job, *, run: bool) 
 def measure_peak(student: Student, way: Way, job: Job) -> tuple[int, float]:
     """Peak bytes and seconds of computing a job of noise on the CPU, counted as :func:`predict_peak` counts."""
     pictures = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
-    rooms = new_results(student, torch.stack(pictures)) if job.to_file else None
     counter = LiveBytes("cpu")
-    with counter:
-        counter.track(weights_and_buffers(student))
-        counter.track(pictures)
-        counter.leave_out(rooms or [])
-        start = time.perf_counter()
-        run_job(student, way, pictures, rooms)
-        return counter.peak, time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        rooms = _rooms_in(folder, student, job) if job.to_file else None
+        with counter:
+            counter.track(weights_and_buffers(student))
+            counter.track(pictures)
+            counter.leave_out(rooms or [])
+            start = time.perf_counter()
+            run_job(student, way, pictures, rooms)
+            return counter.peak, time.perf_counter() - start
+
+
+def _rooms_in(folder: str, student: Student, job: Job) -> list[Tensor]:
+    """Room for the maps of a job in files, which is where it is while a map is written to one."""
+    wanted = new_results(student, torch.empty(1, 3, *job.padded_hw).expand(job.batch, -1, -1, -1))
+    paths = [f"{folder}/{number}" for number in range(job.batch)]
+    return [
+        torch.from_file(path, shared=True, size=room.numel(), dtype=room.dtype).view(room.shape)
+        for path, room in zip(paths, wanted, strict=True)
+    ]
 
 
 def report(rows: Sequence[Row], command: str) -> str:

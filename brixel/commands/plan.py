@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from brixel.commands.options import (
     REPORT_HELP,
     add_memory_options,
@@ -16,10 +18,12 @@ from brixel.commands.options import (
     print_table,
     tell,
 )
+from brixel.devices import choose_dtype
 from brixel.errors import BrixelError
-from brixel.memory_plan import Plan
+from brixel.limit_table import limit_report, limit_table
+from brixel.memory_plan import Plan, check_tiles
 from brixel.memory_table import ARCHITECTURES, SIDES, memory_table, report
-from brixel.sizes import bytes_text
+from brixel.sizes import bytes_text, parse_bytes
 
 
 def add(commands: Any) -> None:
@@ -29,8 +33,11 @@ def add(commands: Any) -> None:
     one.add_argument("--batch-size", type=positive, default=1, help="pictures of that size at once; default: 1")
     one.add_argument("--to-file", action="store_true", help="as if the map went to a file rather than to memory")
     one.add_argument("--table", action="store_true", help="instead: the least memory of random weights, by size")
-    one.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="NAME", help="of the table")
-    one.add_argument("--sides", nargs="+", type=positive, default=SIDES, metavar="PX", help="of the table's pictures")
+    one.add_argument(
+        "--limits", nargs="+", default=(), metavar="AMOUNT", help="instead: run random weights within these, and count"
+    )
+    one.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="NAME", help="of the tables")
+    one.add_argument("--sides", nargs="+", type=positive, default=SIDES, metavar="PX", help="of the tables' pictures")
     one.add_argument("--measure", nargs="+", default=(), metavar="NAME", help="architectures that are also run")
     one.add_argument("--measure-up-to", type=positive, default=256, metavar="PX", help="sides of those; default: 256")
     one.add_argument("-o", "--output", type=Path, help=REPORT_HELP)
@@ -53,8 +60,19 @@ def _plan(options: argparse.Namespace) -> int:
         )
         tell(report(rows, options.command), options.output)
         return 0
+    if options.limits:
+        check_report(options.output)
+        found = limit_table(
+            options.architectures,
+            options.sides,
+            [parse_bytes(each) for each in options.limits],
+            dtype=choose_dtype(options.dtype, torch.device("cpu")),
+            tiles=check_tiles(options.tiles),
+        )
+        tell(limit_report(list(found), options.command), options.output)
+        return 0
     if options.size is None:
-        raise BrixelError("no size given; expected HEIGHTxWIDTH such as 4096x4096, or --table")
+        raise BrixelError("no size given; expected HEIGHTxWIDTH such as 4096x4096, or --table, or --limits")
     plan = load(options).plan(
         options.size,
         batch=options.batch_size,
