@@ -8,7 +8,7 @@ from torch import Tensor
 from brixel.errors import BrixelError
 from brixel.feature_map import FeatureMap
 from brixel.geometry import Geometry, plan_geometry
-from brixel.images import ImageInput, load_image, preprocess
+from brixel.images import ImageInput, opened, preprocess
 from brixel.ways import crop
 
 
@@ -61,10 +61,11 @@ class Preparation:
 
         ``check`` may refuse that size before the pixels are made. Raises ImageError for a picture that cannot be used.
         """
-        planes = load_image(image)
-        geometry = plan_geometry((planes.shape[1], planes.shape[2]), self.patch_px, self.short_side_px)
-        if check is not None:
-            check(geometry.padded_hw)
+        with opened(image) as picture:
+            geometry = plan_geometry(picture.image_hw, self.patch_px, self.short_side_px)
+            if check is not None:
+                check(geometry.padded_hw)
+            planes = picture.read(geometry.resized_hw)
         height, width = geometry.resized_hw
         placement = Placement(geometry, {**self.meta, "resized_hw": f"{height}x{width}"})
         return preprocess(planes, geometry, self.mean, self.std), placement

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from brixel.errors import ImageError
 from brixel.geometry import MAX_PIXELS, plan_geometry
-from brixel.images import load_image, preprocess
+from brixel.images import load_image, opened, preprocess
 
 Array = np.ndarray[Any, Any]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -679,3 +679,99 @@ def test_preprocess_clamps_the_overshoot() -> None:
 def test_preprocess_wants_the_planned_picture() -> None:
     with pytest.raises(AssertionError, match=r"\(3, 8, 9\) does not fit Geometry\(image_hw=\(9, 8\)"):
         preprocess(torch.rand(3, 8, 9), plan_geometry((9, 8), 16, "native"), MEAN, STD)
+
+
+# ---------------------------------------------------------------- JPEG files of which far fewer pixels are wanted
+
+
+def photograph(height: int, width: int) -> Image.Image:
+    """Waves of many lengths and some noise: nothing that a reduction could leave as it is by luck."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / length + y / (2 * length)) for length in (3, 17, 90)], -1)
+    noise = np.random.default_rng(0).normal(0, 6, waves.shape)
+    return Image.fromarray((128 + 90 * waves + noise).clip(0, 255).astype("uint8"))
+
+
+@pytest.mark.parametrize(
+    ("image_hw", "short_side_px", "orientation", "reduction"),
+    [
+        ((1200, 1600), 96, 1, 4),
+        ((1200, 1600), 96, 6, 4),
+        ((1200, 1600), 96, 3, 4),
+        ((1201, 1603), 96, 1, 4),
+        ((1202, 1602), 96, 8, 2),  # what is rounded up would come to lie at the left or top
+        ((1201, 1603), 96, 3, 1),
+        ((1007, 763), 64, 1, 2),
+        ((1007, 767), 31, 1, 8),
+        ((400, 600), 200, 1, 1),
+    ],
+)
+def test_a_large_jpeg_is_decoded_smaller(
+    tmp_path: Path, image_hw: tuple[int, int], short_side_px: int, orientation: int, reduction: int
+) -> None:
+    """Near to the whole one resized: on average by less than what eight bits round away, and not moved."""
+    path, exif = tmp_path / "large.jpg", Image.Exif()
+    exif[0x0112] = orientation
+    photograph(*image_hw).save(path, quality=92, exif=exif)
+    whole = load_image(path)
+    upright_hw = image_hw if orientation < 5 else image_hw[::-1]
+    geometry = plan_geometry(upright_hw, 16, short_side_px)
+    with opened(path) as picture:
+        assert picture.image_hw == upright_hw
+        planes = picture.read(geometry.resized_hw)
+    assert planes.shape == (3, *(-(-side // reduction) for side in upright_hw))
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    error = 255 * (preprocess(planes, geometry, **plain) - preprocess(whole, geometry, **plain))
+    error = error[:, : geometry.resized_hw[0], : geometry.resized_hw[1]]
+    assert error.abs().mean() < 0.5
+    assert error.abs().max() < 8  # of the last pixels, where the reduction's own reach over the edge
+    assert (reduction == 1) == (not error.any())
+
+
+def test_a_reduced_jpeg_is_not_moved(tmp_path: Path) -> None:
+    """The mean place of a bright spot near the end of a side, of which the reduction rounds the length up."""
+    y, x = np.mgrid[:1001, :1001]
+    spot = 255 * np.exp(-((x - 930) ** 2 + (y - 930) ** 2) / (2 * 30**2))
+    Image.fromarray(spot.astype("uint8")).save(tmp_path / "spot.jpg", quality=95)
+    geometry = plan_geometry((1001, 1001), 1, 40)
+
+    def place(planes: Tensor) -> float:
+        light = preprocess(planes, geometry, (0, 0, 0), (1, 1, 1))[0, 30:, 30:].sum(0)
+        return float((light * torch.arange(len(light))).sum() / light.sum())
+
+    with opened(tmp_path / "spot.jpg") as picture:
+        reduced = picture.read(geometry.resized_hw)
+    assert reduced.shape == (3, 126, 126)
+    assert abs(place(reduced) - place(load_image(tmp_path / "spot.jpg"))) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_modes_of_jpeg_are_reduced_too(tmp_path: Path, mode: str) -> None:
+    photograph(800, 800).convert(mode).save(tmp_path / "large.jpg")
+    with opened(tmp_path / "large.jpg") as picture:
+        assert picture.read((64, 64)).shape == (3, 200, 200)
+
+
+def test_a_jpeg_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    photograph(300, 300).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
+    with opened(tmp_path / "cut.jpg") as picture:
+        assert picture.image_hw == (300, 300)  # what does not fit into memory is told by now
+        with pytest.raises(ImageError, match=r"cut.jpg: cannot be decoded"):
+            picture.read((300, 300))
+
+
+def test_pictures_that_are_no_jpeg_files_are_read_whole(tmp_path: Path) -> None:
+    photograph(800, 800).save(tmp_path / "large.png")
+    for image in (tmp_path / "large.png", photograph(800, 800), np.asarray(photograph(800, 800))):
+        with opened(image) as picture:
+            assert picture.read((64, 64)).shape == (3, 800, 800)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1"])
+def test_tall_pictures_are_brought_to_planes_some_rows_after_others(mode: str) -> None:
+    image = photograph(700, 9).convert(mode)
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(np.arange(700 * 9, dtype="uint8").reshape(700, 9)))
+    rows = [load_image(image.crop((0, row, 9, row + 1))) for row in range(700)]
+    assert torch.equal(load_image(image), torch.cat(rows, 1))
