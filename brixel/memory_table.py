@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,20 +37,20 @@ class Row:
 
 
 def memory_table(
-    architectures: Sequence[str], sides_px: Sequence[int], *, measured: Sequence[str] = (), measure_up_to_px: int = 256
+    architectures: Sequence[str], sides_px: Sequence[int], *, measured: Mapping[str, int] | None = None
 ) -> list[Row]:
     """Rows for whole passes, exact pieces and tiles of square pictures.
 
-    ``measured``: architectures whose pictures up to ``measure_up_to_px`` a side are computed as well.
+    ``measured``: by architecture, the side up to which pictures are computed as well.
 
     On the CPU, the map going to a file. Where nothing is computed the weights are never made.
     """
-    rows = []
-    for architecture in architectures:
+    rows, measured = [], measured or {}
+    for architecture in (*architectures, *measured):
         known_backbone(architecture)  # an error should not cost the time of those before it
     for architecture in architectures:
         for dtype in DTYPES:
-            largest_px = measure_up_to_px if architecture in measured else 0
+            largest_px = measured.get(architecture, 0)
             with torch.device("cpu" if largest_px else "meta"):
                 student = random_student(architecture).to(dtype)
             for side_px in sides_px:

@@ -6,6 +6,7 @@ import torch
 from brixel.cli import main
 from brixel.errors import BrixelError
 from brixel.limit_table import limit_report, limit_table
+from brixel.memory_table import memory_table
 
 MIB = 2**20
 
@@ -28,6 +29,8 @@ def test_what_is_counted_stays_within_limit_and_prediction():
 def test_wrong_names_and_amounts_are_refused_before_anything_runs(capsys):
     with pytest.raises(BrixelError, match="did you mean 'dinov3-vits16'"):
         next(limit_table(["dinov3-vits1"], [64], [MIB], dtype=torch.float32, tiles="auto"))
+    with pytest.raises(BrixelError, match="did you mean 'dinov3-vits16'"):
+        memory_table([], [64], measured={"dinov3-vits1": 64})
     assert main(["plan", "--limits", "much", "--architectures", "dinov3-vits16"]) == 2
     assert "much" in capsys.readouterr().err
 

@@ -443,7 +443,7 @@ def test_extract_and_show_take_a_limit(waves, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_table_is_predicted_without_weights_and_measured_where_asked():
-    rows = memory_table(["dinov3-vits16"], [64, 128], measured=["dinov3-vits16"], measure_up_to_px=64)
+    rows = memory_table(["dinov3-vits16"], [64, 128], measured={"dinov3-vits16": 64})
     assert {(row.kind, row.side_px) for row in rows} == {
         (kind, side_px) for kind in ("whole", "pieces") for side_px in (64, 128)
     }

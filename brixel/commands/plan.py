@@ -38,8 +38,9 @@ def add(commands: Any) -> None:
     )
     one.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="NAME", help="of the tables")
     one.add_argument("--sides", nargs="+", type=positive, default=SIDES, metavar="PX", help="of the tables' pictures")
-    one.add_argument("--measure", nargs="+", default=(), metavar="NAME", help="architectures that are also run")
-    one.add_argument("--measure-up-to", type=positive, default=256, metavar="PX", help="sides of those; default: 256")
+    one.add_argument(
+        "--measure", nargs="+", default=(), type=_measured, metavar="NAME=PX", help="also run, up to that side"
+    )
     one.add_argument("-o", "--output", type=Path, help=REPORT_HELP)
     add_model_options(one)
     add_memory_options(one)
@@ -52,12 +53,17 @@ def _size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _measured(text: str) -> tuple[str, int]:
+    name, equals, side = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an architecture and a side, such as dinov3-vits16=512")
+    return name, positive(side)
+
+
 def _plan(options: argparse.Namespace) -> int:
     if options.table:
         check_report(options.output)
-        rows = memory_table(
-            options.architectures, options.sides, measured=options.measure, measure_up_to_px=options.measure_up_to
-        )
+        rows = memory_table(options.architectures, options.sides, measured=dict(options.measure))
         tell(report(rows, options.command), options.output)
         return 0
     if options.limits:
