@@ -12,7 +12,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.live_bytes import copy_with, storage_bytes
-from brixel.memory_plan import Job, Plan, check_tiles, choose_way, describe_way, surely_fits
+from brixel.memory_plan import (
+    Job,
+    Plan,
+    bound_bytes,
+    check_tiles,
+    choose_way,
+    describe_way,
+    predict_peak,
+    surely_fits,
+)
 from brixel.sizes import MARGIN, bytes_text, free_bytes, parse_bytes
 from brixel.student import UPSCALE, Student
 from brixel.ways import Way, maps_of, run_way, smaller
@@ -34,15 +43,20 @@ class BoundedRun:
     """The dense maps of a run of pictures. What was learned of memory in one batch holds for those after it.
 
     ``limit``: bytes or text such as "4GiB", weights included; None: what is free on the device, less a margin.
-    ``tiles``: "auto", "never" or "always"; see :class:`brixel.memory_plan.Plan`.
+    ``tiles``: "auto", "never" or "always"; see :class:`brixel.memory_plan.Plan`. ``batch``: how many pictures will be
+    asked for at once, for :meth:`room` and :meth:`window`.
     """
 
-    def __init__(self, student: Student, *, limit: int | str | None = None, tiles: str = "auto") -> None:
+    def __init__(
+        self, student: Student, *, limit: int | str | None = None, tiles: str = "auto", batch: int = 1
+    ) -> None:
         self._student = student
         self._tiles = check_tiles(tiles)
         self._is_given = limit is not None
         self._weights = storage_bytes(student)
         self._limit = self._free(student.head.out.weight.device) if limit is None else parse_bytes(limit)
+        self._batch = batch
+        self._most_a_picture = self._most_waiting = 0  # bytes of the largest picture so far: in work, and waiting
         self._on_host: Student | None = None
         self._ways: dict[Job, tuple[Way, bool]] = {}
         self._all_on_host = False
@@ -71,9 +85,41 @@ class BoundedRun:
     def check(self, padded_hw: tuple[int, int], *, to_file: bool = False) -> None:
         """Raise MemoryLimitError where a picture of that size cannot be computed, before its pixels exist."""
         job, weight = Job(1, padded_hw, to_file), self._student.head.out.weight
-        self._way(job)
+        way, on_host = self._way(job)
+        if not on_host:
+            self._most_a_picture = max(self._most_a_picture, self._need(way, job) - self._weights)
         rows, columns = (UPSCALE * cells for cells in job.grid_hw(self._student))
-        check_host(padded_hw, 0 if to_file else weight.shape[0] * rows * columns * weight.element_size())
+        map_bytes = 0 if to_file else weight.shape[0] * rows * columns * weight.element_size()
+        self._most_waiting = max(self._most_waiting, 3 * 4 * padded_hw[0] * padded_hw[1] + map_bytes)
+        check_host(padded_hw, map_bytes)
+
+    def room(self) -> int:
+        """Bytes of the computer's memory for what waits: pictures made ready ahead, maps whose turn has not come.
+
+        Where the model is on the CPU, what the limit leaves beside batches of the largest picture so far; else a
+        quarter of what is free.
+        """
+        if self._student.head.out.weight.device != _HOST:
+            free = free_bytes(_HOST)
+            return sys.maxsize if free is None else free // 4
+        return max(0, self._limit - self._weights - self._batch * self._most_a_picture)
+
+    def window(self) -> int:
+        """Pictures and maps that may be held: a batch, and as many as half of :meth:`room` is enough for.
+
+        Maps of one batch may share their memory, which is free when the last of them is.
+        """
+        spare = self.room() // 2 - (self._batch - 1) * self._most_waiting
+        return self._batch + max(0, spare) // max(1, self._most_waiting)
+
+    def _need(self, way: Way, job: Job) -> int:
+        """Bytes that a job takes, weights included: predicted where it was for the choice, else bound from above."""
+        if self._is_trusting(job):
+            return self._weights + bound_bytes(self._student, job)
+        try:
+            return predict_peak(self._student, way, job)
+        except Exception:  # a backbone of someone else's that does not run without data
+            return self._limit
 
     def plan(self, job: Job) -> Plan:
         """How a job will be computed."""
@@ -106,8 +152,7 @@ class BoundedRun:
         student = self._student
         if self._all_on_host:
             return self._choose_on_host(job), True
-        trusting = not self._is_given and self._tiles != "always"
-        if trusting and surely_fits(student, job, self._limit - self._weights):
+        if self._is_trusting(job):
             return Way("whole", batch=job.batch), False
         try:
             return choose_way(student, job, self._limit, self._tiles), False
@@ -122,6 +167,11 @@ class BoundedRun:
                     f"({type(error).__name__}: {error}); leave out memory_limit"
                 ) from error
             return Way("whole", batch=job.batch), False
+
+    def _is_trusting(self, job: Job) -> bool:
+        """Whether there is so much memory that nothing need be predicted."""
+        usual = not self._is_given and self._tiles != "always"
+        return usual and surely_fits(self._student, job, self._limit - self._weights)
 
     def _free(self, device: torch.device) -> int:
         """What is free on a device less a margin, and the weights that lie there; no bound where it is not known."""

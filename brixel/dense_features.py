@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from brixel.memory_plan import Job, Plan
 from brixel.modes import evaluating
 from brixel.preparation import Placement, Preparation
 from brixel.student import UPSCALE, Student
+from brixel.ways import to_host
 
 PathLike = str | os.PathLike[str]
 
@@ -135,7 +137,7 @@ class DenseFeatures(Student):
         workers: int = 2,
     ) -> Iterator[FeatureMap | Exception]:
         """:meth:`stream` that goes on: for a picture that cannot be used, its error takes the place of its map."""
-        run = BoundedRun(self, limit=memory_limit, tiles=tiles)
+        run = BoundedRun(self, limit=memory_limit, tiles=tiles, batch=batch_size)
         return self._stream(run, images, batch_size=batch_size, short_side_px=short_side_px, workers=workers)
 
     def prepare(self, image: ImageInput, *, short_side_px: int | str | None = None) -> tuple[Tensor, Placement]:
@@ -175,14 +177,14 @@ class DenseFeatures(Student):
     def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
         """The frozen backbone's own map of the picture, prepared as in :meth:`extract`: what brixel starts from."""
 
-        def forward(pixels: Tensor) -> Tensor:
-            return self.backbone_features(pixels.to(self.device, self.dtype))
+        def forward(pixels: Tensor) -> list[Tensor]:
+            return [to_host(each) for each in self.backbone_features(pixels.to(self.device, self.dtype))]
 
         return next(_or_raise(self._stream(forward, [image], short_side_px=short_side_px)))
 
     def _stream(
         self,
-        forward: BoundedRun | Callable[[Tensor], Tensor],
+        forward: Callable[[Tensor], Sequence[Tensor]],
         images: Iterable[ImageInput],
         *,
         batch_size: int = 1,
@@ -201,7 +203,13 @@ class DenseFeatures(Student):
             except (BrixelError, FileNotFoundError) as error:
                 return None, error
 
-        def run(pixels: Tensor) -> Sequence[Tensor] | Tensor:
+        def room() -> int:
+            return sys.maxsize if bounded is None else bounded.room() // 2
+
+        def window() -> int:
+            return sys.maxsize if bounded is None else bounded.window()
+
+        def run(pixels: Tensor) -> Sequence[Tensor]:
             with evaluating(self):
                 return forward(pixels)
 
@@ -212,8 +220,16 @@ class DenseFeatures(Student):
             tiles = "" if bounded is None else bounded.tiles_of(features)
             return placement.feature_map(features, meta=_told(tiles), in_place=True)
 
-        prepared = ahead(prepare, images, workers=workers, depth=batch_size + 2 * workers, at_once=_in_memory)
-        return itertools.starmap(finish, run_batches(run, prepared, batch_size=batch_size))
+        prepared = ahead(
+            prepare,
+            images,
+            workers=workers,
+            depth=batch_size + 2 * workers,
+            at_once=_in_memory,
+            size=_pixel_bytes,
+            room=room,
+        )
+        return itertools.starmap(finish, run_batches(run, prepared, batch_size=batch_size, window=window))
 
     def _meta(self) -> Mapping[str, str]:
         """What makes the maps, kept in their files."""
@@ -225,6 +241,10 @@ class DenseFeatures(Student):
 def _in_memory(image: ImageInput) -> bool:
     """Whether a picture is no file: its owner may fill the same array again, or seek to another frame."""
     return not isinstance(image, (str, os.PathLike))
+
+
+def _pixel_bytes(prepared: tuple[Tensor | None, object]) -> int:
+    return 0 if prepared[0] is None else prepared[0].nbytes
 
 
 def _told(tiles: str) -> Mapping[str, str]:

@@ -1,5 +1,6 @@
 """The one loop over batches in the library. It takes any callable and knows no model."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,16 +25,21 @@ class _Place(Generic[Tag]):
 
 
 def run_batches(
-    forward: Forward, items: Iterable[tuple[Tensor | None, Tag]], *, batch_size: int
+    forward: Forward,
+    items: Iterable[tuple[Tensor | None, Tag]],
+    *,
+    batch_size: int,
+    window: Callable[[], int] = lambda: sys.maxsize,
 ) -> Iterator[tuple[Tensor | None, Tag]]:
     """Run ``forward`` over pictures, lazily and in order; yields one result for each, with its tag.
 
     ``items``: pixels (3, H, W) with anything that belongs to them; one without pixels comes out as it is, at its place.
     Pictures of one size share a batch of at most ``batch_size``, also where others lie between them: at most
-    ``WINDOW`` batches' worth of pictures and results are held. After a full batch no item is asked for before its
-    results were taken, as far as the order lets them. Where ``items`` raises, the results of those before come first.
+    ``WINDOW`` batches' worth of pictures and results are held, and no more than ``window()`` of them. After a full
+    batch no item is asked for before its results were taken, as far as the order lets them. Where ``items`` raises,
+    the results of those before come first.
     """
-    window = WINDOW * batch_size if batch_size > 1 else 1
+    most = WINDOW * batch_size if batch_size > 1 else 1
     order: deque[_Place[Tag]] = deque()
     groups: dict[torch.Size, list[_Place[Tag]]] = {}  # what waits for its batch, the size of the oldest first
     iterator = iter(items)
@@ -53,7 +59,7 @@ def run_batches(
             if len(group) == batch_size:
                 _run(forward, groups.pop(place.pixels.shape))
         yield from _finished(order)
-        if len(order) >= window:  # the first of them waits for its batch to fill: no longer
+        while order and len(order) >= min(most, window()):  # the first of them waits for its batch to fill: no longer
             _run(forward, groups.pop(_shape(order[0])))
             yield from _finished(order)
     for group in groups.values():

@@ -115,12 +115,16 @@ def run_job(
 
 def surely_fits(student: Student, job: Job, spare_bytes: int) -> bool:
     """Whether a whole pass fits beside the weights, by a bound from above that costs nothing to compute."""
+    return bound_bytes(student, job) < spare_bytes and _is_counted(student, Way("whole", batch=job.batch), job)
+
+
+def bound_bytes(student: Student, job: Job) -> int:
+    """More than a whole pass takes beside the weights."""
     height, width = job.grid_hw(student)
     patch_px, channels = student.backbone.patch_px, student.backbone.width
     # per patch: dense maps twice, queries, tokens and what attention and feed-forward make of them; points; the stem
     elements = (2 * UPSCALE**2 + 60) * channels + 8 * _INDICES_PER_PATCH + 4 * _STEM_PER_PIXEL * patch_px**2
-    need = 8 * job.batch * height * width * elements
-    return need < spare_bytes and _is_counted(student, Way("whole", batch=job.batch), job)
+    return 8 * job.batch * height * width * elements
 
 
 def _is_counted(student: Student, way: Way, job: Job) -> bool:

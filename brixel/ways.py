@@ -14,6 +14,8 @@ from brixel.pieces import dense_in_pieces
 from brixel.student import UPSCALE, Student
 from brixel.tiling import Tiling, blend_weights, plan_tiling
 
+_CHANNELS = 32  # of a map that are put in order at a time, on their way to the CPU
+
 TILE_SIDES = (64, 48, 32, 24, 16, 12, 8)
 """Tiles that are tried, in patches: at 64 attention is as dear as all else of a ViT-B, beyond it soon dearer."""
 
@@ -61,14 +63,14 @@ def new_results(student: Student, pixels: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def maps_of(student: Student, way: Way, pixels: Tensor, *, sketch: bool = False) -> list[Tensor]:
-    """The maps (D, 4h, 4w) of ``pixels`` (B, 3, H, W), which lie on the CPU.
+    """The maps (D, 4h, 4w) of ``pixels`` (B, 3, H, W), both on the CPU.
 
-    A batch that goes through whole leaves its maps where it was computed, channels last in memory; else each is a
-    tensor of its own on the CPU. ``sketch``: see :func:`run_way`.
+    Those of a batch that a model on the CPU computed whole share their memory, channels last. ``sketch``: see
+    :func:`run_way`.
     """
     if way.kind == "whole" and way.batch >= pixels.shape[0]:
         weight = student.head.out.weight
-        return list(student(pixels.to(weight.device, weight.dtype)))
+        return [to_host(each) for each in student(pixels.to(weight.device, weight.dtype))]
     results = new_results(student, pixels)
     run_way(student, way, pixels, results, sketch=sketch)
     return results
@@ -115,6 +117,19 @@ def _run_tiles(student: Student, tiling: Tiling, picture: Tensor, result: Tensor
         dense, share = dense[:, : cells.shape[1], : cells.shape[2]], share[: cells.shape[1], : cells.shape[2]]
         cells.addcmul_(dense.to(result.device, result.dtype), share)
         del part, dense
+
+
+def to_host(features: Tensor) -> Tensor:
+    """A map (D, H, W) on the CPU; from another device a contiguous one, put in order there, some channels at a time."""
+    return features if features.device.type == "cpu" else copy_by_channels(features)
+
+
+def copy_by_channels(features: Tensor) -> Tensor:
+    """A contiguous copy of a map (D, H, W) on the CPU, through little more memory of the map's own device."""
+    copied = torch.empty(features.shape, dtype=features.dtype)
+    for target, part in zip(copied.split(_CHANNELS), features.split(_CHANNELS), strict=True):
+        target.copy_(part.contiguous())
+    return copied
 
 
 def crop(features: Tensor, map_hw: tuple[int, int]) -> Tensor:

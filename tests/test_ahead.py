@@ -105,3 +105,19 @@ def test_what_may_change_is_done_when_it_is_taken():
     here = threading.get_ident()
     where = ahead(lambda _: threading.get_ident(), range(6), workers=2, at_once=lambda number: number % 2 == 0)
     assert [each == here for each in where] == [True, False] * 3
+
+
+@pytest.mark.parametrize(("room", "most"), [(0, 1), (10, 1), (39, 3), (10**9, 6)])
+def test_no_more_bytes_are_made_ahead_than_there_is_room_for(room, most):
+    begun = []
+
+    def items():
+        for number in range(12):
+            begun.append(number)
+            yield number
+
+    ahead_of_taker = []
+    for taken, _ in enumerate(ahead(str, items(), workers=2, depth=6, size=lambda made: 13, room=lambda: room)):
+        ahead_of_taker.append(len(begun) - taken)
+    assert ahead_of_taker[0] == 1  # nothing is known of sizes yet
+    assert max(ahead_of_taker) == most

@@ -82,3 +82,19 @@ def test_results_can_take_part_in_training():
     (result, _), *_ = run_batches(lambda batch: batch * weight, pictures(2), batch_size=1)
     assert not result.requires_grad
     (result * weight).sum().backward()
+
+
+@pytest.mark.parametrize(("window", "first"), [(99, (4, 3, 5, 5)), (4, (1, 3, 4, 4))])
+def test_no_more_is_held_than_allowed(window, first):
+    calls = []
+    results = run_batches(recorder(calls), pictures(4, 5, 5, 5, 5, 4, 4, 4), batch_size=4, window=lambda: window)
+    assert [tag for _, tag in results] == list(range(8))
+    assert calls[0] == first
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_batch_of_one_size_is_formed_where_only_that_may_be_held(batch_size):
+    calls = []
+    results = run_batches(recorder(calls), pictures(*[4] * 6), batch_size=batch_size, window=lambda: batch_size)
+    assert len(list(results)) == 6
+    assert calls == [(batch_size, 3, 4, 4)] * (6 // batch_size)

@@ -1,0 +1,84 @@
+"""Many pictures within a limit: what is made ahead and what waits for its turn counts too."""
+
+import numpy as np
+import pytest
+import torch
+
+from brixel import BrixelFeatures
+from brixel import bounded as bounded_module
+from brixel.bounded import BoundedRun
+from brixel.live_bytes import LiveBytes, storage_bytes, weights_and_buffers
+from brixel.memory_plan import Job, predict_peak
+from brixel.ways import Way, copy_by_channels, to_host
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return BrixelFeatures.from_pretrained(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Of two sizes in turn, so that each waits for others of its own."""
+    chance = np.random.default_rng(0)
+    sizes = [(96, 128), (128, 96)] * 6
+    return [chance.integers(0, 255, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+def test_the_limit_holds_over_a_stream_of_mixed_sizes(tiny, pictures):
+    expected = [tiny.extract(each, short_side_px="native").features for each in pictures]
+    least = predict_peak(tiny, Way("whole", batch=3), Job(3, (96, 128)))
+    for limit in (least, least + 2 * MIB, least + 8 * MIB):
+        for size in ((96, 128), (128, 96)):
+            for batch in (1, 2, 3):
+                tiny.plan(size, batch=batch, memory_limit=limit)  # predictions are made by now, and not counted
+        stream = tiny.stream(pictures, short_side_px="native", memory_limit=limit, batch_size=3, workers=0)
+        with LiveBytes("cpu") as counter:
+            counter.track(weights_and_buffers(tiny))
+            found = [next(stream).numpy().copy() for _ in pictures]  # arrays are not counted
+        for each, whole in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(each), whole, rtol=1e-4, atol=1e-4)
+        assert counter.peak <= limit + 2 * pictures[0].nbytes
+
+
+def test_what_may_wait_is_what_batches_leave_of_the_limit(tiny, monkeypatch):
+    limit, weights = 50 * MIB, storage_bytes(tiny)
+    waiting = 128 * 128 * 12 + 192 * 32 * 32 * 4  # pixels and map of the larger picture
+    run = BoundedRun(tiny, limit=limit, batch=2)
+    assert run.room() == limit - weights  # no picture is known yet
+    run.check((128, 128))
+    first = predict_peak(tiny, Way("whole"), Job(1, (128, 128))) - weights
+    assert run.room() == limit - weights - 2 * first
+    run.check((64, 64))
+    assert run.room() == limit - weights - 2 * first
+    assert run.window() == 2 + (run.room() // 2 - waiting) // waiting
+    assert BoundedRun(tiny, limit=weights + MIB, batch=2).window() >= 2
+    monkeypatch.setattr(bounded_module, "predict_peak", None)
+    trusting = BoundedRun(tiny, batch=2)  # what is free: nothing is predicted
+    trusting.check((64, 64))
+    assert 0 < trusting.room() < 2**60
+
+
+@pytest.mark.parametrize("channels", [1, 32, 70])
+def test_a_map_from_another_device_is_put_in_order_by_channels(channels):
+    dense = torch.randn(2, channels, 5, 6).to(memory_format=torch.channels_last)
+    copied = copy_by_channels(dense[1])
+    assert copied.is_contiguous()
+    assert torch.equal(copied, dense[1])
+    assert to_host(dense[1]) is not copied
+    assert to_host(dense[1]).data_ptr() == dense[1].data_ptr()  # on the CPU nothing is copied
+
+
+@pytest.mark.gpu
+def test_results_on_cuda_leave_it_before_they_wait(pictures):
+    model = BrixelFeatures.from_pretrained(device="cuda", dtype="float32")
+    expected = [model.extract(each, short_side_px="native").features for each in pictures]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    found = list(model.stream(pictures, short_side_px="native", batch_size=3))
+    assert torch.cuda.max_memory_allocated() < predict_peak(model, Way("whole", batch=3), Job(3, (96, 128))) + 40 * MIB
+    for feature_map, whole in zip(found, expected, strict=True):
+        assert feature_map.features.device.type == "cpu"
+        torch.testing.assert_close(feature_map.features, whole, rtol=1e-4, atol=1e-4)
