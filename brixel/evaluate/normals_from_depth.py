@@ -20,7 +20,7 @@ def normals_from_depth(inverse: Tensor, focal_px: float) -> Tensor:
     """From (H, W) 1 / depth, in any unit, 0 where there is none, to unit vectors, zeros where there is none: (3, h, w).
 
     ``focal_px``: in pixels of this map. Pixels are averaged in square cells, as many as leave ``CELLS`` along a side.
-    No normal has the frame, nor a cell where the 3 x 3 around it lack the depth of a pixel or hold a step.
+    There is no normal at the frame, nor where a pixel of the 3 x 3 cells has no depth, nor where they hold a step.
     """
     height, width = inverse.shape
     block = max(1, min(height, width) // CELLS)
