@@ -67,7 +67,7 @@ def test_nyuv2(tmp_path):
 
 
 @pytest.mark.parametrize("scene", ["multiview_00_pixel_4a", "multiview-00-pixel_5"])
-def test_scenes_of_navi_are_found_as_both_versions_name_them(tmp_path, scene):
+def test_scenes_of_navi_are_found_as_its_versions_name_them(tmp_path, scene):
     photograph(tmp_path / "duck" / scene / "images" / "000.jpg")
     photograph(tmp_path / "duck" / "video-00-pixel_5" / "images" / "000.jpg")
     grey16(tmp_path / "duck" / scene / "depth" / "000.png", [[0, 6553, 1310]])

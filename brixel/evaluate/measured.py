@@ -18,7 +18,7 @@ from brixel.errors import BrixelError, did_you_mean
 from brixel.evaluate.datasets import Sample, check_samples, need, paired, read_numbers
 from brixel.evaluate.normals_from_depth import normals_from_depth
 
-_NAVI = "navi_v1.0.tar.gz or navi_v1.5.tar.gz, see https://github.com/google/navi"
+_NAVI = "navi_v1.5.tar.gz or an earlier version, see https://github.com/google/navi"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def navi(root: Path, split: str) -> MeasuredPictures:
     Its files hold 1 / depth; what is not the object has no depth. The videos of v1.5 are left aside.
     """
     need(root, "the folder of NAVI", _NAVI)
-    scenes = {"train": "multiview*", "val": "wild_set"}  # v1.0: multiview_NN_CAMERA; v1.5: multiview-NN-CAMERA
+    scenes = {"train": "multiview*", "val": "wild_set"}  # multiview_NN_CAMERA at first, then multiview-NN-CAMERA
     if split not in scenes:
         raise BrixelError(f"NAVI has no split {split!r} here; {did_you_mean(split, scenes)}")
     pictures = sorted(root.glob(f"*/{scenes[split]}/images/*.jpg"))
@@ -124,7 +124,7 @@ def _navi_cameras(scene: Path) -> dict[Path, float]:
             for each in json.loads(path.read_text(encoding="utf-8"))
             for _, width in [each["image_size"]]
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         expected = "a list with filename, image_size and camera.focal_length of each picture"
         raise BrixelError(f"{path} cannot be used ({error!r}); expected {expected}; to be had: {_NAVI}") from error
 
