@@ -47,13 +47,12 @@ def test_plain_normals(tmp_path):
         photograph(tmp_path / "images" / f"{name}.png")
     (tmp_path / "normals").mkdir()
     np.save(tmp_path / "normals" / "a.npy", np.array([[[0, 0, -2.0], [0, 0, 0], [0.6, 0, 0.8]]]))
-    Image.fromarray(np.array([[[127, 128, 0], [255, 127, 128], [127, 128, 127]]], np.uint8)).save(
-        tmp_path / "normals" / "b.png"
-    )
+    colours = [[[127, 128, 0], [255, 127, 128], [127, 128, 127], [0, 0, 0]]]
+    Image.fromarray(np.array(colours, np.uint8)).save(tmp_path / "normals" / "b.png")
     data = read_measured("normals", "plain", tmp_path, "")
     expected = torch.tensor([[0, 0, -1.0], [0, 0, 0], [0.6, 0, 0.8]]).T[:, None]
     assert torch.allclose(data.target(0), expected)
-    expected = torch.tensor([[0, 0, -1.0], [1, 0, 0], [0, 0, 0]]).T[:, None]
+    expected = torch.tensor([[0, 0, -1.0], [1, 0, 0], [0, 0, 0], [0, 0, 0]]).T[:, None]  # black is none
     assert torch.allclose(data.target(1), expected, atol=0.01)
 
 
@@ -67,6 +66,14 @@ def test_nyuv2(tmp_path):
         read_measured("depth", "nyuv2", tmp_path, "train")
 
 
+@pytest.mark.parametrize("scene", ["multiview_00_pixel_4a", "multiview-00-pixel_5"])
+def test_scenes_of_navi_are_found_as_its_versions_name_them(tmp_path, scene):
+    photograph(tmp_path / "duck" / scene / "images" / "000.jpg")
+    photograph(tmp_path / "duck" / "video-00-pixel_5" / "images" / "000.jpg")
+    grey16(tmp_path / "duck" / scene / "depth" / "000.png", [[0, 6553, 1310]])
+    assert [each.target.parts[-3] for each in read_measured("depth", "navi", tmp_path, "train").samples] == [scene]
+
+
 def test_navi(tmp_path):
     scene = tmp_path / "duck" / "wild_set"
     photograph(scene / "images" / "000.jpg")
@@ -75,12 +82,12 @@ def test_navi(tmp_path):
     data = read_measured("depth", "navi", tmp_path, "val")
     assert len(data.samples) == 1
     assert data.target(0).flatten().tolist() == pytest.approx([0, 0.1, 0.5], rel=1e-3)
-    with pytest.raises(BrixelError, match=r"no NAVI \(.*multiview_.*found; to be had: navi_v1"):
+    with pytest.raises(BrixelError, match=r"no NAVI \(.*multiview.*found; to be had: navi_v1"):
         read_measured("depth", "navi", tmp_path, "train")
     with pytest.raises(BrixelError, match="no split 'test'"):
         read_measured("depth", "navi", tmp_path, "test")
-    with pytest.raises(BrixelError, match="no layout 'nyuv2' for normals; known: plain"):
-        read_measured("normals", "nyuv2", tmp_path, "val")
+    with pytest.raises(BrixelError, match="no layout 'nyuv' for normals; did you mean 'nyuv2'"):
+        read_measured("normals", "nyuv", tmp_path, "val")
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ LAYERS = (
     {"features"},
     {"extraction.run", "benchmark", "describe", "evaluate.bootstrap", "evaluate.metrics", "evaluate.report"},
     {"memory_table", "throughput", "evaluate.datasets", "evaluate.sources"},
-    {"limit_table", "evaluate.feature_store"},
+    {"limit_table", "evaluate.feature_store", "evaluate.normals_from_depth"},
     {
         "evaluate.cost",
         "evaluate.cost_plot",

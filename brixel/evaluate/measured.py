@@ -1,9 +1,10 @@
 """Pictures with a depth or a surface normal for every pixel, in the folder layouts in which people have them.
 
 `docs/evaluation.md` names the sources. Depth is (1, H, W) in metres, 0 where it was not measured; normals are
-(3, H, W), zeros where there is none.
+(3, H, W), x right, y down, z into the picture, towards the camera, zeros where there is none.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from brixel.errors import BrixelError, did_you_mean
 from brixel.evaluate.datasets import Sample, check_samples, need, paired, read_numbers
+from brixel.evaluate.normals_from_depth import normals_from_depth
+
+_NAVI = "navi_v1.5.tar.gz or an earlier version, see https://github.com/google/navi"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def plain_depth(folder: Path, split: str) -> MeasuredPictures:
 
 
 def plain_normals(folder: Path, split: str) -> MeasuredPictures:
-    """`images/` and `normals/NAME.npy` (H, W, 3) or `normals/NAME.png` (RGB, 0 to 255 for -1 to 1)."""
+    """`images/` and `normals/NAME.npy` (H, W, 3) or `normals/NAME.png` (RGB, 0 to 255 for -1 to 1, black none)."""
     return MeasuredPictures(folder.name, paired(folder / split, "normals", (".npy", ".png")), read_normals)
 
 
@@ -62,25 +66,71 @@ def nyuv2(root: Path, split: str) -> MeasuredPictures:
     return MeasuredPictures("NYU Depth v2", samples, read_depth)
 
 
-def navi(root: Path, split: str) -> MeasuredPictures:
-    """NAVI v1 as it unpacks: `OBJECT/SCENE/{images/N.jpg,depth/N.png}`; "train" is `multiview_*`, "val" `wild_set`.
+def nyuv2_normals(root: Path, split: str) -> MeasuredPictures:
+    """NYU Depth v2 as `dsine_eval.zip` unpacks: `nyuv2/{train,test}/{N_img.png,N_normal.png}`, normals by GeoNet.
 
-    Its files hold 1 / depth; what is not the object has no depth.
+    The same 795 and 654 pictures; "val" is "test" here. Its normals point away from the camera and are turned round.
     """
-    where = "navi_v1.tar.gz, see https://github.com/google/navi"
-    need(root, "the folder of NAVI", where)
-    scenes = {"train": "multiview_*", "val": "wild_set"}
+    where = "dsine_eval.zip, linked in step 2 of https://github.com/baegwangbin/DSINE"
+    base = next((path for path in (root / "dsine_eval" / "nyuv2", root / "nyuv2") if path.is_dir()), root)
+    folder = base / ("test" if split == "val" else split)
+    need(folder, "a folder of NYU Depth v2 with normals", where)
+    pictures = sorted(folder.glob("*_img.png"))
+    samples = [Sample(path, path.with_name(path.name.replace("_img.png", "_normal.png"))) for path in pictures]
+    check_samples(samples, f"NYU Depth v2 with normals ({folder}/*_img.png)", where)
+    return MeasuredPictures("NYU Depth v2", samples, lambda path: -read_normals(path))
+
+
+def navi(root: Path, split: str) -> MeasuredPictures:
+    """NAVI as it unpacks: `OBJECT/SCENE/{images/N.jpg,depth/N.png}`; "train" is `multiview*`, "val" `wild_set`.
+
+    Its files hold 1 / depth; what is not the object has no depth. The videos of v1.5 are left aside.
+    """
+    need(root, "the folder of NAVI", _NAVI)
+    scenes = {"train": "multiview*", "val": "wild_set"}  # multiview_NN_CAMERA at first, then multiview-NN-CAMERA
     if split not in scenes:
         raise BrixelError(f"NAVI has no split {split!r} here; {did_you_mean(split, scenes)}")
     pictures = sorted(root.glob(f"*/{scenes[split]}/images/*.jpg"))
     pictures = [path for path in pictures if not path.name.startswith("downsampled_")]
     samples = [Sample(path, path.parent.parent / "depth" / f"{path.stem}.png") for path in pictures]
-    check_samples(samples, f"NAVI ({root}/OBJECT/{scenes[split]}/images/*.jpg)", where)
+    check_samples(samples, f"NAVI ({root}/OBJECT/{scenes[split]}/images/*.jpg)", _NAVI)
     return MeasuredPictures("NAVI", samples, _read_inverse)
 
 
+def navi_normals(root: Path, split: str) -> MeasuredPictures:
+    """NAVI's depth as normals, by the focal lengths in `OBJECT/SCENE/annotations.json`; see `normals_from_depth`."""
+    data = navi(root, split)
+    cameras: dict[Path, float] = {}
+    for scene in sorted({sample.target.parents[1] for sample in data.samples}):
+        cameras |= _navi_cameras(scene)
+    if missing := [sample.target for sample in data.samples if sample.target not in cameras]:
+        listed = missing[0].parents[1] / "annotations.json"
+        raise BrixelError(f"{listed} lacks the focal length of {missing[0].stem}; to be had: {_NAVI}")
+
+    def read(path: Path) -> Tensor:
+        numbers = read_numbers(path)
+        return normals_from_depth(numbers, cameras[path] * numbers.shape[1])
+
+    return replace(data, read=read)
+
+
+def _navi_cameras(scene: Path) -> dict[Path, float]:
+    """The focal length over the picture's width for each depth map of a scene."""
+    path = scene / "annotations.json"
+    need(path, "the cameras of a scene of NAVI", _NAVI)
+    try:
+        return {
+            scene / "depth" / f"{Path(each['filename']).stem}.png": each["camera"]["focal_length"] / width
+            for each in json.loads(path.read_text(encoding="utf-8"))
+            for _, width in [each["image_size"]]
+        }
+    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        expected = "a list with filename, image_size and camera.focal_length of each picture"
+        raise BrixelError(f"{path} cannot be used ({error!r}); expected {expected}; to be had: {_NAVI}") from error
+
+
 DEPTH_LAYOUTS = {"plain": plain_depth, "nyuv2": nyuv2, "navi": navi}
-NORMALS_LAYOUTS = {"plain": plain_normals}
+NORMALS_LAYOUTS = {"plain": plain_normals, "nyuv2": nyuv2_normals, "navi": navi_normals}
 
 
 def read_measured(kind: str, layout: str, root: Path, split: str) -> MeasuredPictures:
@@ -98,12 +148,13 @@ def read_depth(path: Path) -> Tensor:
 
 
 def read_normals(path: Path) -> Tensor:
-    """Unit vectors, (3, H, W), zeros where there is none: of a `.npy` (H, W, 3), or a picture."""
+    """Unit vectors, (3, H, W), zeros where there is none: of a `.npy` (H, W, 3), or a picture, black where none."""
     if path.suffix == ".npy":
         values = torch.from_numpy(_array(path, 3)).float()
     else:
         with Image.open(path) as picture:
-            values = torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32)) / 127.5 - 1
+            colours = torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32))
+        values = torch.where(colours.sum(-1, keepdim=True) > 0, colours / 127.5 - 1, 0.0)
     length = values.norm(dim=-1, keepdim=True)
     return torch.where(length > 0.5, values / length.clamp(min=1e-6), 0.0).permute(2, 0, 1).contiguous()
 
