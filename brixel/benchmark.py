@@ -6,9 +6,10 @@ Times of the variants are taken in turn within one run, so that what else the ma
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,10 +22,11 @@ from brixel.errors import BrixelError
 from brixel.model_table import known_backbone
 from brixel.student import UPSCALE, AdapterConfig, Student, default_blocks, new_trainable
 
+Key = TypeVar("Key")
 DEFAULT_ARCHITECTURES = ("dinov3-vits16", "dinov3-vitb16")
 STUDENT, BACKBONE, LARGE = "student", "backbone alone", "backbone alone, picture x 4"
 _WARM_UP = 3
-_LARGE_EVERY = 5  # the large picture takes long: it is timed in one round of five
+_SELDOM = 5  # the large picture takes long: it is timed in one round of five
 
 
 @dataclass(frozen=True)
@@ -98,20 +100,33 @@ def _measure(architecture: str, image_px: int, rounds: int, device: torch.device
     peaks = {name: peak_bytes_of(architecture, name, image_px, device, dtype) for name in (BACKBONE, STUDENT, LARGE)}
     student = random_student(architecture).to(device, dtype)
     calls = variants(student, image_px, next(student.backbone.parameters()))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         flops = {name: flops_of(call) for name, call in calls.items()}
-        for turn in range(-_WARM_UP, rounds):
-            for name, call in calls.items():
-                if name != LARGE or (turn >= 0 and turn % _LARGE_EVERY == 0):
-                    elapsed = seconds_of(call, device)
-                    if turn >= 0:
-                        seconds[name].append(elapsed)
+    seconds = seconds_in_turn(calls, rounds, device, seldom=(LARGE,))
     counts = {
         "backbone": sum(each.numel() for each in student.backbone.parameters()),
         "adapter and head": sum(each.numel() for part in (student.adapter, student.head) for each in part.parameters()),
     }
     return Result(architecture, seconds, flops, peaks, counts)
+
+
+def seconds_in_turn(
+    calls: Mapping[Key, Callable[[], Tensor]], rounds: int, device: torch.device, seldom: Container[Key] = ()
+) -> dict[Key, list[float]]:
+    """Seconds of every call, one after another in each round, after rounds that do not count.
+
+    ``seldom``: those that take long, and run in one round of five, unwarmed.
+    """
+    seconds: dict[Key, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for turn in range(-_WARM_UP, rounds):
+            for name, call in calls.items():
+                if name in seldom and (turn < 0 or turn % _SELDOM):
+                    continue
+                elapsed = seconds_of(call, device)
+                if turn >= 0:
+                    seconds[name].append(elapsed)
+    return seconds
 
 
 def seconds_of(call: Callable[[], Tensor], device: torch.device) -> float:
@@ -148,7 +163,7 @@ def _peak_of_this_process(
     student = random_student(architecture).to(device, dtype)
     call = variants(student, image_px, next(student.backbone.parameters()))[variant]
     with torch.inference_mode():
-        for _ in range(2):
+        for _ in range(1 if variant == LARGE else 2):
             call()
     return peak_bytes(torch.device(device))
 
@@ -199,5 +214,5 @@ def _range(seconds: Sequence[float]) -> str:
 def _ratio(result: Result, variant: str) -> str:
     """Median over the rounds of the time over the backbone's in the same round."""
     own, base = result.seconds[variant], result.seconds[BACKBONE]
-    step = _LARGE_EVERY if variant == LARGE else 1
+    step = _SELDOM if variant == LARGE else 1
     return f"{statistics.median(a / b for a, b in zip(own, base[::step], strict=True)):.2f}"

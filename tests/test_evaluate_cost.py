@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from brixel import benchmark
 from brixel.benchmark import BACKBONE, LARGE, STUDENT
 from brixel.cli import main
 from brixel.errors import BrixelError
@@ -33,7 +34,7 @@ def test_teachers_beyond_the_limit_are_left_out():
 
 def test_the_command_times_every_batch_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "peak_bytes_of", lambda *_: 3 * 2**20)  # it starts processes
-    monkeypatch.setattr(module, "seconds_of", lambda call, device: 0.5)
+    monkeypatch.setattr(benchmark, "seconds_of", lambda call, device: 0.5)
     sizes = ["--image-px", "33", "--batch-size", "1", "4", "--rounds", "2", "--device", "cpu"]
     assert main(["evaluate", "cost", *sizes, "-o", str(tmp_path / "cost.md")]) == 0
     rows = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))["rows"]

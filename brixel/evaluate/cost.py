@@ -1,7 +1,7 @@
 """What student, backbone and teacher cost as pictures and batches grow; random weights, operations counted by torch.
 
-Counting runs no number: it works on shapes alone, for every size. Times are of one process; peak memory is of a fresh
-one for every variant (see `brixel.benchmark`, whose calls these are).
+Counting runs no number: it works on shapes alone, for every size. Times are of one process, all variants of a size in
+turn; peak memory is of a fresh one for every variant (see `brixel.benchmark`, whose calls these are).
 """
 
 import statistics
@@ -10,14 +10,22 @@ from typing import Any
 
 import torch
 
-from brixel.benchmark import BACKBONE, LARGE, STUDENT, flops_of, peak_bytes_of, random_student, seconds_of, variants
+from brixel.benchmark import (
+    BACKBONE,
+    LARGE,
+    STUDENT,
+    flops_of,
+    peak_bytes_of,
+    random_student,
+    seconds_in_turn,
+    variants,
+)
 from brixel.devices import choose_device, choose_dtype, dtype_name, machine
 from brixel.errors import BrixelError
 from brixel.evaluate.report import Report
 from brixel.model_table import known_backbone
 from brixel.student import UPSCALE, Student
 
-_WARM_UP = 2
 _LARGEST = 4096 * 4096  # pixels of a teacher's picture
 
 
@@ -45,11 +53,12 @@ def cost(
             shapes = random_student(name)
         student = random_student(name).to(where, kind) if rounds else None
         for side in sides:
-            for row in _counted(name, shapes, side):
-                timed = _timed(student, row, batch_sizes, rounds, where) if student is not None else [{}]
+            counted = _counted(name, shapes, side)
+            timed = {} if student is None else _timed(student, side, counted, batch_sizes, rounds, where)
+            for row in counted:
                 if rounds:
                     row["peak_mib"] = _mib(peak_bytes_of(name, row["variant"], side, where, kind))
-                rows += [{**row, **each} for each in timed]
+                rows += [{**row, **each} for each in timed.get(row["variant"], [{}])]
     if not rows:
         raise BrixelError("nothing to measure; expected at least one architecture and one size")
     columns = {
@@ -59,7 +68,11 @@ def cost(
     if rounds:
         columns |= {"batch": ("batch", "d"), "ms": ("ms, median", ".1f"), "ms_p90": ("p90", ".1f")}
         columns |= {"per_second": ("pictures/s", ".2f"), "peak_mib": ("peak memory of one, MiB", ".0f")}
-    timing = f"{dtype_name(kind)}, {rounds} rounds; {machine(where)}" if rounds else f"torch {torch.__version__}"
+    timing = (
+        f"{dtype_name(kind)}, {rounds} rounds in turn (x 4: one of five); {machine(where)}"
+        if rounds
+        else f"torch {torch.__version__}"
+    )
     recipe = f"Random weights; operations of products, convolutions and attention, two for a multiply-add; {timing}."
     return Report("cost", "What it costs", columns, rows, recipe)
 
@@ -87,18 +100,28 @@ def _counted(name: str, shapes: Student, side: int) -> list[dict[str, Any]]:
 
 
 def _timed(
-    student: Student, row: dict[str, Any], batch_sizes: Sequence[int], rounds: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """Median and p90 in ms of a batch, and pictures per second, for every batch size."""
-    found = []
-    with torch.inference_mode():
-        for batch in batch_sizes:
-            like = next(student.backbone.parameters())
-            call = variants(student, row["image_px"], like, batch)[row["variant"]]
-            seconds = [seconds_of(call, device) for _ in range(_WARM_UP + rounds)][_WARM_UP:]
-            median = statistics.median(seconds)
-            p90 = torch.quantile(torch.tensor(seconds, dtype=torch.float64), 0.9).item()
-            found.append({"batch": batch, "ms": median * 1e3, "ms_p90": p90 * 1e3, "per_second": batch / median})
+    student: Student,
+    side: int,
+    counted: Sequence[dict[str, Any]],
+    batch_sizes: Sequence[int],
+    rounds: int,
+    device: torch.device,
+) -> dict[str, list[dict[str, Any]]]:
+    """By variant: median and p90 in ms of a batch, and pictures per second, for every batch size."""
+    like, names = next(student.backbone.parameters()), [row["variant"] for row in counted]
+    calls = {
+        (variant, batch): call
+        for batch in batch_sizes
+        for variant, call in variants(student, side, like, batch).items()
+        if variant in names
+    }
+    seldom = [key for key in calls if key[0] == LARGE]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (variant, batch), seconds in seconds_in_turn(calls, rounds, device, seldom).items():
+        median = statistics.median(seconds)
+        p90 = torch.quantile(torch.tensor(seconds, dtype=torch.float64), 0.9).item()
+        row = {"batch": batch, "ms": median * 1e3, "ms_p90": p90 * 1e3, "per_second": batch / median}
+        found.setdefault(variant, []).append(row)
     return found
 
 
