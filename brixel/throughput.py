@@ -60,7 +60,8 @@ def measure(model: BrixelFeatures, pictures: Path, *, rounds: int, batch_size: i
     found = find_pictures([pictures])
     paths = [path for path, _ in found]
     prepare = model.preparation()
-    pixels = [prepare(path)[0] for path in paths]
+    prepared = [prepare(path) for path in paths]
+    pixels = [each for each, _ in prepared]
     batches = [torch.stack(pixels[first : first + batch_size]) for first in range(0, len(pixels), batch_size)]
 
     def bare() -> None:
@@ -83,10 +84,10 @@ def measure(model: BrixelFeatures, pictures: Path, *, rounds: int, batch_size: i
             elapsed = _seconds(call)
             if turn >= 0:
                 seconds[name].append(elapsed)
-    height, width = batches[0].shape[-2:]
+    stored, seen = prepared[0][1].geometry.image_hw, batches[0].shape[-2:]
     recipe = (
-        f"{len(paths)} pictures, {height} x {width} px as the model sees them, {dtype_name(model.dtype)}, batches of "
-        f"{batch_size}, {workers} threads that decode ahead, {rounds} rounds in turn; "
+        f"{len(paths)} pictures, the first of {stored[0]} x {stored[1]} px, {seen[0]} x {seen[1]} px as the model sees it, "
+        f"{dtype_name(model.dtype)}, batches of {batch_size}, {workers} threads that decode ahead, {rounds} rounds in turn; "
         f"{machine(model.device)}."
     )
     return Result(model.config.backbone.title, len(paths), seconds, recipe)

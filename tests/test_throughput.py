@@ -13,7 +13,7 @@ def test_all_three_do_all_pictures_in_every_round(backbone_folder, tmp_path, mon
     result = measure(model, tmp_path, rounds=2, batch_size=2, workers=1)
     assert {name: len(seconds) for name, seconds in result.seconds.items()} == {BARE: 2, STREAM: 2, EXTRACT: 2}
     assert calls.count(2) >= 3  # the bare model's batches, and a warm-up
-    assert "3 pictures, 28 x 42 px" in result.recipe
+    assert "3 pictures, the first of 40 x 60 px, 28 x 42 px as the model sees it" in result.recipe
 
 
 def test_the_report_tells_pictures_per_second_and_the_median_ratio(backbone_folder, tmp_path):

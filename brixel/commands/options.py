@@ -1,6 +1,7 @@
 """Options that several commands share, the model that they name, and how results are told."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,6 +79,14 @@ def whole(text: str) -> int:
 def short_side(text: str) -> int | str:
     """A number of pixels, or "native"."""
     return NATIVE if text == NATIVE else positive(text)
+
+
+def height_by_width(text: str) -> tuple[int, int]:
+    """A size in pixels, such as 480x640."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected height x width in pixels, such as 4096x4096")
+    return int(match[1]), int(match[2])
 
 
 def load(options: argparse.Namespace) -> BrixelFeatures:

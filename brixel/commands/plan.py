@@ -1,7 +1,6 @@
 """`brixel plan`: how a picture of some size would be computed within a limit of memory, and a table of such limits."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from brixel.commands.options import (
     add_model_options,
     check_report,
     command,
+    height_by_width,
     load,
     positive,
     print_table,
@@ -29,7 +29,9 @@ from brixel.sizes import bytes_text, parse_bytes
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
     one = command(commands, "plan", _plan, "how a picture would be computed within a limit of memory; nothing is run")
-    one.add_argument("size", nargs="?", type=_size, metavar="HEIGHTxWIDTH", help="as it enters the model, in pixels")
+    one.add_argument(
+        "size", nargs="?", type=height_by_width, metavar="HEIGHTxWIDTH", help="as it enters the model, in pixels"
+    )
     one.add_argument("--batch-size", type=positive, default=1, help="pictures of that size at once; default: 1")
     one.add_argument("--to-file", action="store_true", help="as if the map went to a file rather than to memory")
     one.add_argument("--table", action="store_true", help="instead: the least memory of random weights, by size")
@@ -44,13 +46,6 @@ def add(commands: Any) -> None:
     one.add_argument("-o", "--output", type=Path, help=REPORT_HELP)
     add_model_options(one)
     add_memory_options(one)
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected height x width in pixels, such as 4096x4096")
-    return int(match[1]), int(match[2])
 
 
 def _measured(text: str) -> tuple[str, int]:

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from brixel.commands.options import REPORT_HELP, add_device_options, check_report, command, positive, tell, whole
+from brixel.commands.options import (
+    REPORT_HELP,
+    add_device_options,
+    check_report,
+    command,
+    height_by_width,
+    positive,
+    tell,
+    whole,
+)
 from brixel.devices import choose_device, choose_dtype
 from brixel.features import BrixelFeatures
 from brixel.throughput import draw_pictures, measure, random_model, report
@@ -22,7 +31,10 @@ def add(commands: Any) -> None:
     one.add_argument(
         "--models", nargs="+", default=(TINY,), metavar="NAME", help="known backbones, with random weights; brixel-tiny"
     )
-    one.add_argument("--images", type=Path, metavar="DIR", help="pictures; default: drawn ones of 480 x 640 px")
+    one.add_argument("--images", type=Path, metavar="DIR", help="pictures; default: drawn ones")
+    one.add_argument(
+        "--size", type=height_by_width, default=(480, 640), metavar="HEIGHTxWIDTH", help="of those; default: 480x640 px"
+    )
     one.add_argument("--count", type=positive, default=48, help="how many are drawn; default: %(default)s")
     one.add_argument("--rounds", type=positive, default=7, help="default: %(default)s")
     one.add_argument("--batch-size", type=positive, default=1, help="default: 1")
@@ -42,7 +54,7 @@ def _throughput(options: argparse.Namespace) -> int:
         pictures = options.images
         if pictures is None:
             pictures = Path(folder)
-            draw_pictures(pictures, options.count, (480, 640))
+            draw_pictures(pictures, options.count, options.size)
         results = []
         for model in _models(options.models):
             moved = model.to(device, dtype)
