@@ -84,10 +84,10 @@ def measure(model: BrixelFeatures, pictures: Path, *, rounds: int, batch_size: i
             elapsed = _seconds(call)
             if turn >= 0:
                 seconds[name].append(elapsed)
-    stored, seen = prepared[0][1].geometry.image_hw, batches[0].shape[-2:]
+    stored, seen = ("{} x {} px".format(*each) for each in (prepared[0][1].geometry.image_hw, pixels[0].shape[-2:]))
     recipe = (
-        f"{len(paths)} pictures, the first of {stored[0]} x {stored[1]} px, {seen[0]} x {seen[1]} px as the model sees it, "
-        f"{dtype_name(model.dtype)}, batches of {batch_size}, {workers} threads that decode ahead, {rounds} rounds in turn; "
+        f"{len(paths)} pictures, the first of {stored}, {seen} as the model sees it, {dtype_name(model.dtype)}, "
+        f"batches of {batch_size}, {workers} threads that decode ahead, {rounds} rounds in turn; "
         f"{machine(model.device)}."
     )
     return Result(model.config.backbone.title, len(paths), seconds, recipe)

@@ -9,7 +9,7 @@ from PIL import Image
 from brixel import BrixelError, BrixelFeatures
 from brixel.cli import main
 from brixel.evaluate.report import Report, shown
-from brixel.evaluate.suite import read_suite, run_suite
+from brixel.evaluate.suite import merged, read_suite, run_suite
 from brixel.evaluate.tasks import Task
 
 
@@ -106,3 +106,19 @@ def test_a_missing_suite_and_missing_settings(tmp_path):
         Task("segmentation", (448,))
     with pytest.raises(BrixelError, match="task 'fidelity' needs 'images'"):
         Task("fidelity", (448,))
+
+
+def test_parts_of_several_days_share_a_table():
+    def part(size, recipe):
+        return Report("depth", "Depth", {"size": ("px", "d")}, [{"size": size}], recipe, details={"of": size})
+
+    recipes = [
+        "a set; torch 2.13; 2026-11-23.",
+        "a set; torch 2.13; 2026-11-22.",
+        "another set; torch 2.13; 2026-11-22.",
+    ]
+    both, other = merged([part(size, recipe) for size, recipe in enumerate(recipes)])
+    assert [row["size"] for row in both.rows] == [0, 1]
+    assert both.recipe == "a set; torch 2.13; 2026-11-22 to 2026-11-23."
+    assert other.recipe == recipes[2]
+    assert both.details == {"parts": [{"of": 0}, {"of": 1}]}

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from brixel.features import BrixelFeatures
 
 _MODEL_KEYS = ("model", "backbone", "architecture")
 _PATHS = ("data", "cache")
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,15 @@ def run_suite(
 
 
 def merged(reports: list[Report]) -> Iterator[Report]:
-    """Reports of one task on one data set as one, rows in order."""
+    """Reports of one task on one data set as one, rows in order; of several days where they differ in that alone."""
     groups: dict[tuple[str, str], list[Report]] = {}
     for report in reports:
-        groups.setdefault((report.task, report.recipe), []).append(report)
+        groups.setdefault((report.task, _DAY.sub("", report.recipe)), []).append(report)
     for group in groups.values():
         rows = [row for report in group for row in report.rows]
-        yield replace(group[0], rows=rows, details={"parts": [report.details for report in group]})
+        days = sorted({day for report in group for day in _DAY.findall(report.recipe)})
+        recipe = _DAY.sub(" to ".join({days[0]: 0, days[-1]: 0}), group[0].recipe) if days else group[0].recipe
+        yield replace(group[0], rows=rows, recipe=recipe, details={"parts": [report.details for report in group]})
 
 
 def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
