@@ -51,10 +51,8 @@ def ahead(
                     failure = error
             if not waiting:
                 break
-            made = waiting.popleft().result()
-            largest = max(largest or 0, size(made))
-            yield made
-            del made  # not held while the next is waited for
+            largest = max(largest or 0, size(waiting[0].result()))
+            yield waiting.popleft().result()  # and not held here while it is worked on
     finally:
         executor.shutdown(cancel_futures=True)
     if failure is not None:

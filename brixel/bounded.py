@@ -1,5 +1,6 @@
 """Dense maps of pictures within a limit of memory: plans before it runs, and takes less where that still fails."""
 
+import dataclasses
 import gc
 import logging
 import math
@@ -86,11 +87,12 @@ class BoundedRun:
         """Raise MemoryLimitError where a picture of that size cannot be computed, before its pixels exist."""
         job, weight = Job(1, padded_hw, to_file), self._student.head.out.weight
         way, on_host = self._way(job)
-        if not on_host:
-            self._most_a_picture = max(self._most_a_picture, self._need(way, job) - self._weights)
         rows, columns = (UPSCALE * cells for cells in job.grid_hw(self._student))
         map_bytes = 0 if to_file else weight.shape[0] * rows * columns * weight.element_size()
-        self._most_waiting = max(self._most_waiting, 3 * 4 * padded_hw[0] * padded_hw[1] + map_bytes)
+        with self._planning:
+            self._most_waiting = max(self._most_waiting, 3 * 4 * padded_hw[0] * padded_hw[1] + map_bytes)
+            if not on_host:
+                self._most_a_picture = max(self._most_a_picture, self._need(way, job) - self._weights)
         check_host(padded_hw, map_bytes)
 
     def room(self) -> int:
@@ -113,8 +115,8 @@ class BoundedRun:
         return self._batch + max(0, spare) // max(1, self._most_waiting)
 
     def _need(self, way: Way, job: Job) -> int:
-        """Bytes that a job takes, weights included: predicted where it was for the choice, else bound from above."""
-        if self._is_trusting(job):
+        """Bytes that a picture takes, weights included: bound from above where that is enough for batches of it."""
+        if self._is_trusting(dataclasses.replace(job, batch=self._batch)):
             return self._weights + bound_bytes(self._student, job)
         try:
             return predict_peak(self._student, way, job)

@@ -52,6 +52,7 @@ def run_batches(
         if item is None:
             break
         place = _Place(*item)
+        del item  # the place alone holds the pixels
         order.append(place)
         if place.pixels is not None:
             group = groups.setdefault(place.pixels.shape, [])
