@@ -666,6 +666,7 @@ print(BrixelFeatures.from_pretrained("us/dense", device="cpu").config.commits)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_download_at_once_but_never_the_bundled_model(hub, saved, tmp_path):
     """In their own processes the endpoint comes from the environment; nothing is imported before it is needed."""
     repo = hub.add(MODEL, saved[0])

@@ -136,5 +136,12 @@ import brixel
 assert state() == before, [pair for pair in zip(before, state()) if pair[0] != pair[1]]
 late = {"transformers", "timm", "tqdm", "huggingface_hub"} & (set(sys.modules) - loaded)
 assert not late, late
+from brixel.backbones.foreign import as_backbone
+try:  # told from those of other packages without importing them
+    as_backbone(torch.nn.Linear(1, 1))
+except ValueError:
+    pass
+late = {"transformers", "timm"} & (set(sys.modules) - loaded)
+assert not late, late
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
