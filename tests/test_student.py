@@ -170,13 +170,6 @@ def test_untrained_student_is_the_backbone_upsampled_in_other_dtypes(dtype: torc
 LEARNED = {"position_scale_offset": 0.0}  # another offset goes to a torch operator that fixes it when exported
 
 
-def test_export_for_one_size_equals_eager() -> None:
-    student, pixels = trained_student(16), picture((3, 5), 16)
-    with torch.no_grad():
-        exported = torch.export.export(student, (pixels,)).module()
-        torch.testing.assert_close(exported(pixels), student(pixels), rtol=0, atol=1e-5)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch_px", "fields"),
