@@ -1,5 +1,6 @@
 """What several test files need: a tiny backbone on disk, written by transformers, and a picture."""
 
+import gc
 import importlib.util
 import ssl
 import sys
@@ -12,6 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays; that no search for garbage looks at it again saves a twentieth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -116,8 +116,11 @@ def test_the_engine_geometry_and_tiling_know_no_model():
     assert set().union(*(imported(modules()[name]) for name in know_none)) <= {"errors"}
 
 
-def test_importing_changes_nothing_global():
-    """Flags, warning filters, logging, random state, threads and the environment are as `import torch` leaves them."""
+def test_importing_changes_nothing_global_and_brings_no_optional_package():
+    """Flags, warning filters, logging, random state, threads and the environment are as `import torch` leaves them.
+
+    Optional packages are not even imported for a foreign backbone, nor the Hub's client for the bundled model.
+    """
     program = """
 import logging, os, random, warnings
 import numpy, torch, PIL.Image, PIL.ImageFont, PIL.ImageDraw, safetensors.torch
@@ -142,7 +145,8 @@ try:  # told from those of other packages without importing them
     as_backbone(torch.nn.Linear(1, 1))
 except ValueError:
     pass
-late = {"transformers", "timm"} & (set(sys.modules) - loaded)
+brixel.BrixelFeatures.from_pretrained(device="cpu")  # the bundled model
+late = {"transformers", "timm", "huggingface_hub"} & (set(sys.modules) - loaded)
 assert not late, late
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

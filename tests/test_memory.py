@@ -140,7 +140,7 @@ def counted_peak(model, way, job, device=CPU):
 
 
 # a batch in parts, pieces, tiles: these in every run, the other pairs where slow ones run
-OFTEN = [(JOBS[2], torch.float32), (JOBS[6], torch.bfloat16), (JOBS[8], torch.float32)]
+OFTEN = [(JOBS[2], torch.float32), (JOBS[6], torch.bfloat16), (JOBS[7], torch.float32)]
 
 
 @pytest.mark.parametrize(
@@ -200,14 +200,14 @@ def test_less_memory_means_another_way_and_every_plan_keeps_its_limit(tiny):
 
 
 def test_a_plan_is_data(tiny):
-    plan = tiny.plan((400, 300), memory_limit="60MiB")
-    assert (plan.device, plan.dtype, plan.batch, plan.padded_hw) == ("cpu", "float32", 1, (400, 304))
+    plan = tiny.plan((90, 60), memory_limit="60MiB")
+    assert (plan.device, plan.dtype, plan.batch, plan.padded_hw) == ("cpu", "float32", 1, (96, 64))
     assert plan.peak_bytes <= plan.limit_bytes == 60 * MIB
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.way = "whole"
     always = tiny.plan((600, 300), tiles="always", memory_limit="4GiB")
     assert (always.way, always.tiles, always.tile_px, always.overlap_px) == ("tiles", 2, (512, 304), 128)
-    assert tiny.plan((64, 64), tiles="always", memory_limit="4GiB").way == "whole"
+    assert tiny.plan((90, 60), tiles="always", memory_limit="4GiB").way == "whole"
     assert tiny.plan((3000, 2000), short_side_px=64).padded_hw == (96, 64)
 
 
@@ -269,7 +269,7 @@ def test_a_map_in_pieces_is_the_map(tiny, waves):
 
 @pytest.mark.parametrize(
     ("mib", "way"),
-    [(17.2, "pieces"), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((16, "tiles"), (18, "whole")))],
+    [(18, "whole"), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((17.2, "pieces"), (16, "tiles")))],
 )
 def test_the_limit_holds_while_a_map_is_made(tiny, waves, mib, way):
     """From prepared pixels on, counted from outside; the picture itself is small beside them."""
@@ -396,7 +396,7 @@ def test_a_file_never_holds_a_partly_filled_map(tiny, waves, monkeypatch, tmp_pa
     torch.testing.assert_close(made.features, whole, rtol=1e-5, atol=1e-5)
     failing(monkeypatch, lambda way: True, ERRORS[0])
     with pytest.raises(MemoryLimitError):
-        tiny.extract(waves, short_side_px="native", out=tmp_path / "other.npy")
+        tiny.extract(waves[:32, :48], short_side_px="native", out=tmp_path / "other.npy")
     assert not (tmp_path / "other.npy").exists()
 
 
