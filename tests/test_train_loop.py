@@ -123,7 +123,7 @@ def trained(backbone_folder, drawn, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "out"
     config = short_run(
         *(backbone_folder, drawn / "train", out),
-        **{"val": str(drawn / "val"), "steps": 30, "batch_size": 8, "cache": 40, "lr": 3e-3, "ema": 0.95},
+        **{"val": str(drawn / "val"), "steps": 30, "batch_size": 4, "cache": 40, "lr": 3e-3, "ema": 0.95},
         **{"warmup": 4, "drop_path": 0.1, "val_every": 15, "save_every": 30, "log_every": 3, "fit": 40},
     )
     return config, distill(config)
