@@ -77,6 +77,17 @@ class SpatialPrior(nn.Module):
         return quarter, self.down(quarter)
 
 
+def _rays() -> Tensor:
+    """Offsets (A, P, 2) along A directions, 1 to P cells out by the larger coordinate."""
+    angles = torch.arange(HEADS, device="cpu") * (2 * torch.pi / HEADS)
+    directions = torch.stack([angles.cos(), angles.sin()], dim=-1)  # A 2
+    directions = directions / directions.abs().amax(-1, keepdim=True)
+    return directions[:, None] * torch.arange(1, POINTS + 1, device="cpu")[:, None]
+
+
+_RAYS = _rays()  # once: on the meta device, where models are built for loading, it would take a third of the time
+
+
 class DeformableAttention(nn.Module):
     """Queries on the 2h x 2w grid read a map on the h x w grid, each near its own cell."""
 
@@ -88,7 +99,7 @@ class DeformableAttention(nn.Module):
         # as in Deformable DETR: at first every head looks in a direction of its own, a cell farther with every point
         nn.init.zeros_(self.offsets_and_logits.weight)
         with torch.no_grad():
-            self.offsets_and_logits.bias[: HEADS * POINTS * 2] = _rays().flatten()
+            self.offsets_and_logits.bias[: HEADS * POINTS * 2] = _RAYS.flatten()
             self.offsets_and_logits.bias[HEADS * POINTS * 2 :] = 0
 
     def forward(self, queries: Tensor, features: Tensor, grid_hw: tuple[int, int]) -> Tensor:
@@ -113,14 +124,6 @@ class DeformableAttention(nn.Module):
         # softmax along a strided axis is several times faster than along one of four numbers
         weights = logits.unflatten(-1, (HEADS, POINTS)).mT.contiguous().softmax(-2).mT  # B n A P
         return self.out(read_table(table, points, weights))
-
-
-def _rays() -> Tensor:
-    """Offsets (A, P, 2) along A directions, 1 to P cells out by the larger coordinate."""
-    angles = torch.arange(HEADS) * (2 * torch.pi / HEADS)
-    directions = torch.stack([angles.cos(), angles.sin()], dim=-1)  # A 2
-    directions = directions / directions.abs().amax(-1, keepdim=True)
-    return directions[:, None] * torch.arange(1, POINTS + 1)[:, None]
 
 
 def _cell_centres(rows: tuple[int, int], columns: int, like: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from brixel import panel
 from brixel.backbones.vit_config import ForeignConfig
-from brixel.card import CARD, LICENCE, PANEL, is_ours, model_card, write_card
+from brixel.card import CARD, LICENCE, PANEL, is_ours, model_card
 from brixel.config import ADAPTER, BACKBONE, CONFIG, BrixelConfig
 from brixel.errors import BrixelError, DownloadError, UploadError
 from brixel.hub import Access, Repository, Snapshot, parse_repository
@@ -44,13 +44,12 @@ def push(
     config = publishable(config, include_backbone)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        save(student, config, folder, include_backbone=include_backbone)
         panel.save(draw(), folder / PANEL)
         licence = licence_copy(config, Access(token))
         if licence is not None:
             shutil.copy(licence, folder / LICENCE)
-        text = model_card(config, repository.name, whole=include_backbone, panel=True, licence=licence is not None)
-        write_card(folder, text)
+        card = model_card(config, repository.name, whole=include_backbone, panel=True, licence=licence is not None)
+        save(student, config, folder, include_backbone=include_backbone, card=card)
         return upload(folder, repository, private=private, token=token, message=message)
 
 

@@ -12,8 +12,13 @@ from brixel.errors import BrixelError
 from brixel.student import Student
 
 
-def save(student: Student, config: BrixelConfig, folder: Path, *, include_backbone: bool) -> None:
-    """Write config, weights and card; each file whole or not at all, `config.json` last."""
+def save(
+    student: Student, config: BrixelConfig, folder: Path, *, include_backbone: bool, card: str | None = None
+) -> None:
+    """Write config, weights and card; each file whole or not at all, `config.json` last.
+
+    ``card``: its text; where None, that of a model which is loaded from this folder.
+    """
     check_includable(config.backbone, include_backbone)
     if folder.exists() and not folder.is_dir():
         raise BrixelError(f"{folder} is a file; expected a folder to write a model into")
@@ -23,7 +28,7 @@ def save(student: Student, config: BrixelConfig, folder: Path, *, include_backbo
         write_tensors(folder / BACKBONE, student.backbone.state_dict())
     else:
         (folder / BACKBONE).unlink(missing_ok=True)  # of a model that was here before
-    write_card(folder, model_card(config, folder.resolve().name, whole=include_backbone))
+    write_card(folder, card or model_card(config, folder.resolve().name, whole=include_backbone))
     write_config(folder / CONFIG, config)
 
 

@@ -85,6 +85,7 @@ class LoopbackHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits for the client's delayed word that the headers came
     hub: LoopbackHub
 
     def log_message(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 """The examples run as they are written, on a tiny backbone, and stay short."""
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,33 +12,44 @@ from PIL import Image
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name, *arguments, cwd):
-    command = [sys.executable, EXAMPLES / name, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=300).stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run an example with these arguments in ``tmp_path``, as Python runs a script; what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def script(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return script
 
 
-def test_quickstart(backbone_folder, picture, tmp_path):
-    printed = run("quickstart.py", picture, backbone_folder, cwd=tmp_path)
+def test_quickstart(run, backbone_folder, picture, tmp_path):
+    printed = run("quickstart.py", picture, backbone_folder)
     assert "FeatureMap((64, 64, 96)" in printed
     assert (tmp_path / "features.safetensors").stat().st_size > 64 * 64 * 96 * 4
     with Image.open(tmp_path / "features.png") as made:
         assert made.size == (90, 60)
 
 
-def test_similarity_without_a_window(backbone_folder, picture, tmp_path):
-    run("similarity.py", picture, 30, 40, backbone_folder, cwd=tmp_path)
+def test_similarity_without_a_window(run, backbone_folder, picture, tmp_path):
+    run("similarity.py", picture, 30, 40, backbone_folder)
     with Image.open(tmp_path / "heat.png") as made:
         assert made.size == (90, 60)
 
 
-def test_without_a_folder_they_take_the_bundled_model(picture, tmp_path):
-    assert "FeatureMap((192, 64, 96)" in run("quickstart.py", picture, cwd=tmp_path)
-    run("similarity.py", picture, 30, 40, cwd=tmp_path)
+def test_without_a_folder_they_take_the_bundled_model(run, picture, tmp_path):
+    assert "FeatureMap((192, 64, 96)" in run("quickstart.py", picture)
+    run("similarity.py", picture, 30, 40)
     assert (tmp_path / "heat.png").exists()
 
 
 def test_the_drawn_scene(tmp_path):
-    run("draw_scene.py", "scene.jpg", cwd=tmp_path)
+    """In a process of its own."""
+    command = [sys.executable, EXAMPLES / "draw_scene.py", "scene.jpg"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
     with Image.open(tmp_path / "scene.jpg") as made:
         assert made.size == (960, 640)
 

@@ -443,6 +443,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(backbone_folder, t
     assert verify(out) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_an_interruption_finishes_what_is_in_hand(backbone_folder, tmp_path):
     source, out = many(tmp_path / "in", 200), tmp_path / "out"

@@ -1,8 +1,6 @@
 """Backbones that come as modules: models of transformers, a timm-style object, a user's own; saved, loaded, trained."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -245,13 +243,6 @@ def test_a_short_run(tmp_path):
     again = BrixelFeatures.from_pretrained(tmp_path / "out", backbone=own)
     assert again.config.adapter.short_side_px == 16
     torch.testing.assert_close(again.head.state_dict(), model.head.state_dict(), rtol=0, atol=0)
-
-
-def test_packages_are_not_imported_for_it():
-    program = "import sys, torch; from brixel.backbones.foreign import as_backbone\n"
-    program += "try: as_backbone(torch.nn.Linear(1, 1))\nexcept ValueError: pass\n"
-    program += "assert not {'transformers', 'timm'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 # ---------------------------------------------------------------- errors

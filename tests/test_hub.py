@@ -641,9 +641,9 @@ def test_the_command_line_takes_names(hub, saved, backbone_files, picture, tmp_p
 
 def test_threads_share_a_model(hub, saved, picture):
     hub.add(MODEL, saved[0])
-    with ThreadPoolExecutor(8) as pool:
-        models = list(pool.map(lambda _: load(MODEL), range(8)))
-        maps = list(pool.map(lambda _: models[0].extract(picture).features, range(16)))
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: load(MODEL), range(4)))
+        maps = list(pool.map(lambda _: models[0].extract(picture).features, range(8)))
     for each in maps:
         torch.testing.assert_close(each, maps[0], rtol=1e-5, atol=1e-5)
     assert left_behind() == []
@@ -666,6 +666,7 @@ print(BrixelFeatures.from_pretrained("us/dense", device="cpu").config.commits)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_download_at_once_but_never_the_bundled_model(hub, saved, tmp_path):
     """In their own processes the endpoint comes from the environment; nothing is imported before it is needed."""
     repo = hub.add(MODEL, saved[0])

@@ -23,6 +23,7 @@ LAYERS = (
         "rows",
         "sizes",
         "tiling",
+        "toml_file",
         "pictures",
         "crops",
         "losses",
@@ -78,7 +79,7 @@ LAYERS = (
     {"evaluate.suite"},
     {"train.config", "train.data", "train.distributed", "train.watch"},
     {"train.cache", "train.state", "train.facts", "train.recipe", "train.start"},
-    {"train.batches", "train.validation"},
+    {"train.batches", "train.progress_pictures", "train.validation"},
     {"train.loop"},
     {"train.plan"},
     {"commands.options"},
@@ -124,8 +125,11 @@ def test_the_engine_geometry_and_tiling_know_no_model():
     assert set().union(*(imported(modules()[name]) for name in know_none)) <= {"errors"}
 
 
-def test_importing_changes_nothing_global():
-    """Flags, warning filters, logging, random state, threads and the environment are as `import torch` leaves them."""
+def test_importing_changes_nothing_global_and_brings_no_optional_package():
+    """Flags, warning filters, logging, random state, threads and the environment are as `import torch` leaves them.
+
+    Optional packages are not even imported for a foreign backbone, nor the Hub's client for the bundled model.
+    """
     program = """
 import logging, os, random, warnings
 import numpy, torch, PIL.Image, PIL.ImageFont, PIL.ImageDraw, safetensors.torch
@@ -144,6 +148,14 @@ loaded = set(sys.modules)
 import brixel
 assert state() == before, [pair for pair in zip(before, state()) if pair[0] != pair[1]]
 late = {"transformers", "timm", "tqdm", "huggingface_hub"} & (set(sys.modules) - loaded)
+assert not late, late
+from brixel.backbones.foreign import as_backbone
+try:  # told from those of other packages without importing them
+    as_backbone(torch.nn.Linear(1, 1))
+except ValueError:
+    pass
+brixel.BrixelFeatures.from_pretrained(device="cpu")  # the bundled model
+late = {"transformers", "timm", "huggingface_hub"} & (set(sys.modules) - loaded)
 assert not late, late
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -245,6 +247,28 @@ def fit_one_half(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_a_batch_that_is_dealt_out_has_the_directions_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads in place of processes, which meet in a sum."""
+    _, teacher = random_maps((4, 10, 5, 7))  # 35 cells, not a multiple of three
+    whole = principal_directions(teacher)
+    meeting, given = threading.Barrier(2, timeout=60), {}
+
+    def all_reduce(values: Tensor, group: object) -> None:
+        given[threading.get_ident()] = values.clone()
+        meeting.wait()
+        total = sum(given.values())
+        meeting.wait()
+        values.copy_(total)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(principal_directions, (teacher[::2], teacher[1::2]))
+    assert torch.equal(first, second)
+    torch.testing.assert_close((first @ whole.mT).abs(), torch.eye(8, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.slow
 def test_two_processes_fit_the_directions_of_the_whole_batch(tmp_path: Path) -> None:
     _, teacher = random_maps((4, 10, 5, 7))  # 35 cells, not a multiple of three
     torch.save(teacher, tmp_path / "teacher.pt")

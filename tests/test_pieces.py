@@ -52,18 +52,20 @@ def whole_and_pieces(model, grid_hw, rows):
     return whole, pieces
 
 
-GRIDS = [(1, 1), (5, 7), (2, 9), (8, 3), (13, 4), (16, 16)]
+# one patch; fewer rows than a piece, a last piece of one, two and four rows, rows that divide, squares
+GRIDS_AND_ROWS = [
+    *(((1, 1), 1), ((2, 9), 5), ((5, 7), 1), ((5, 7), 3)),
+    *(((8, 3), 4), ((13, 4), 3), ((13, 4), 9), ((16, 16), 5)),
+]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 5])
-@pytest.mark.parametrize("grid_hw", GRIDS)
+@pytest.mark.parametrize(("grid_hw", "rows"), GRIDS_AND_ROWS)
 def test_pieces_of_a_blended_model_equal_the_whole(blended, grid_hw, rows):
     whole, pieces = whole_and_pieces(blended, grid_hw, rows)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4])
-@pytest.mark.parametrize("grid_hw", GRIDS)
+@pytest.mark.parametrize(("grid_hw", "rows"), GRIDS_AND_ROWS)
 def test_pieces_of_a_released_model_equal_the_whole(released, grid_hw, rows):
     whole, pieces = whole_and_pieces(released, grid_hw, rows)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)

@@ -170,13 +170,14 @@ def test_untrained_student_is_the_backbone_upsampled_in_other_dtypes(dtype: torc
 LEARNED = {"position_scale_offset": 0.0}  # another offset goes to a torch operator that fixes it when exported
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("patch_px", "fields"),
     [
         (16, {}),
-        pytest.param(14, LEARNED, marks=pytest.mark.slow),
-        pytest.param(14, {**LEARNED, "position_antialias": True}, marks=pytest.mark.slow),
-        pytest.param(14, {**LEARNED, "position_scale_offset": 0.1}, marks=pytest.mark.slow),
+        (14, LEARNED),
+        (14, {**LEARNED, "position_antialias": True}),
+        (14, {**LEARNED, "position_scale_offset": 0.1}),
     ],
 )
 def test_export_with_dynamic_sizes_equals_eager(patch_px: int, fields: dict[str, object]) -> None:

@@ -186,13 +186,21 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
     path = tmp_path / "bad.toml"
     for content in (b"steps = \n", b"steps = 3\nsteps = 4\n", b"out = '\xff'\n", b"{"):
         path.write_bytes(content)
-        with pytest.raises(BrixelError, match="bad.toml is not TOML"):
+        with pytest.raises(BrixelError, match=r"bad\.toml is no TOML in UTF-8: "):
             read_settings(path)
 
 
-def test_a_file_that_is_missing_is_an_oserror_with_its_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.toml"):
-        read_settings(tmp_path / "absent.toml")
+def test_settings_that_are_no_file_are_named(tmp_path):
+    for name, reason in (("absent.toml", "No such file"), (".", "Is a directory")):
+        with pytest.raises(BrixelError, match=f"no settings at .*{name}: {reason}"):
+            read_settings(tmp_path / name)
+
+
+def test_a_python_without_toml_says_what_brings_it(tmp_path, monkeypatch):
+    for module in ("tomllib", "tomli"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(BrixelError, match=r"needs 'tomli' on Python 3\.10: pip install 'brixel\[train\]'"):
+        read_settings(tmp_path / "train.toml")
 
 
 def test_a_table_in_the_file_is_refused_by_name(tmp_path):

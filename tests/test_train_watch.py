@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from brixel import BrixelError
-from brixel.evaluate.fidelity import BASELINES, interpolated, nearness
-from brixel.train.validation import validate
-from brixel.train.watch import CURVE_PX, Metrics, draw_curve, draw_panel
+from brixel.evaluate.fidelity import BASELINES, nearness
+from brixel.train.progress_pictures import CURVE_PX, draw_curve, draw_panel
+from brixel.train.validation import baselines
+from brixel.train.watch import Metrics
 
 # ---------------------------------------------------------------- metrics
 
@@ -201,8 +202,7 @@ def test_nearness_is_what_a_loop_over_cells_gives():
     assert nearness(maps.bfloat16(), maps.bfloat16()) == pytest.approx({"l1": 0.0, "cosine": 1.0}, abs=1e-6)
 
 
-@pytest.mark.parametrize("mode", BASELINES)
-def test_baselines_are_plain_interpolation_averaged_over_crops(mode):
+def test_baselines_are_plain_interpolation_averaged_over_crops():
     torch.manual_seed(0)
     crops = Crops([(torch.randn(3, 8, 8), torch.randn(3, 8, 8)) for _ in range(3)])
 
@@ -211,13 +211,15 @@ def test_baselines_are_plain_interpolation_averaged_over_crops(mode):
         assert not torch.is_grad_enabled()
         return F.avg_pool2d(pixels, 4)
 
-    found = validate(interpolated(backbone, mode, (8, 8)), crops, torch.device("cpu"))
-    expected = []
-    for pixels, teacher in crops.pairs:
-        plain = F.interpolate(F.avg_pool2d(pixels[None], 4), scale_factor=4, mode=mode, align_corners=False)
-        expected.append(nearness(plain, teacher[None]))
-    for name in ("l1", "cosine"):
-        assert found[name] == pytest.approx(np.mean([each[name] for each in expected]), abs=1e-6)
+    found = baselines(backbone, crops, torch.device("cpu"))
+    assert set(found) == {f"{mode}_{name}" for mode in BASELINES for name in ("l1", "cosine")}
+    for mode in BASELINES:
+        expected = []
+        for pixels, teacher in crops.pairs:
+            plain = F.interpolate(F.avg_pool2d(pixels[None], 4), scale_factor=4, mode=mode, align_corners=False)
+            expected.append(nearness(plain, teacher[None]))
+        for name in ("l1", "cosine"):
+            assert found[f"{mode}_{name}"] == pytest.approx(np.mean([each[name] for each in expected]), abs=1e-6)
 
 
 def test_maps_with_values_not_finite_cannot_be_shown(tmp_path):

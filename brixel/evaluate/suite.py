@@ -7,7 +7,6 @@ one works in. `examples/suite_paper.toml` shows the format.
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from brixel.errors import BrixelError, did_you_mean
 from brixel.evaluate.report import Report, write_json
 from brixel.evaluate.tasks import FIELDS, Task
 from brixel.features import BrixelFeatures
+from brixel.toml_file import read_toml
 
 _MODEL_KEYS = ("model", "backbone", "architecture")
 _PATHS = ("data", "cache")
@@ -46,12 +46,7 @@ class Part:
 
 def read_suite(path: Path) -> list[Part]:
     """The parts of a suite in its order. Raises BrixelError for a key or a model that is not known."""
-    try:
-        content = _toml().loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BrixelError(f"no suite at {path}; examples/suite_paper.toml is one") from error
-    except ValueError as error:
-        raise BrixelError(f"{path} is no TOML: {error}") from error
+    content = read_toml(path, "suite")
     _check_keys(content, ("models", "run", "cache"), str(path))
     models, runs = content.get("models", {}), content.get("run", [])
     if not models or not runs:
@@ -124,13 +119,3 @@ def merged(reports: list[Report]) -> Iterator[Report]:
 def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     if unknown := [key for key in table if key not in known]:
         raise BrixelError(f"{where} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
-
-
-def _toml() -> Any:
-    """Python's own reader from 3.11 on, else the package it came from."""
-    for name in ("tomllib", "tomli"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    raise BrixelError("reading a suite needs 'tomli' on Python 3.10: pip install 'brixel[evaluate]'")

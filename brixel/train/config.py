@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import sys
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from brixel.atomic import write_text
 from brixel.errors import BrixelError, did_you_mean
 from brixel.losses import LossWeights
+from brixel.toml_file import read_toml
 
 # the recipe of the release; three epochs are for the user to say in steps
 RELEASE = MappingProxyType(
@@ -131,14 +131,7 @@ def make_config(settings: dict[str, Any], *, preset: str = "default") -> TrainCo
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a TOML file."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BrixelError(f"{path} is not TOML ({error})") from error
+    return read_toml(path, "settings")
 
 
 def write_settings(path: Path, config: TrainConfig) -> None:

@@ -23,7 +23,6 @@ from brixel.checkpoints import read_tensors
 from brixel.config import ADAPTER
 from brixel.crops import CropSettings
 from brixel.errors import BrixelError
-from brixel.evaluate.fidelity import BASELINES, interpolated
 from brixel.features import BrixelFeatures
 from brixel.losses import total_loss
 from brixel.train.batches import batches
@@ -32,14 +31,14 @@ from brixel.train.config import TrainConfig, write_settings
 from brixel.train.data import CropDataset, find_training_pictures
 from brixel.train.distributed import World, joined, mean_over_all, synchronised, wait_for_all
 from brixel.train.facts import training_facts
+from brixel.train.progress_pictures import draw_crops, draw_curve
 from brixel.train.recipe import learning_rate, make_optimizer, passes_to_fit, prepared_model, teacher_side
 from brixel.train.start import fit_blend, is_fresh
 from brixel.train.state import Average, Progress, load_state, save_state
-from brixel.train.validation import validate
-from brixel.train.watch import Metrics, draw_curve, draw_panel
+from brixel.train.validation import baselines, validate
+from brixel.train.watch import Metrics
 
 SETTINGS, STATE, METRICS, LAST = "train.toml", "state.pt", "metrics.jsonl", "last"
-_PANEL_ROWS = 3
 
 Teacher = Callable[[Tensor], Tensor]
 
@@ -289,9 +288,9 @@ class Run:
         record: dict[str, Any] = {"step": self.progress.step}
         if held_out is not None:
             record |= validate(self.kept, held_out, self.world.device)
-            self.plain = self.plain or self._baselines(held_out)
+            self.plain = self.plain or baselines(self.kept.backbone_features, held_out, self.world.device)
             metrics.add(record | self.plain)
-            self._draw_panel(held_out)
+            draw_crops(self.out / f"panel-{self.progress.step:06d}.png", self.kept, held_out, self.world.device)
         draw_curve(self.out / "curve.png", metrics.records())
         self.kept.config = dataclasses.replace(self.kept.config, training=self._facts(record, held_out))
         self.kept.save_pretrained(self.out / LAST)
@@ -310,28 +309,6 @@ class Run:
             figures=record | self.plain,
             device=self.world.device,
         )
-
-    def _baselines(self, held_out: TeacherCache) -> dict[str, float]:
-        """The figures of plain interpolation, which do not change in a run."""
-        figures: dict[str, float] = {}
-        for mode in BASELINES:
-            predict = interpolated(self.kept.backbone_features, mode, held_out[0][1].shape[1:])
-            plain = validate(predict, held_out, self.world.device)
-            figures |= {f"{mode}_{name}": value for name, value in plain.items()}
-        return figures
-
-    @torch.no_grad()
-    def _draw_panel(self, held_out: TeacherCache) -> None:
-        vit = self.model.config.backbone.vit
-        mean, std = (torch.tensor(each)[:, None, None] for each in (vit.mean, vit.std))
-        pictures, maps = [], []
-        for index in range(min(_PANEL_ROWS, len(held_out))):
-            pixels, teacher = held_out[index]
-            batch = pixels[None].to(self.world.device)
-            low, student = self.kept.backbone_features(batch)[0].cpu(), self.kept(batch)[0].cpu()
-            pictures.append(((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
-            maps.append({"backbone": low, "student": student, "teacher": teacher})
-        draw_panel(self.out / f"panel-{self.progress.step:06d}.png", pictures, maps)
 
     def _save(self) -> None:
         if self.world.leads:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from brixel.evaluate.fidelity import mean_of, nearness
+from brixel.evaluate.fidelity import BASELINES, interpolated, mean_of, nearness
 from brixel.train.cache import TeacherCache
 
 
@@ -17,3 +17,12 @@ def validate(predict: Callable[[Tensor], Tensor], crops: TeacherCache, device: t
             pixels, teacher = crops[index]
             results.append(nearness(predict(pixels[None].to(device)).cpu(), teacher[None]))
     return mean_of(results)
+
+
+def baselines(backbone: Callable[[Tensor], Tensor], crops: TeacherCache, device: torch.device) -> dict[str, float]:
+    """What :func:`validate` finds of the backbone's maps, plainly interpolated: "bilinear_l1" and so on."""
+    figures: dict[str, float] = {}
+    for mode in BASELINES:
+        plain = validate(interpolated(backbone, mode, crops[0][1].shape[1:]), crops, device)
+        figures |= {f"{mode}_{name}": value for name, value in plain.items()}
+    return figures
