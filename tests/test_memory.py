@@ -259,7 +259,7 @@ def waves():
 @pytest.mark.slow
 def test_a_map_in_pieces_is_the_map(tiny, waves):
     whole = tiny.extract(waves, short_side_px="native")
-    limit = predict_peak(tiny, Way("pieces", rows=2), Job(1, (144, 272)))
+    limit = predict_peak(tiny, Way("pieces", rows=1), Job(1, (144, 272)))
     bounded = tiny.extract(waves, short_side_px="native", memory_limit=limit, tiles="never")
     assert tiny.plan((130, 260), memory_limit=limit, tiles="never").way == "pieces"
     torch.testing.assert_close(bounded.features, whole.features, rtol=1e-5, atol=1e-5)
