@@ -57,6 +57,7 @@ class BoundedRun:
         self._limit = self._free(student.head.out.weight.device) if limit is None else parse_bytes(limit)
         self._batch = batch
         self._most_a_picture = self._most_waiting = 0  # bytes of the largest picture so far: in work, and waiting
+        self._together: dict[tuple[int, int], int] = {}  # by padded size: see together()
         self._on_host: Student | None = None
         self._ways: dict[Job, tuple[Way, bool]] = {}
         self._all_on_host = False
@@ -109,8 +110,28 @@ class BoundedRun:
 
         Maps of one batch may share their memory, which is free when the last of them is.
         """
-        spare = self.room() // 2 - (self._batch - 1) * self._most_waiting
-        return self._batch + max(0, spare) // max(1, self._most_waiting)
+        batch = min(self._together.values(), default=self._batch)
+        spare = self.room() // 2 - (batch - 1) * self._most_waiting
+        return batch + max(0, spare) // max(1, self._most_waiting)
+
+    def together(self, padded_hw: tuple[int, int]) -> int:
+        """How many pictures of a size to ask for at once: a batch, halved until each is computed as it is alone.
+
+        The maps of a batch are there at once, so that more of them may need tiles, or not fit at all.
+        """
+        if padded_hw not in self._together:
+            batch = self._batch
+            while batch > 1 and not self._is_as_alone(Job(batch, padded_hw)):
+                batch //= 2
+            self._together[padded_hw] = batch
+        return self._together[padded_hw]
+
+    def _is_as_alone(self, job: Job) -> bool:
+        alone = Job(1, job.padded_hw)
+        way, on_host = self._way(alone)
+        if on_host or self._weights + job.batch * (self._need(way, alone) - self._weights) <= self._limit:
+            return True  # nothing need be predicted for the batch
+        return self._need(way, job) <= self._limit
 
     def _need(self, way: Way, job: Job) -> int:
         """Bytes that a job takes, weights included: predicted where it was for the choice, else bound from above."""

@@ -1,5 +1,7 @@
 """Many pictures within a limit: what is made ahead and what waits for its turn counts too."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,26 @@ def test_what_may_wait_is_what_batches_leave_of_the_limit(tiny, monkeypatch):
     trusting = BoundedRun(tiny, batch=2)  # what is free: nothing is predicted
     trusting.check((64, 64))
     assert 0 < trusting.room() < 2**60
+
+
+def test_a_batch_is_smaller_where_the_limit_has_no_room_for_all_its_maps(tiny, pictures):
+    """Neither refused nor in tiles, since each picture fits alone."""
+    pair = [pictures[0], pictures[2]]
+    limit = predict_peak(tiny, Way("whole"), Job(1, (96, 128)))
+    found = list(tiny.stream(pair, short_side_px="native", memory_limit=limit, batch_size=2, workers=0))
+    for each, image in zip(found, pair, strict=True):
+        assert "tiles" not in each.meta
+        assert torch.equal(each.features, tiny.extract(image, short_side_px="native").features)
+
+
+def test_as_many_go_together_as_are_computed_as_one_alone_is(tiny):
+    whole, job = Way("whole"), Job(1, (96, 128))
+    alone, two = (predict_peak(tiny, whole, dataclasses.replace(job, batch=count)) for count in (1, 2))
+    for limit, count in ((alone, 1), (two, 2), (alone * 9, 4)):
+        run = BoundedRun(tiny, limit=limit, batch=4)
+        assert run.together((96, 128)) == count
+        assert run.window() >= count
+    assert BoundedRun(tiny, batch=4).together((96, 128)) == 4
 
 
 @pytest.mark.parametrize("channels", [1, 32, 70])
