@@ -261,6 +261,7 @@ def _or_raise(results: Iterator[FeatureMap | Exception]) -> Iterator[FeatureMap]
         if isinstance(result, Exception):
             raise result
         yield result
+        del result  # not held while the next is computed
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

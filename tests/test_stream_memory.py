@@ -73,6 +73,16 @@ def test_a_batch_is_smaller_where_the_limit_has_no_room_for_all_its_maps(tiny, p
         assert torch.equal(each.features, tiny.extract(image, short_side_px="native").features)
 
 
+def test_a_map_that_was_handed_over_is_not_held(tiny, pictures):
+    limit = predict_peak(tiny, Way("whole"), Job(1, (96, 128)))
+    stream = tiny.stream([pictures[0], pictures[2]], short_side_px="native", memory_limit=limit, workers=0)
+    with LiveBytes("cpu") as counter:
+        counter.track(weights_and_buffers(tiny))
+        for _ in range(2):
+            next(stream)
+    assert counter.peak <= limit
+
+
 def test_as_many_go_together_as_are_computed_as_one_alone_is(tiny):
     whole, job = Way("whole"), Job(1, (96, 128))
     alone, two = (predict_peak(tiny, whole, dataclasses.replace(job, batch=count)) for count in (1, 2))
