@@ -35,7 +35,7 @@ def ahead(
     iterator = iter(items)
     failure: Exception | None = None
     waiting: deque[Future[Made]] = deque()
-    largest: int | None = None  # until the first result is there
+    largest: int | None = None  # until a first result with a size is there
     executor = ThreadPoolExecutor(workers, thread_name_prefix="brixel-ahead")
     try:
         while True:
@@ -52,7 +52,7 @@ def ahead(
             if not waiting:
                 break
             made = waiting.popleft().result()
-            largest = max(largest or 0, size(made))
+            largest = max(largest or 0, size(made)) or None  # what has no size tells nothing of the others
             yield made
             del made  # not held while the next is waited for
     finally:
