@@ -86,13 +86,14 @@ class BoundedRun:
     def check(self, padded_hw: tuple[int, int], *, to_file: bool = False) -> None:
         """Raise MemoryLimitError where a picture of that size cannot be computed, before its pixels exist."""
         job, weight = Job(1, padded_hw, to_file), self._student.head.out.weight
-        way, on_host = self._way(job)
-        if not on_host:
-            self._most_a_picture = max(self._most_a_picture, self._need(way, job) - self._weights)
         rows, columns = (UPSCALE * cells for cells in job.grid_hw(self._student))
         map_bytes = 0 if to_file else weight.shape[0] * rows * columns * weight.element_size()
-        self._most_waiting = max(self._most_waiting, 3 * 4 * padded_hw[0] * padded_hw[1] + map_bytes)
-        check_host(padded_hw, map_bytes)
+        with self._planning:
+            way, on_host = self._way(job)
+            need = 0 if on_host else self._need(way, job) - self._weights
+            check_host(padded_hw, map_bytes)
+            self._most_a_picture = max(self._most_a_picture, need)
+            self._most_waiting = max(self._most_waiting, 3 * 4 * padded_hw[0] * padded_hw[1] + map_bytes)
 
     def room(self) -> int:
         """Bytes of the computer's memory for what waits: pictures made ready ahead, maps whose turn has not come.
@@ -119,12 +120,13 @@ class BoundedRun:
 
         The maps of a batch are there at once, so that more of them may need tiles, or not fit at all.
         """
-        if padded_hw not in self._together:
-            batch = self._batch
-            while batch > 1 and not self._is_as_alone(Job(batch, padded_hw)):
-                batch //= 2
-            self._together[padded_hw] = batch
-        return self._together[padded_hw]
+        with self._planning:
+            if padded_hw not in self._together:
+                batch = self._batch
+                while batch > 1 and not self._is_as_alone(Job(batch, padded_hw)):
+                    batch //= 2
+                self._together[padded_hw] = batch
+            return self._together[padded_hw]
 
     def _is_as_alone(self, job: Job) -> bool:
         alone = Job(1, job.padded_hw)
@@ -228,6 +230,10 @@ class BoundedRun:
 
     def _take_less(self, job: Job, way: Way, on_host: bool) -> None:
         """After a failure: less at a time from now on, at last on the CPU."""
+        with self._planning:
+            self._take_less_locked(job, way, on_host)
+
+    def _take_less_locked(self, job: Job, way: Way, on_host: bool) -> None:
         amount = self._amount(way, job)
         self._too_much[way.kind] = min(amount, self._too_much.get(way.kind, amount))
         less = smaller(way, job.grid_hw(self._student), tiles=self._tiles != "never")

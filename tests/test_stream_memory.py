@@ -1,6 +1,7 @@
 """Many pictures within a limit: what is made ahead and what waits for its turn counts too."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -91,6 +92,26 @@ def test_as_many_go_together_as_are_computed_as_one_alone_is(tiny):
         assert run.together((96, 128)) == count
         assert run.window() >= count
     assert BoundedRun(tiny, batch=4).together((96, 128)) == 4
+
+
+def test_a_small_picture_checked_by_another_thread_does_not_undo_a_large_one(tiny, monkeypatch):
+    run, begun, done = BoundedRun(tiny, limit=400 * MIB), threading.Event(), threading.Event()
+    alone, need = predict_peak(tiny, Way("whole"), Job(1, (96, 128))) - storage_bytes(tiny), BoundedRun._need
+
+    def slow(self, way, job):
+        if job.padded_hw == (32, 32):
+            begun.set()
+            done.wait(1)  # the other thread has its turn, if it may
+        return need(self, way, job)
+
+    monkeypatch.setattr(BoundedRun, "_need", slow)
+    thread = threading.Thread(target=run.check, args=((32, 32),))
+    thread.start()
+    begun.wait()
+    run.check((96, 128))
+    done.set()
+    thread.join()
+    assert run.room() == 400 * MIB - storage_bytes(tiny) - alone
 
 
 @pytest.mark.parametrize("channels", [1, 32, 70])
