@@ -35,7 +35,7 @@ def ahead(
     iterator = iter(items)
     failure: Exception | None = None
     waiting: deque[Future[Made]] = deque()
-    largest: int | None = None  # until the first result is there
+    largest: int | None = None  # until a first result with a size is there
     executor = ThreadPoolExecutor(workers, thread_name_prefix="brixel-ahead")
     try:
         while True:
@@ -51,7 +51,7 @@ def ahead(
                     failure = error
             if not waiting:
                 break
-            largest = max(largest or 0, size(waiting[0].result()))
+            largest = max(largest or 0, size(waiting[0].result())) or None  # what has no size tells nothing
             yield waiting.popleft().result()  # and not held here while it is worked on
     finally:
         executor.shutdown(cancel_futures=True)

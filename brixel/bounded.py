@@ -58,6 +58,7 @@ class BoundedRun:
         self._limit = self._free(student.head.out.weight.device) if limit is None else parse_bytes(limit)
         self._batch = batch
         self._most_a_picture = self._most_waiting = 0  # bytes of the largest picture so far: in work, and waiting
+        self._together: dict[tuple[int, int], int] = {}  # by padded size: see together()
         self._on_host: Student | None = None
         self._ways: dict[Job, tuple[Way, bool]] = {}
         self._all_on_host = False
@@ -86,14 +87,14 @@ class BoundedRun:
     def check(self, padded_hw: tuple[int, int], *, to_file: bool = False) -> None:
         """Raise MemoryLimitError where a picture of that size cannot be computed, before its pixels exist."""
         job, weight = Job(1, padded_hw, to_file), self._student.head.out.weight
-        way, on_host = self._way(job)
         rows, columns = (UPSCALE * cells for cells in job.grid_hw(self._student))
         map_bytes = 0 if to_file else weight.shape[0] * rows * columns * weight.element_size()
         with self._planning:
+            way, on_host = self._way(job)
+            need = 0 if on_host else self._need(way, job) - self._weights
+            check_host(padded_hw, map_bytes)
+            self._most_a_picture = max(self._most_a_picture, need)
             self._most_waiting = max(self._most_waiting, 3 * 4 * padded_hw[0] * padded_hw[1] + map_bytes)
-            if not on_host:
-                self._most_a_picture = max(self._most_a_picture, self._need(way, job) - self._weights)
-        check_host(padded_hw, map_bytes)
 
     def room(self) -> int:
         """Bytes of the computer's memory for what waits: pictures made ready ahead, maps whose turn has not come.
@@ -111,8 +112,29 @@ class BoundedRun:
 
         Maps of one batch may share their memory, which is free when the last of them is.
         """
-        spare = self.room() // 2 - (self._batch - 1) * self._most_waiting
-        return self._batch + max(0, spare) // max(1, self._most_waiting)
+        batch = min(self._together.values(), default=self._batch)
+        spare = self.room() // 2 - (batch - 1) * self._most_waiting
+        return batch + max(0, spare) // max(1, self._most_waiting)
+
+    def together(self, padded_hw: tuple[int, int]) -> int:
+        """How many pictures of a size to ask for at once: a batch, halved until each is computed as it is alone.
+
+        The maps of a batch are there at once, so that more of them may need tiles, or not fit at all.
+        """
+        with self._planning:
+            if padded_hw not in self._together:
+                batch = self._batch
+                while batch > 1 and not self._is_as_alone(Job(batch, padded_hw)):
+                    batch //= 2
+                self._together[padded_hw] = batch
+            return self._together[padded_hw]
+
+    def _is_as_alone(self, job: Job) -> bool:
+        alone = Job(1, job.padded_hw)
+        way, on_host = self._way(alone)
+        if on_host or self._weights + job.batch * (self._need(way, alone) - self._weights) <= self._limit:
+            return True  # nothing need be predicted for the batch
+        return self._need(way, job) <= self._limit
 
     def _need(self, way: Way, job: Job) -> int:
         """Bytes that a picture takes, weights included: bound from above where that is enough for batches of it."""
@@ -209,6 +231,10 @@ class BoundedRun:
 
     def _take_less(self, job: Job, way: Way, on_host: bool) -> None:
         """After a failure: less at a time from now on, at last on the CPU."""
+        with self._planning:
+            self._take_less_locked(job, way, on_host)
+
+    def _take_less_locked(self, job: Job, way: Way, on_host: bool) -> None:
         amount = self._amount(way, job)
         self._too_much[way.kind] = min(amount, self._too_much.get(way.kind, amount))
         less = smaller(way, job.grid_hw(self._student), tiles=self._tiles != "never")

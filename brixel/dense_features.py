@@ -111,8 +111,9 @@ class DenseFeatures(Student):
     ) -> Iterator[FeatureMap]:
         """Dense features of many pictures, lazily and in order; see :meth:`extract`.
 
-        Pictures that come to one size share a batch of at most ``batch_size``, also where a few others lie between
-        them. ``workers`` threads decode ahead, a batch and two pictures each; 0 decodes when a picture's turn comes.
+        Pictures that come to one size share a batch of at most ``batch_size``, fewer where the limit has no room for
+        all their maps, also where a few others lie between them. ``workers`` threads decode ahead, a batch and two
+        pictures each; 0 decodes when a picture's turn comes.
         A picture that cannot be used raises ImageError after the maps of those before it.
         """
         return _or_raise(
@@ -209,6 +210,9 @@ class DenseFeatures(Student):
         def window() -> int:
             return sys.maxsize if bounded is None else bounded.window()
 
+        def together(padded_hw: tuple[int, int]) -> int:
+            return sys.maxsize if bounded is None else bounded.together(padded_hw)
+
         def run(pixels: Tensor) -> Sequence[Tensor]:
             with evaluating(self):
                 return forward(pixels)
@@ -229,7 +233,8 @@ class DenseFeatures(Student):
             size=_pixel_bytes,
             room=room,
         )
-        return itertools.starmap(finish, run_batches(run, prepared, batch_size=batch_size, window=window))
+        results = run_batches(run, prepared, batch_size=batch_size, window=window, together=together)
+        return itertools.starmap(finish, results)
 
     def _meta(self) -> Mapping[str, str]:
         """What makes the maps, kept in their files."""
@@ -256,6 +261,7 @@ def _or_raise(results: Iterator[FeatureMap | Exception]) -> Iterator[FeatureMap]
         if isinstance(result, Exception):
             raise result
         yield result
+        del result  # not held while the next is computed
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

@@ -30,14 +30,15 @@ def run_batches(
     *,
     batch_size: int,
     window: Callable[[], int] = lambda: sys.maxsize,
+    together: Callable[[tuple[int, int]], int] = lambda image_hw: sys.maxsize,
 ) -> Iterator[tuple[Tensor | None, Tag]]:
     """Run ``forward`` over pictures, lazily and in order; yields one result for each, with its tag.
 
     ``items``: pixels (3, H, W) with anything that belongs to them; one without pixels comes out as it is, at its place.
-    Pictures of one size share a batch of at most ``batch_size``, also where others lie between them: at most
-    ``WINDOW`` batches' worth of pictures and results are held, and no more than ``window()`` of them. After a full
-    batch no item is asked for before its results were taken, as far as the order lets them. Where ``items`` raises,
-    the results of those before come first.
+    Pictures of one size share a batch of at most ``batch_size`` and ``together((H, W))``, also where others lie between
+    them: at most ``WINDOW`` batches' worth of pictures and results are held, and no more than ``window()`` of them.
+    After a full batch no item is asked for before its results were taken, as far as the order lets them. Where
+    ``items`` raises, the results of those before come first.
     """
     most = WINDOW * batch_size if batch_size > 1 else 1
     order: deque[_Place[Tag]] = deque()
@@ -57,7 +58,8 @@ def run_batches(
         if place.pixels is not None:
             group = groups.setdefault(place.pixels.shape, [])
             group.append(place)
-            if len(group) == batch_size:
+            height, width = place.pixels.shape[1:]
+            if len(group) >= min(batch_size, together((height, width))):
                 _run(forward, groups.pop(place.pixels.shape))
         yield from _finished(order)
         while order and len(order) >= min(most, window()):  # the first of them waits for its batch to fill: no longer

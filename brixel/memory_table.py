@@ -10,6 +10,7 @@ from torch import Tensor
 
 from brixel.benchmark import random_student
 from brixel.devices import dtype_name, machine
+from brixel.errors import BrixelError
 from brixel.live_bytes import LiveBytes, weights_and_buffers
 from brixel.memory_plan import Job, predict_peak, run_job, ways_by_cost
 from brixel.model_table import known_backbone
@@ -41,13 +42,15 @@ def memory_table(
 ) -> list[Row]:
     """Rows for whole passes, exact pieces and tiles of square pictures.
 
-    ``measured``: by architecture, the side up to which pictures are computed as well.
-
-    On the CPU, the map going to a file. Where nothing is computed the weights are never made.
+    ``measured``: by architecture, the side up to which pictures are computed as well, on the CPU, the map going to a
+    file. Where nothing is computed the weights are never made. Raises BrixelError for one that is not in the table.
     """
     rows, measured = [], measured or {}
     for architecture in (*architectures, *measured):
         known_backbone(architecture)  # an error should not cost the time of those before it
+    if left_out := [each for each in measured if each not in architectures]:
+        among = ", ".join(architectures)
+        raise BrixelError(f"{left_out[0]} is to be measured, and not among the architectures of the table: {among}")
     for architecture in architectures:
         for dtype in DTYPES:
             largest_px = measured.get(architecture, 0)

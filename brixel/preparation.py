@@ -66,6 +66,7 @@ class Preparation:
             if check is not None:
                 check(geometry.padded_hw)
             planes = picture.read(geometry.resized_hw)
+        del picture  # what Pillow decoded is free before the planes are worked on
         height, width = geometry.resized_hw
         placement = Placement(geometry, {**self.meta, "resized_hw": f"{height}x{width}"})
         return preprocess(planes, geometry, self.mean, self.std), placement

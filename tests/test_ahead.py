@@ -121,3 +121,15 @@ def test_no_more_bytes_are_made_ahead_than_there_is_room_for(room, most):
         ahead_of_taker.append(len(begun) - taken)
     assert ahead_of_taker[0] == 1  # nothing is known of sizes yet
     assert max(ahead_of_taker) == most
+
+
+def test_a_result_without_a_size_does_not_open_the_room():
+    begun, sizes = [], [0, 0, 13, 13, 13, 13]
+
+    def items():
+        for size in sizes:
+            begun.append(size)
+            yield size
+
+    made = ahead(int, items(), workers=2, depth=6, size=int, room=lambda: 26)
+    assert [len(begun) - taken for taken, _ in enumerate(made)] == [1, 1, 1, 2, 2, 1]

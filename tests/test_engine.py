@@ -98,3 +98,12 @@ def test_a_batch_of_one_size_is_formed_where_only_that_may_be_held(batch_size):
     results = run_batches(recorder(calls), pictures(*[4] * 6), batch_size=batch_size, window=lambda: batch_size)
     assert len(list(results)) == 6
     assert calls == [(batch_size, 3, 4, 4)] * (6 // batch_size)
+
+
+def test_no_more_of_a_size_go_together_than_allowed():
+    calls = []
+    allowed = {4: 2, 5: 9}
+    items = pictures(4, 5, 4, 4, 5, 4, 5)
+    results = run_batches(recorder(calls), items, batch_size=3, together=lambda image_hw: allowed[image_hw[1]])
+    assert [tag for _, tag in results] == list(range(7))
+    assert calls == [(2, 3, 4, 4), (2, 3, 4, 4), (3, 3, 5, 5)]

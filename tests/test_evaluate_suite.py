@@ -122,3 +122,9 @@ def test_parts_of_several_days_share_a_table():
     assert both.recipe == "a set; torch 2.13; 2026-11-22 to 2026-11-23."
     assert other.recipe == recipes[2]
     assert both.details == {"parts": [{"of": 0}, {"of": 1}]}
+
+
+def test_days_in_names_of_data_are_left_as_they_are():
+    recipes = ["photos-2024-05-01: 3 pictures; 2026-11-23.", "photos-2024-05-02: 3 pictures; 2026-11-22."]
+    found = [each.recipe for each in merged([Report("depth", "Depth", {}, [], recipe) for recipe in recipes])]
+    assert found == recipes

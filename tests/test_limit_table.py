@@ -31,6 +31,8 @@ def test_wrong_names_and_amounts_are_refused_before_anything_runs(capsys):
         next(limit_table(["dinov3-vits1"], [64], [MIB], dtype=torch.float32, tiles="auto"))
     with pytest.raises(BrixelError, match="did you mean 'dinov3-vits16'"):
         memory_table([], [64], measured={"dinov3-vits1": 64})
+    with pytest.raises(BrixelError, match="dinov3-vitb16 is to be measured, and not among the architectures"):
+        memory_table(["dinov3-vits16"], [64], measured={"dinov3-vitb16": 64})
     assert main(["plan", "--limits", "much", "--architectures", "dinov3-vits16"]) == 2
     assert "much" in capsys.readouterr().err
 

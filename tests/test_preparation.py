@@ -1,6 +1,7 @@
 """A loop of one's own gives the maps that `extract` gives."""
 
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from brixel import BrixelError, BrixelFeatures, ImageError
+from brixel import BrixelError, BrixelFeatures, ImageError, decoding, preparation
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,23 @@ def test_the_frames_of_an_animation_stream_right(model, tmp_path):
 
     for ours, frame in zip(model.stream(seeking(), workers=3), frames, strict=True):
         torch.testing.assert_close(ours.features, model.extract(frame).features, rtol=1e-5, atol=1e-5)
+
+
+def test_what_pillow_decoded_is_free_before_the_planes_are_worked_on(tmp_path, monkeypatch):
+    Image.new("RGB", (90, 70)).save(tmp_path / "picture.jpg")
+    opened_files, free = [], []
+    identify, preprocess = decoding._identify, preparation.preprocess
+
+    def identified(*arguments):
+        file = identify(*arguments)
+        opened_files.append(weakref.ref(file))
+        return file
+
+    def preprocessed(*arguments):
+        free.append(opened_files[-1]() is None)
+        return preprocess(*arguments)
+
+    monkeypatch.setattr(decoding, "_identify", identified)
+    monkeypatch.setattr(preparation, "preprocess", preprocessed)
+    preparation.Preparation(16, 32, (0, 0, 0), (1, 1, 1))(tmp_path / "picture.jpg")
+    assert free == [True]

@@ -1,5 +1,8 @@
 """Many pictures within a limit: what is made ahead and what waits for its turn counts too."""
 
+import dataclasses
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +62,56 @@ def test_what_may_wait_is_what_batches_leave_of_the_limit(tiny, monkeypatch):
     trusting = BoundedRun(tiny, batch=2)  # what is free: nothing is predicted
     trusting.check((64, 64))
     assert 0 < trusting.room() < 2**60
+
+
+def test_a_batch_is_smaller_where_the_limit_has_no_room_for_all_its_maps(tiny, pictures):
+    """Neither refused nor in tiles, since each picture fits alone."""
+    pair = [pictures[0], pictures[2]]
+    limit = predict_peak(tiny, Way("whole"), Job(1, (96, 128)))
+    found = list(tiny.stream(pair, short_side_px="native", memory_limit=limit, batch_size=2, workers=0))
+    for each, image in zip(found, pair, strict=True):
+        assert "tiles" not in each.meta
+        assert torch.equal(each.features, tiny.extract(image, short_side_px="native").features)
+
+
+def test_a_map_that_was_handed_over_is_not_held(tiny, pictures):
+    limit = predict_peak(tiny, Way("whole"), Job(1, (96, 128)))
+    stream = tiny.stream([pictures[0], pictures[2]], short_side_px="native", memory_limit=limit, workers=0)
+    with LiveBytes("cpu") as counter:
+        counter.track(weights_and_buffers(tiny))
+        for _ in range(2):
+            next(stream)
+    assert counter.peak <= limit
+
+
+def test_as_many_go_together_as_are_computed_as_one_alone_is(tiny):
+    whole, job = Way("whole"), Job(1, (96, 128))
+    alone, two = (predict_peak(tiny, whole, dataclasses.replace(job, batch=count)) for count in (1, 2))
+    for limit, count in ((alone, 1), (two, 2), (alone * 9, 4)):
+        run = BoundedRun(tiny, limit=limit, batch=4)
+        assert run.together((96, 128)) == count
+        assert run.window() >= count
+    assert BoundedRun(tiny, batch=4).together((96, 128)) == 4
+
+
+def test_a_small_picture_checked_by_another_thread_does_not_undo_a_large_one(tiny, monkeypatch):
+    run, begun, done = BoundedRun(tiny, limit=400 * MIB), threading.Event(), threading.Event()
+    alone, need = predict_peak(tiny, Way("whole"), Job(1, (96, 128))) - storage_bytes(tiny), BoundedRun._need
+
+    def slow(self, way, job):
+        if job.padded_hw == (32, 32):
+            begun.set()
+            done.wait(1)  # the other thread has its turn, if it may
+        return need(self, way, job)
+
+    monkeypatch.setattr(BoundedRun, "_need", slow)
+    thread = threading.Thread(target=run.check, args=((32, 32),))
+    thread.start()
+    begun.wait()
+    run.check((96, 128))
+    done.set()
+    thread.join()
+    assert run.room() == 400 * MIB - storage_bytes(tiny) - alone
 
 
 @pytest.mark.parametrize("channels", [1, 32, 70])

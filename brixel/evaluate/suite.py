@@ -23,7 +23,7 @@ from brixel.toml_file import read_toml
 
 _MODEL_KEYS = ("model", "backbone", "architecture")
 _PATHS = ("data", "cache")
-_DAY = re.compile(r"\d{4}-\d\d-\d\d")
+_DAY = re.compile(r"\d{4}-\d\d-\d\d(?=\.$)")  # with which a recipe ends; names of data may have days of their own
 
 
 @dataclass(frozen=True)
