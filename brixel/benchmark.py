@@ -58,6 +58,16 @@ def random_student(architecture: str) -> Student:
     return Student(ViT(vit), trainable["adapter"], trainable["head"], config.blocks)  # type: ignore[arg-type]
 
 
+def check_side(architecture: str, image_px: int) -> None:
+    """Raise BrixelError for an unknown architecture, and for a side of a picture that is no whole patches of it."""
+    patch_px = known_backbone(architecture).vit.patch_px
+    if image_px % patch_px:
+        near = max(1, round(image_px / patch_px)) * patch_px
+        raise BrixelError(
+            f"{architecture} takes multiples of {patch_px} px, and a side is {image_px} px; such as {near}"
+        )
+
+
 def variants(student: Student, image_px: int, like: Tensor, batch: int = 1) -> dict[str, Callable[[], Tensor]]:
     """The calls that are compared, by name, on ``batch`` pictures; ``like`` gives device and dtype."""
     small = torch.randn(batch, 3, image_px, image_px).to(like)
@@ -82,10 +92,7 @@ def benchmark(
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     for name in architectures:  # an error should not cost the time of those before it
-        patch_px = known_backbone(name).vit.patch_px
-        if image_px % patch_px:
-            near = max(1, round(image_px / patch_px)) * patch_px
-            raise BrixelError(f"{name} takes multiples of {patch_px} px, and image_px is {image_px}; such as {near}")
+        check_side(name, image_px)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -1,11 +1,12 @@
 """Predicted against measured peaks of memory, by architecture, size and limit; random weights, on the CPU."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from brixel.benchmark import random_student
+from brixel.benchmark import check_side, random_student
 from brixel.devices import dtype_name, machine
 from brixel.errors import MemoryLimitError
 from brixel.memory_plan import Job, Tiles, choose_way, predict_peak
@@ -38,8 +39,8 @@ def limit_table(
 
     The map goes to a file. A way that several limits lead to is computed once.
     """
-    for architecture in architectures:
-        known_backbone(architecture)  # an error should not cost the time of those before it
+    for architecture, side_px in itertools.product(architectures, sides_px):
+        check_side(architecture, side_px)  # an error should not cost the time of those before it
     for architecture in architectures:
         student = random_student(architecture).to(dtype)
         for side_px in sides_px:

@@ -1,5 +1,6 @@
 """The smallest limits of memory that work, by architecture, size and dtype; random weights, predicted and measured."""
 
+import itertools
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -8,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from brixel.benchmark import random_student
+from brixel.benchmark import check_side, random_student
 from brixel.devices import dtype_name, machine
 from brixel.errors import BrixelError
 from brixel.live_bytes import LiveBytes, weights_and_buffers
 from brixel.memory_plan import Job, predict_peak, run_job, ways_by_cost
-from brixel.model_table import known_backbone
 from brixel.sizes import bytes_text
 from brixel.student import Student
 from brixel.ways import Way, new_results
@@ -46,8 +46,8 @@ def memory_table(
     file. Where nothing is computed the weights are never made. Raises BrixelError for one that is not in the table.
     """
     rows, measured = [], measured or {}
-    for architecture in (*architectures, *measured):
-        known_backbone(architecture)  # an error should not cost the time of those before it
+    for architecture, side_px in itertools.product((*architectures, *measured), sides_px):
+        check_side(architecture, side_px)  # an error should not cost the time of those before it
     if left_out := [each for each in measured if each not in architectures]:
         among = ", ".join(architectures)
         raise BrixelError(f"{left_out[0]} is to be measured, and not among the architectures of the table: {among}")

@@ -54,13 +54,13 @@ def test_extract_reports_unreadable_files_and_exits_with_one(model_folder, pictu
     arguments = ("extract", tmp_path / "in", "--model", model_folder, "-o", tmp_path / "out")
     assert run(*arguments) == 1
     captured = capsys.readouterr()
-    assert "1 written, 0 already there, 1 unreadable" in captured.out
+    assert "1 written, 0 already there, 1 failed" in captured.out
     assert "brixel: skipped:" in captured.err
     assert "bad.png" in captured.err
     assert FeatureMap.load(tmp_path / "out" / "good.png.safetensors").image_hw == (60, 90)
     (tmp_path / "in" / "bad.png").unlink()
     assert run(*arguments) == 0
-    assert "0 written, 1 already there, 0 unreadable" in capsys.readouterr().out
+    assert "0 written, 1 already there, 0 failed" in capsys.readouterr().out
     assert run(*arguments, "--overwrite") == 0
     assert "1 written" in capsys.readouterr().out
 

@@ -14,7 +14,9 @@ from brixel.pictures import find_pictures
 COUNT = 12
 
 
-def test_an_interruption_finishes_what_is_in_hand_and_a_restart_does_the_rest(backbone_folder, tmp_path, monkeypatch):
+def test_an_interruption_finishes_what_is_in_hand_and_a_restart_the_rest(
+    backbone_folder, tmp_path, monkeypatch, caplog
+):
     for index in range(COUNT):
         Image.fromarray(np.full((28, 28, 3), 20 * index, np.uint8)).save(tmp_path / f"{index:02}.png")
     model, calls = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28), []
@@ -32,6 +34,7 @@ def test_an_interruption_finishes_what_is_in_hand_and_a_restart_does_the_rest(ba
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(model, "forward", interrupted)
         extract()
+    assert "once more stops at once" in caplog.text
     finished = len(MapFolder(tmp_path / "out"))
     assert 0 < finished < COUNT  # the shard was written although it was not full
     assert verify(tmp_path / "out") == []

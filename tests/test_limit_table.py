@@ -33,6 +33,12 @@ def test_wrong_names_and_amounts_are_refused_before_anything_runs(capsys):
         memory_table([], [64], measured={"dinov3-vits1": 64})
     with pytest.raises(BrixelError, match="dinov3-vitb16 is to be measured, and not among the architectures"):
         memory_table(["dinov3-vits16"], [64], measured={"dinov3-vitb16": 64})
+    with pytest.raises(BrixelError, match=r"multiples of 16 px, and a side is 250 px; such as 256"):
+        next(limit_table(["dinov3-vits16"], [64, 250], [MIB], dtype=torch.float32, tiles="auto"))
+    with pytest.raises(BrixelError, match=r"multiples of 16 px"):
+        memory_table(["dinov3-vits16"], [250])
+    assert main(["plan", "64x64", "--table"]) == 2
+    assert "give one of a size" in capsys.readouterr().err
     assert main(["plan", "--limits", "much", "--architectures", "dinov3-vits16"]) == 2
     assert "much" in capsys.readouterr().err
 

@@ -454,7 +454,7 @@ def test_plan_prints_the_way(capsys):
     assert main(["plan", "64x64", "--memory-limit", "4MiB", "--device", "cpu"]) == 2
     assert "the limit is 4 MiB" in capsys.readouterr().err
     assert main(["plan"]) == 2
-    assert "no size given" in capsys.readouterr().err
+    assert "give one of a size HEIGHTxWIDTH" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -56,6 +56,9 @@ def _measured(text: str) -> tuple[str, int]:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    asked = [options.size is not None, options.table, bool(options.limits)]
+    if sum(asked) != 1:
+        raise BrixelError("give one of a size HEIGHTxWIDTH, such as 4096x4096, --table and --limits")
     if options.table:
         check_report(options.output)
         rows = memory_table(options.architectures, options.sides, measured=dict(options.measure))
@@ -72,8 +75,6 @@ def _plan(options: argparse.Namespace) -> int:
         )
         tell(limit_report(list(found), options.command), options.output)
         return 0
-    if options.size is None:
-        raise BrixelError("no size given; expected HEIGHTxWIDTH such as 4096x4096, or --table, or --limits")
     plan = load(options).plan(
         options.size,
         batch=options.batch_size,

@@ -97,7 +97,7 @@ def _extract(options: argparse.Namespace) -> int:
     )
     for _, error in report.failures:
         print(f"brixel: skipped: {error}", file=sys.stderr)
-    print(f"{report.written} written, {report.skipped} already there, {len(report.failures)} unreadable")
+    print(f"{report.written} written, {report.skipped} already there, {len(report.failures)} failed")
     return 1 if report.failures else 0
 
 

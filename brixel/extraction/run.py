@@ -1,5 +1,6 @@
 """Features of folders into files: decoded ahead, written behind, noted when safe, taken up where a run stopped."""
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from brixel.extraction.share import Share
 from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
 
+_LOG = logging.getLogger("brixel")
 _WRITES_BEHIND = 2  # maps that may wait to be written
 
 
@@ -197,6 +199,7 @@ def _stopping() -> Iterator[Callable[[], bool]]:
     before = signal.getsignal(signal.SIGINT)
 
     def note(*_: object) -> None:
+        _LOG.warning("interrupted: what is in hand is finished first, and kept; once more stops at once")
         stop.set()
         signal.signal(signal.SIGINT, before)
 
