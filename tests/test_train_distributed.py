@@ -47,7 +47,7 @@ os.environ["MASTER_ADDR"] = "127.0.0.1"
 said = os.open(folder / f"said-{rank}", os.O_CREAT | os.O_WRONLY)
 os.dup2(said, 1)
 os.dup2(said, 2)
-faulthandler.dump_traceback_later(60, exit=True)  # where it hangs, and no process is left behind
+faulthandler.dump_traceback_later(240, exit=True)  # where it hangs, and no process is left behind
 
 def audit(event, args):  # files opened for writing, folders made, names changed
     if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
@@ -179,7 +179,7 @@ def results(task):
     folder = Path(task["folder"])
     module, inputs, weights = batch_norm_data()
     torch.save({"state": module.state_dict(), "inputs": inputs, "weights": weights}, folder / "batch-norm.pt")
-    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(task)], timeout=120)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(task)], timeout=300)
     said = [path.read_text() for path in sorted(folder.glob("said-*"))]
     assert done.returncode == 0, said
     return [torch.load(folder / f"results-{rank}.pt") for rank in range(RANKS)]
