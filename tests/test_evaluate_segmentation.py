@@ -93,6 +93,13 @@ def test_the_report_tells_gains_and_the_gap(splits):
     assert "| 100% | 100% |" in text
 
 
+def test_no_gap_is_told_where_the_teacher_may_be_no_better(splits):
+    sources = [Source(name, colours_of, 8, scale=4) for name in ("bilinear", "student", "teacher")]
+    report = segmentation(sources, *splits, [64], model="any", settings=QUICK, within_px=2)
+    assert all("miou_gap" not in row and "boundary_gap" not in row for row in report.rows)
+    assert report.rows[1]["miou_gain"] == (0, 0)
+
+
 def test_other_classes_are_refused(splits, coloured):
     train, val = splits
     with pytest.raises(BrixelError, match="3 classes, .* others"):

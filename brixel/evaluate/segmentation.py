@@ -162,7 +162,7 @@ def segmentation(
         f"chosen on {settings.held_out:.0%} of the pictures to fit; {machine(torch.device(sources[0].device))}."
     )
     notes = (
-        "Gap closed: of the distance from bilinear to the teacher.",
+        "Gap closed: of the distance from bilinear to the teacher, where its interval does not hold 0.",
         "Intervals: bootstrap over the pictures; of gains, the difference on the same pictures.",
     )
     return Report("segmentation", "Segmentation by a linear probe", columns, rows, recipe, notes)
@@ -180,15 +180,21 @@ def _row(name: str, results: dict[str, Segmented], classes: Sequence[str]) -> di
         if base is None or name == BASE:
             continue
         theirs: Tensor = getattr(base, pick)
-        both = torch.stack([ours, theirs], 1)  # N 2 2 K
-        row[f"{key}_gain"] = interval(both, lambda sums: metrics.mean_iou(sums[:, 0]) - metrics.mean_iou(sums[:, 1]))
-        low = float(metrics.mean_iou(theirs.sum(0)))
-        high = float(metrics.mean_iou(getattr(teacher, pick).sum(0))) if teacher is not None else low
-        if name == STUDENT and high > low:
-            row[f"{key}_gap"] = (value - low) / (high - low)
+        row[f"{key}_gain"] = _gain(ours, theirs)
+        if name == STUDENT and teacher is not None:
+            best: Tensor = getattr(teacher, pick)
+            if _gain(best, theirs)[0] > 0:  # else there may be no distance
+                low, high = (float(metrics.mean_iou(counts.sum(0))) for counts in (theirs, best))
+                row[f"{key}_gap"] = (value - low) / (high - low)
     both, either = own.areas.sum(0).double()
     row["iou_by_class"] = {each: float(a / b) if b else None for each, a, b in zip(classes, both, either, strict=True)}
     return row
+
+
+def _gain(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """The interval of the difference in mean IoU, of counts (N, 2, K) on the same pictures."""
+    both = torch.stack([ours, theirs], 1)  # N 2 2 K
+    return interval(both, lambda sums: metrics.mean_iou(sums[:, 0]) - metrics.mean_iou(sums[:, 1]))
 
 
 def _text(numbers: Sequence[float]) -> str:
