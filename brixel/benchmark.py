@@ -3,6 +3,7 @@
 Times of the variants are taken in turn within one run, so that what else the machine does falls on all of them alike.
 """
 
+import functools
 import multiprocessing
 import statistics
 import time
@@ -26,7 +27,7 @@ Key = TypeVar("Key")
 DEFAULT_ARCHITECTURES = ("dinov3-vits16", "dinov3-vitb16")
 STUDENT, BACKBONE, LARGE = "student", "backbone alone", "backbone alone, picture x 4"
 _WARM_UP = 3
-_SELDOM = 5  # the large picture takes long: it is timed in one round of five
+_SELDOM = 5  # the large picture takes long: on a CPU it is timed in one round of five
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,19 @@ def check_side(architecture: str, image_px: int) -> None:
 
 
 def variants(student: Student, image_px: int, like: Tensor, batch: int = 1) -> dict[str, Callable[[], Tensor]]:
-    """The calls that are compared, by name, on ``batch`` pictures; ``like`` gives device and dtype."""
-    small = torch.randn(batch, 3, image_px, image_px).to(like)
-    large = torch.randn(batch, 3, UPSCALE * image_px, UPSCALE * image_px).to(like)
+    """The calls that are compared, by name, on ``batch`` pictures; ``like`` gives device and dtype.
+
+    Pictures are drawn when they are first looked at: memory is of what is called alone.
+    """
+
+    @functools.cache
+    def picture(side: int) -> Tensor:
+        return torch.randn(batch, 3, side, side).to(like)
+
     return {
-        BACKBONE: lambda: student.backbone_features(small),
-        STUDENT: lambda: student(small),
-        LARGE: lambda: student.backbone_features(large),
+        BACKBONE: lambda: student.backbone_features(picture(image_px)),
+        STUDENT: lambda: student(picture(image_px)),
+        LARGE: lambda: student.backbone_features(picture(UPSCALE * image_px)),
     }
 
 
@@ -122,13 +129,13 @@ def seconds_in_turn(
 ) -> dict[Key, list[float]]:
     """Seconds of every call, one after another in each round, after rounds that do not count.
 
-    ``seldom``: those that take long, and run in one round of five, unwarmed.
+    ``seldom``: those that take long, and run on a CPU in one round of five, after one that does not count.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for turn in range(-_WARM_UP, rounds):
             for name, call in calls.items():
-                if name in seldom and (turn < 0 or turn % _SELDOM):
+                if name in seldom and device.type == "cpu" and turn != -1 and (turn < 0 or turn % _SELDOM):
                     continue
                 elapsed = seconds_of(call, device)
                 if turn >= 0:
@@ -221,5 +228,5 @@ def _range(seconds: Sequence[float]) -> str:
 def _ratio(result: Result, variant: str) -> str:
     """Median over the rounds of the time over the backbone's in the same round."""
     own, base = result.seconds[variant], result.seconds[BACKBONE]
-    step = _SELDOM if variant == LARGE else 1
+    step = _SELDOM if len(own) < len(base) else 1
     return f"{statistics.median(a / b for a, b in zip(own, base[::step], strict=True)):.2f}"

@@ -46,6 +46,8 @@ def test_the_command_times_every_batch_size(tmp_path, monkeypatch, capsys):
     assert "| 1 | 500.0 | 500.0 | 2.00 | 3 |" in capsys.readouterr().out
     with pytest.raises(BrixelError, match="did you mean"):
         cost(["dinov3-vits"], [32], rounds=0)
+    with pytest.raises(BrixelError, match="rounds is -1; expected 0"):
+        cost(["dinov3-vits16"], [32], rounds=-1)
     with pytest.raises(BrixelError, match="nothing to measure"):
         cost([], [32], rounds=0)
 

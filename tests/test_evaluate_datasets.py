@@ -41,6 +41,37 @@ def test_plain(tmp_path):
         data.labels(0)
 
 
+def test_black_and_white_masks_are_no_classes(tmp_path):
+    photograph(tmp_path / "val" / "images" / "a.jpg")
+    write(tmp_path / "val" / "masks" / "a.png", [[0, 255, 255], [0, 0, 255]])
+    with pytest.raises(BrixelError, match="no number but 0 and 255, and 255 stands for no label"):
+        read_labelled("plain", tmp_path, "val")
+
+
+def test_a_mask_of_another_shape_is_refused(tmp_path):
+    image, mask = tmp_path / "val" / "images" / "a.jpg", tmp_path / "val" / "masks" / "a.png"
+    for size, turned, mask_hw, fits in (
+        ((30, 20), False, (20, 30), True),
+        ((31, 20), False, (10, 15), True),  # resized, to whole pixels
+        ((30, 20), False, (30, 20), False),
+        ((30, 20), True, (30, 20), True),
+        ((30, 20), True, (20, 30), False),
+        ((300, 200), False, (20, 64), False),
+    ):
+        image.parent.mkdir(parents=True, exist_ok=True)
+        picture, exif = Image.new("RGB", size), Image.Exif()
+        if turned:
+            exif[0x0112] = 6
+        picture.save(image, exif=exif)
+        write(mask, np.arange(mask_hw[0] * mask_hw[1]).reshape(mask_hw) % 2)
+        data = read_labelled("plain", tmp_path, "val")
+        if fits:
+            assert data.labels(0).shape == mask_hw
+        else:
+            with pytest.raises(BrixelError, match=r"a\.jpg has .* px upright, .*a\.png has .*: not one shape"):
+                data.labels(0)
+
+
 def test_voc(tmp_path):
     inner = tmp_path / "VOCdevkit" / "VOC2012"
     photograph(inner / "JPEGImages" / "2007_000033.jpg")

@@ -107,6 +107,21 @@ def test_bootstrap_intervals():
     assert interval(numbers) == (low, high)
 
 
+def test_shares_in_a_mean_iou_average_to_it_and_move_as_it_does():
+    """The second class is in one picture only, the third in none: no sample may drop or gain a class."""
+    either = torch.tensor([[40.0, 0, 0]] * 9 + [[40.0, 10, 0]])
+    both = either * torch.linspace(0.5, 0.95, 10)[:, None]
+    rows = torch.stack([both, either], 1)
+    terms, whole = metrics.iou_terms(rows), metrics.mean_iou(rows.sum(0))
+    assert float(terms.mean()) == pytest.approx(float(whole)) == pytest.approx((0.725 + 0.95) / 2)
+    low, high = interval(terms)
+    assert low < float(whole) < high
+    weights = torch.full((10,), 1.0, dtype=torch.float64)
+    weights[3] += 1e-6  # a little more of one picture: the derivative, of which there is this much in its term
+    moved = metrics.mean_iou((weights[:, None, None] * rows).sum(0)) - whole
+    assert float(moved) / 1e-6 * 10 == pytest.approx(float(terms[3] - whole), rel=1e-4)
+
+
 def test_bootstrap_of_a_ratio_of_sums():
     """Rows of (both, either): the same ratio in each leaves nothing open."""
     rows = torch.tensor([[1.0, 2.0], [3.0, 6.0], [10.0, 20.0]])

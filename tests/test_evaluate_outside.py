@@ -152,7 +152,7 @@ def test_bootstrap_of_a_ratio_and_of_a_mean_iou():
 
     found = interval(torch.from_numpy(rows), ratio)
     assert close_intervals(found, rows, lambda drawn: ratio(drawn.sum(0)))
-    assert close_intervals(interval(torch.from_numpy(rows), metrics.mean_iou), rows, miou)
+    assert close_intervals(interval(metrics.iou_terms(torch.from_numpy(rows))), rows, miou)
 
 
 @pytest.fixture(scope="module")

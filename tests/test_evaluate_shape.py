@@ -40,6 +40,16 @@ def test_plain_depth_in_millimetres_and_in_metres(tmp_path):
     np.save(tmp_path / "val" / "depth" / "b.npy", np.array([1, 2]))
     with pytest.raises(BrixelError, match=r"b\.npy holds int64 \(2,\); expected floats \(H, W\)"):
         data.target(1)
+    (tmp_path / "val" / "depth" / "b.npy").write_bytes(b"no array")
+    with pytest.raises(BrixelError, match=r"b\.npy cannot be read .*; write it again"):
+        data.target(1)
+    Image.new("L", (3, 1), 7).save(tmp_path / "val" / "depth" / "a.png")
+    with pytest.raises(BrixelError, match=r"a\.png has mode L, 8 bits; expected 16 bits"):
+        data.target(0)
+    Image.new("RGB", (60, 20)).save(tmp_path / "val" / "images" / "a.png")
+    grey16(tmp_path / "val" / "depth" / "a.png", np.ones((60, 60)))
+    with pytest.raises(BrixelError, match=r"a\.png has 20 x 60 px upright, .*a\.png has 60 x 60"):
+        data.target(0)
 
 
 def test_plain_normals(tmp_path):

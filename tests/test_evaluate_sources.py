@@ -62,8 +62,14 @@ def test_what_is_no_source_is_refused(model):
         Source("x", mean_colour, 8, scale=2)
     with pytest.raises(BrixelError, match="resize is 'cubic'"):
         Source("x", mean_colour, 8, resize="cubic")
-    with pytest.raises(BrixelError, match=r"'x' gave \(1, 3\); expected \(1, D, h, w\)"):
+    with pytest.raises(BrixelError, match=r"'x' gave a tensor \(1, 3\); expected a tensor \(1, D, h, w\)"):
         Source("x", lambda pixels: pixels.mean((2, 3)), 8).features(torch.rand(1, 3, 32, 32))
+    with pytest.raises(BrixelError, match="'x' gave ndarray; expected a tensor"):
+        Source("x", lambda pixels: pixels.numpy(), 8).features(torch.rand(1, 3, 32, 32))  # type: ignore[arg-type]
+    with pytest.raises(BrixelError, match="'x' gave features that are not finite"):
+        Source("x", lambda pixels: pixels / 0, 8).features(torch.rand(1, 3, 32, 32))
+    with pytest.raises(BrixelError, match="two sources are named 'x'"):
+        features_by_name([Source("x", mean_colour, 8), Source("x", mean_colour, 4)], torch.rand(1, 3, 32, 32))
     with pytest.raises(BrixelError, match="multiple of 32"):
         Source("x", mean_colour, 8).features(torch.rand(1, 3, 40, 40))
 

@@ -43,6 +43,8 @@ def cost(
     Sides that are no whole patches go to the nearest that are. Teachers of more than 4096 x 4096 px are left out.
     Raises BrixelError for an unknown architecture.
     """
+    if rounds < 0:
+        raise BrixelError(f"rounds is {rounds}; expected 0, to count operations alone, or more")
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     rows: list[dict[str, Any]] = []
@@ -68,8 +70,9 @@ def cost(
     if rounds:
         columns |= {"batch": ("batch", "d"), "ms": ("ms, median", ".1f"), "ms_p90": ("p90", ".1f")}
         columns |= {"per_second": ("pictures/s", ".2f"), "peak_mib": ("peak memory of one, MiB", ".0f")}
+    seldom = " (x 4: one of five)" if where.type == "cpu" else ""
     timing = (
-        f"{dtype_name(kind)}, {rounds} rounds in turn (x 4: one of five); {machine(where)}"
+        f"{dtype_name(kind)}, {rounds} rounds in turn{seldom}; {machine(where)}"
         if rounds
         else f"torch {torch.__version__}"
     )

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from brixel.decoding import jpeg_hw, opened_file
 from brixel.errors import BrixelError, did_you_mean
 from brixel.evaluate.metrics import IGNORE
 from brixel.pictures import PICTURES
@@ -58,6 +59,7 @@ class LabelledPictures:
         """The classes of a picture's pixels, IGNORE where there is none: (H, W), int64."""
         path = self.samples[index].target
         numbers = read_numbers(path)
+        check_outlines(self.samples[index], numbers.shape)
         known = torch.where(numbers < len(self.table), self.table[numbers.clamp(max=len(self.table) - 1)], _UNKNOWN)
         if (known == _UNKNOWN).any():
             wrong = int(numbers[known == _UNKNOWN][0])
@@ -92,6 +94,11 @@ def plain(folder: Path, split: str = "") -> LabelledPictures:
     else:
         numbers = (read_numbers(sample.target) for sample in samples)
         count = 1 + max(int(torch.where(each == 255, 0, each).max()) for each in numbers)
+        if count == 1:
+            raise BrixelError(
+                f"the masks of {folder / split} hold no number but 0 and 255, and 255 stands for no label; write "
+                "classes as 0, 1, 2 and so on (for a black and white mask: 0 and 1)"
+            )
         classes = [f"class {number}" for number in range(count)]
     return LabelledPictures(folder.name, [str(name) for name in classes], samples, _table(range(len(classes))))
 
@@ -183,6 +190,25 @@ def check_samples(samples: Sequence[Sample], what: str, where: str) -> None:
     missing = [path for sample in samples for path in (sample.picture, sample.target) if not path.exists()]
     if missing:
         raise BrixelError(f"{len(missing)} files of {what} are missing, the first {missing[0]}; to be had: {where}")
+
+
+def check_outlines(sample: Sample, target_hw: Sequence[int]) -> None:
+    """Raise BrixelError where a picture, upright, and what is known of it are not of one shape, within a pixel."""
+    with opened_file(str(sample.picture)) as file:
+        upright = jpeg_hw(file, str(sample.picture))
+        width, height = file.size
+    possible = [upright] if upright else [(height, width), (width, height)]  # others tell of a turn when decoded
+    if not any(_alike(each, target_hw) for each in possible):
+        picture_hw, target = " x ".join(map(str, possible[0])), " x ".join(map(str, target_hw))
+        raise BrixelError(
+            f"{sample.picture} has {picture_hw} px upright, {sample.target} has {target}: not one shape, so that they "
+            "cannot belong together; turn or crop one as the other is"
+        )
+
+
+def _alike(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:
+    """Whether one is the other resized, to whole pixels."""
+    return abs(one_hw[0] * other_hw[1] - one_hw[1] * other_hw[0]) <= max(sum(one_hw), sum(other_hw))
 
 
 def centre_square(planes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from brixel.errors import BrixelError, did_you_mean
-from brixel.evaluate.datasets import Sample, check_samples, need, paired, read_numbers
+from brixel.evaluate.datasets import Sample, check_outlines, check_samples, need, paired, read_numbers
 from brixel.evaluate.normals_from_depth import normals_from_depth
 
 _NAVI = "navi_v1.5.tar.gz or an earlier version, see https://github.com/google/navi"
@@ -35,7 +35,9 @@ class MeasuredPictures:
 
     def target(self, index: int) -> Tensor:
         """What was measured of a picture, (C, H, W)."""
-        return self.read(self.samples[index].target)
+        found = self.read(self.samples[index].target)
+        check_outlines(self.samples[index], found.shape[1:])
+        return found
 
 
 def plain_depth(folder: Path, split: str) -> MeasuredPictures:
@@ -143,8 +145,17 @@ def read_measured(kind: str, layout: str, root: Path, split: str) -> MeasuredPic
 
 def read_depth(path: Path) -> Tensor:
     """Metres, (1, H, W), 0 where not measured: of a `.npy` as it is, of a 16-bit picture from millimetres."""
-    depth = torch.from_numpy(_array(path, 2)).float() if path.suffix == ".npy" else read_numbers(path).float() / 1000
+    depth = torch.from_numpy(_array(path, 2)).float() if path.suffix == ".npy" else _millimetres(path) / 1000
     return torch.where(depth.isfinite() & (depth > 0), depth, 0.0)[None]
+
+
+def _millimetres(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        if not picture.mode.startswith("I"):
+            raise BrixelError(
+                f"{path} has mode {picture.mode}, 8 bits; expected 16 bits with millimetres of depth, or .npy in metres"
+            )
+    return read_numbers(path).float()
 
 
 def read_normals(path: Path) -> Tensor:
@@ -166,7 +177,10 @@ def _read_inverse(path: Path) -> Tensor:
 
 
 def _array(path: Path, dimensions: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.floating]]":
-    array: np.ndarray[tuple[int, ...], np.dtype[np.floating]] = np.load(path)
+    try:
+        array: np.ndarray[tuple[int, ...], np.dtype[np.floating]] = np.load(path)
+    except (ValueError, OSError, EOFError) as error:
+        raise BrixelError(f"{path} cannot be read ({error}); write it again with numpy.save") from error
     wrong = array.ndim != dimensions or (dimensions == 3 and array.shape[-1] != 3)
     if wrong or not np.issubdtype(array.dtype, np.floating):
         expected = "(H, W)" if dimensions == 2 else "(H, W, 3)"

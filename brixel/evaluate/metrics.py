@@ -43,6 +43,20 @@ def mean_iou(both_either: Tensor) -> Tensor:
     return (both / either.clamp(min=1)).sum(-1) / present.sum(-1).clamp(min=1)
 
 
+def iou_terms(both_either: Tensor) -> Tensor:
+    """What each picture adds to the mean IoU of all, (N, 2, K) -> (N,), whose mean is that figure; for intervals.
+
+    To first order: what the mean IoU would be if all pictures were like this one. Drawing pictures with replacement
+    instead, and computing the figure of each sample, goes wrong where a class is in few of them: samples without it
+    drop it from the mean, and lie above or below the figure itself.
+    """
+    both, either = both_either.double().unbind(-2)  # N K
+    whole = either.sum(0).clamp(min=1)  # K
+    iou, present = both.sum(0) / whole, either.sum(0) > 0
+    change = ((both - iou * either) / whole).sum(-1) / present.sum().clamp(min=1)
+    return mean_iou(both_either.sum(0)) + len(both) * change
+
+
 def boundary_intersection_union(predicted: Tensor, labels: Tensor, classes: int, within_px: int) -> Tensor:
     """As :func:`intersection_union`, but of the strips inside each class's outline alone: (H, W) labels -> (2, K).
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from brixel.crops import check_teacher_px
 from brixel.errors import BrixelError
 from brixel.evaluate.feature_store import centre_crop
 from brixel.evaluate.sources import Source, features_by_name
@@ -36,6 +37,8 @@ def panel_of(
         raise BrixelError("no pictures to show; expected at least one")
     if point_yx is not None and not all(0 <= each < teacher_px for each in point_yx):
         raise BrixelError(f"the point is {point_yx}; expected row and column from 0 to below {teacher_px}")
+    for source in sources:
+        check_teacher_px(teacher_px, source.patch_px)
     rows: list[list[Image.Image]] = []
     for picture in pictures:
         crop = centre_crop(picture, teacher_px)

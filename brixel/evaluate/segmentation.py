@@ -25,7 +25,7 @@ from brixel.evaluate.datasets import LabelledPictures, centre_square
 from brixel.evaluate.feature_store import Features, features_of
 from brixel.evaluate.probe import Cells, ProbeSettings, linear_readout, train_probe
 from brixel.evaluate.report import Report
-from brixel.evaluate.sources import STUDENT, TEACHER, Source, cost_of
+from brixel.evaluate.sources import TEACHER, Source, check_names, cost_of
 
 CELLS = 256  # of each picture, drawn once, the same places in all
 POINTS = 4  # labels are looked up at so many points along each side of a cell
@@ -139,6 +139,7 @@ def segmentation(
     cache: Path | None = None,
 ) -> Report:
     """Probe several sources at several sizes, and what each costs; ``model``: what they are of, for the table."""
+    check_names(sources)
     rows: list[dict[str, Any]] = []
     for side in teacher_px:
         results = {
@@ -176,12 +177,12 @@ def _row(name: str, results: dict[str, Segmented], classes: Sequence[str]) -> di
         ours: Tensor = getattr(own, pick)
         value = float(metrics.mean_iou(ours.sum(0)))
         row["boundary_iou" if key == "boundary" else key] = value
-        row[f"{key}_interval"] = interval(ours, metrics.mean_iou)
+        row[f"{key}_interval"] = interval(metrics.iou_terms(ours))
         if base is None or name == BASE:
             continue
         theirs: Tensor = getattr(base, pick)
         row[f"{key}_gain"] = _gain(ours, theirs)
-        if name == STUDENT and teacher is not None:
+        if name != TEACHER and teacher is not None:
             best: Tensor = getattr(teacher, pick)
             if _gain(best, theirs)[0] > 0:  # else there may be no distance
                 low, high = (float(metrics.mean_iou(counts.sum(0))) for counts in (theirs, best))
@@ -193,8 +194,7 @@ def _row(name: str, results: dict[str, Segmented], classes: Sequence[str]) -> di
 
 def _gain(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """The interval of the difference in mean IoU, of counts (N, 2, K) on the same pictures."""
-    both = torch.stack([ours, theirs], 1)  # N 2 2 K
-    return interval(both, lambda sums: metrics.mean_iou(sums[:, 0]) - metrics.mean_iou(sums[:, 1]))
+    return interval(metrics.iou_terms(ours) - metrics.iou_terms(theirs))
 
 
 def _text(numbers: Sequence[float]) -> str:

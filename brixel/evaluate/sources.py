@@ -72,9 +72,13 @@ class Source:
         seen = crops.clamp(0, 1) if self.scale == DOWNSAMPLING else student_view(crops)
         with torch.no_grad():
             found = self.maps(normalised(seen, self.mean, self.std))
-        if found.ndim != 4 or len(found) != len(crops):
-            raise BrixelError(f"source {self.name!r} gave {tuple(found.shape)}; expected ({len(crops)}, D, h, w)")
-        return found.float().cpu()
+        if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != len(crops):
+            gave = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise BrixelError(f"source {self.name!r} gave {gave}; expected a tensor ({len(crops)}, D, h, w)")
+        maps = found.float().cpu()
+        if not maps.isfinite().all():
+            raise BrixelError(f"source {self.name!r} gave features that are not finite; nothing can be said of such")
+        return maps
 
     def finish(self, raw: Tensor) -> Tensor:
         """Maps as they are judged: (B, D, h, w) -> four times h and w for interpolated sources, else as they are."""
@@ -84,8 +88,16 @@ class Source:
         return F.interpolate(raw, scale_factor=UPSCALE, mode=self.resize, align_corners=corners)
 
 
+def check_names(sources: Sequence[Source]) -> None:
+    """Raise BrixelError where two sources have one name: results are kept by it."""
+    names = [source.name for source in sources]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise BrixelError(f"two sources are named {twice[0]!r}; give each a name of its own")
+
+
 def features_by_name(sources: Sequence[Source], crops: Tensor) -> dict[str, Tensor]:
     """Dense maps (B, D, h, w) of every source on crops (B, 3, T, T); what several interpolate is computed once."""
+    check_names(sources)
     raw: dict[object, Tensor] = {}
     for source in sources:
         if source.key not in raw:
