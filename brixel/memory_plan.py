@@ -198,7 +198,7 @@ def _refusal(
     fitting = f"the largest picture of this shape that fits has {most[0]}x{most[1]}" if most else "no picture fits"
     advice = ["allow more memory", "ask for a smaller short_side_px"]
     advice += ["allow tiles"] if tiles == "never" else []
-    advice += ["write the map to a file (out='map.npy')"] if not job.to_file else []
+    advice += ["write the map to a file (out='map.npy', or --format npy)"] if not job.to_file else []
     pictures, need = (f"{job.batch} pictures", "need") if job.batch > 1 else ("a picture", "needs")
     return (
         f"{pictures} of {height}x{width} pixels (height x width) {need} {bytes_text(least)} at least, and the limit is "

@@ -238,6 +238,7 @@ def note(name):
 
 def test_a_note_that_was_cut_off_is_not_counted(tmp_path):
     with Manifest(tmp_path, {"a": "b"}, Share()) as manifest:
+        manifest.begin()
         manifest.add(note("x"))
         manifest.add(note("y"))
     path = tmp_path / "manifest-0.jsonl"

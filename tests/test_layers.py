@@ -56,7 +56,7 @@ LAYERS = (
     {"memory_plan", "preparation"},
     {"extraction.manifest"},
     {"extraction.outputs", "extraction.progress"},
-    {"extraction.map_folder"},
+    {"extraction.map_folder", "extraction.todo"},
     {"bounded"},
     {"file_backbone", "module_backbone", "card", "dense_features"},
     {"saving", "panel"},

@@ -22,7 +22,7 @@ from brixel.devices import DTYPES
 from brixel.errors import BrixelError
 from brixel.extraction import extract_files
 from brixel.extraction.map_folder import verify
-from brixel.extraction.share import own_device
+from brixel.extraction.share import Share, own_device
 from brixel.pictures import SCENE, find_pictures
 
 
@@ -95,17 +95,20 @@ def _extract(options: argparse.Namespace) -> int:
         memory_limit=options.memory_limit,
         tiles=options.tiles,
     )
-    for _, error in report.failures:
-        print(f"brixel: skipped: {error}", file=sys.stderr)
-    print(f"{report.written} written, {report.skipped} already there, {len(report.failures)} failed")
-    return 1 if report.failures else 0
+    share = Share.of_environment()
+    who = f"process {share.rank} of {share.processes}: " if share.processes > 1 else ""
+    print(f"{who}{report.written} written, {report.skipped} already there, {len(report.failures)} failed")
+    return 1 if report.failures and share.processes == 1 else 0  # torchrun would stop the other processes
 
 
 def _verify(folder: Path) -> int:
     wrong = verify(folder)
     for line in wrong:
         print(f"brixel: {line}", file=sys.stderr)
-    print(f"{len(wrong)} files are not what the manifest says" if wrong else "every file is what the manifest says")
+    if wrong:
+        print(f"{len(wrong)} files are not what the manifest says: delete them, and start the same extraction again")
+    else:
+        print("every file is what the manifest says")
     return 1 if wrong else 0
 
 

@@ -6,7 +6,9 @@ was cut off is not counted, and is cut away by the process that goes on writing 
 
 import contextlib
 import dataclasses
+import errno
 import json
+import logging
 import os
 import re
 import time
@@ -21,6 +23,8 @@ from brixel.errors import BrixelError, DamagedFileError
 from brixel.extraction.share import Share
 
 FORMAT_VERSION = 1
+_LOG = logging.getLogger("brixel")
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as some file systems of clusters say
 _NAME = "manifest-{}.jsonl"
 _SHARD = re.compile(r"maps-\d+-\d{5,}\.safetensors")
 
@@ -48,6 +52,7 @@ class Written:
 class Manifest:
     """The finished work of a folder, and the part of it that this process writes; locked while it is open.
 
+    ``is_new``: whether this process never began here before. :meth:`begin` comes before the first :meth:`add`.
     Raises BrixelError where another run writes there, or one with other settings has.
     """
 
@@ -60,7 +65,7 @@ class Manifest:
             raise BrixelError(
                 f"cannot write into {folder} ({error}); give another folder, or mend its permissions"
             ) from error
-        self._mark = -1
+        self._mark, self._settings = -1, dict(settings)
         try:
             _lock(self._file.fileno(), folder)
             self._mark = _mark(folder, share)
@@ -70,11 +75,16 @@ class Manifest:
                 self._forget(folder, share)
             self._keep_whole_lines()
             self.written = [] if overwrite else read_manifests(folder, settings)
-            if self._file.tell() == 0:
-                self._append({"format_version": FORMAT_VERSION, "settings": dict(settings)})
+            self.is_new = self._file.tell() == 0
         except BaseException:
             self._close()
             raise
+
+    def begin(self) -> None:
+        """Write what the run is, unless an earlier start did: from here on, files in the folder may be its own."""
+        if self.is_new:
+            self._append({"format_version": FORMAT_VERSION, "settings": self._settings})
+        self.is_new = False
 
     def add(self, written: Written) -> None:
         """Note a file that is safely on disk; when this returns, so is the note."""
@@ -146,9 +156,9 @@ def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> l
     return sorted(written, key=lambda each: each.at)
 
 
-def latest(written: Iterable[Written]) -> dict[str, Written]:
-    """The last note of each file."""
-    return {each.file: each for each in written}
+def current(written: Iterable[Written]) -> dict[str, tuple[Source, Written]]:
+    """By picture, its last note: the picture as it was read, and the file that holds its map."""
+    return {source.picture: (source, each) for each in written for source in each.pictures}
 
 
 def _read(record: dict[str, Any]) -> Written:
@@ -220,3 +230,7 @@ def _lock(handle: int, folder: Path) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise BrixelError(busy) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _LOG.warning("the file system of %s has no locks: mind that no other run writes there", folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from brixel.errors import BrixelError, DamagedFileError
-from brixel.extraction.manifest import Written, latest, manifests, read_manifests
+from brixel.extraction.manifest import Written, current, manifests, read_manifests
 from brixel.extraction.outputs import SHARD_KEY, checksum
 from brixel.feature_map import FeatureMap
 
@@ -20,7 +20,7 @@ class MapFolder(Mapping[str, FeatureMap]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._files = {source.picture: each for each in _noted(self.folder) for source in each.pictures}
+        self._files = {picture: each for picture, (_, each) in current(_noted(self.folder)).items()}
 
     def __getitem__(self, picture: str) -> FeatureMap:
         written = self._files[picture]
@@ -37,9 +37,12 @@ class MapFolder(Mapping[str, FeatureMap]):
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with the files of a folder: a line for each that is missing or is not what its manifest says."""
+    """What is wrong with the files of a folder: a line for each that is missing or is not what its manifest says.
+
+    Files whose maps were all made anew elsewhere are nobody's.
+    """
     wrong = []
-    for written in latest(_noted(folder)).values():
+    for written in {each.file: each for _, each in current(_noted(folder)).values()}.values():
         path = folder / written.file
         try:
             if checksum(path) != (written.bytes, written.sha256):

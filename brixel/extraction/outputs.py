@@ -16,11 +16,15 @@ from brixel.errors import BrixelError
 from brixel.extraction.manifest import Source, Written
 from brixel.feature_map import FeatureMap
 
+_LONGEST = 255  # bytes of a file's name
 SHARD_KEY = "maps"  # in a shard's metadata: JSON of what each map's own file would hold beside its features
 
 
 class Output(Protocol):
     """Takes maps in order; tells of each file that is safely on disk."""
+
+    def check_name(self, picture: str) -> None:
+        """Raise BrixelError for a picture whose map could not be written under its name."""
 
     def add(self, source: Source, feature_map: FeatureMap) -> Written | None:
         """Take a map; the file that was written for it, or None where it waits for others."""
@@ -34,13 +38,31 @@ class Files:
 
     def __init__(self, folder: Path, ending: str) -> None:
         self._folder, self._ending = folder, ending
+        self.takes_parts = ending == ".npy"  # whether a map can be written as it is made
+
+    def check_name(self, picture: str) -> None:
+        """Raise BrixelError for a name that is longer than file systems take."""
+        names = [path.name for path in _parts(self.path(picture))]
+        if len(os.fsencode(names[-1])) > _LONGEST:
+            raise BrixelError(
+                f"the name of its map, {names[-1]}, is longer than {_LONGEST} bytes: give {picture} a shorter one"
+            )
 
     def add(self, source: Source, feature_map: FeatureMap) -> Written:
         """Write the map's file."""
+        path = self.place(source)
+        feature_map.save(path)
+        return self.noted(source)
+
+    def place(self, source: Source) -> Path:
+        """Where a picture's map goes, in a folder that is there."""
         path = self.path(source.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        feature_map.save(path)
-        return _written(self._folder, path, (source,))
+        return path
+
+    def noted(self, source: Source) -> Written:
+        """Bring a file that was written safely to disk."""
+        return _written(self._folder, self.path(source.picture), (source,))
 
     def path(self, picture: str) -> Path:
         """Where a picture's map goes."""
@@ -60,6 +82,13 @@ class Shards:
         self._number = max((int(name[2]) for name in names if int(name[1]) == rank), default=-1) + 1
         self._waiting: list[tuple[Source, FeatureMap]] = []
         self._bytes = 0
+
+    def check_name(self, picture: str) -> None:
+        """Raise BrixelError for a name that is no text, which shards hold."""
+        try:
+            picture.encode()
+        except UnicodeEncodeError as error:
+            raise BrixelError(f"{picture!a} is no UTF-8, which a shard's names must be: rename it") from error
 
     def add(self, source: Source, feature_map: FeatureMap) -> Written | None:
         """Take a map; where the shard would grow too large with it, the shard is written first."""

@@ -47,4 +47,6 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._share.processes > 1 and not self._bar.disable:
+            self._bar.update(self._count_others())
         self._bar.close()

@@ -5,9 +5,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,25 +16,18 @@ from safetensors import SafetensorError
 from brixel.ahead import Behind
 from brixel.config import digest
 from brixel.devices import dtype_name
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, MemoryLimitError
 from brixel.extraction.manifest import Manifest, Source, Written
-from brixel.extraction.outputs import Files, Output, Shards, converted, size_of
+from brixel.extraction.outputs import Files, Shards, converted
 from brixel.extraction.progress import Progress
 from brixel.extraction.share import Share
+from brixel.extraction.todo import Report, check_free, finished_elsewhere, to_do
 from brixel.feature_map import FeatureMap
 from brixel.features import BrixelFeatures
+from brixel.sizes import parse_bytes
 
 _LOG = logging.getLogger("brixel")
 _WRITES_BEHIND = 2  # maps that may wait to be written
-
-
-@dataclass
-class Report:
-    """What became of the pictures of this process."""
-
-    written: int = 0
-    skipped: int = 0
-    failures: list[tuple[Path, Exception]] = field(default_factory=list)
 
 
 def extract_files(
@@ -63,37 +57,86 @@ def extract_files(
     share, kind = Share.of_environment(), ending if shard_bytes is None else "shards"
     settings = _settings(model, short_side_px, kind, save_dtype, tiles)
     report, own = Report(), [each for each in pictures if share.holds(each[1].as_posix())]
+    shard_bytes, memory_limit = _within(shard_bytes, memory_limit, model.device)
+    ways: dict[str, Any] = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
     with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _stopping() as asked:
-        output: Output = (
+        output: Files | Shards = (
             Files(folder, ending) if shard_bytes is None else Shards(folder, shard_bytes, share.rank, manifest.written)
         )
-        todo = _todo(own, manifest, folder, report)
-        if isinstance(output, Files) and not manifest.written and not overwrite:
-            _check_free([output.path(source.picture) for _, source in todo])
-        results = model.stream_all(
-            (picture for picture, _ in todo),
-            batch_size=batch_size,
-            short_side_px=short_side_px,
-            memory_limit=memory_limit,
-            tiles=tiles,
-            workers=workers,
-        )
-        bar = Progress(len(pictures), report.skipped, manifest.path, share)
-        behind = Behind[int](lambda count: _count(report, bar, count), depth=_WRITES_BEHIND)
+        todo = to_do(own, manifest, output, report)
+        if isinstance(output, Files) and manifest.is_new and not manifest.written and not overwrite:
+            check_free([output.path(source.picture) for _, source in todo])
+        manifest.begin()
+        done = report.skipped + finished_elsewhere(pictures, manifest, share)
+        bar, behind = Progress(len(pictures), done, manifest.path, share), Behind[int](report.add, depth=_WRITES_BEHIND)
         with bar, _explained(folder), behind as writer:
-            for (picture, source), result in zip(todo, results, strict=False):
-                made = _converted(result, save_dtype, picture)
-                if isinstance(made, Exception):
-                    report.failures.append((picture, made))
-                    bar.add(1)
-                else:
-                    writer.do(partial(_note, manifest, partial(output.add, source, made)))
-                if asked():
-                    break
-            writer.do(partial(_note, manifest, output.finish))
+            run = _Run(model, ways, output, manifest, report, bar, writer, asked)
+            run.make_in_files(run.stream(todo, save_dtype, batch_size=batch_size, workers=workers))
+            run.write(output.finish)
         if asked():
             raise KeyboardInterrupt
     return report
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a run goes on with while it lasts."""
+
+    model: BrixelFeatures
+    ways: Mapping[str, Any]
+    output: Files | Shards
+    manifest: Manifest
+    report: Report
+    bar: Progress
+    writer: Behind[int]
+    asked: Callable[[], bool]
+
+    def stream(
+        self, todo: Sequence[tuple[Path, Source]], save_dtype: torch.dtype | None, *, batch_size: int, workers: int
+    ) -> list[tuple[Path, Source]]:
+        """Have the maps written; gives the pictures whose maps are too large for memory, and fit into files."""
+        pictures, too_large = (picture for picture, _ in todo), []
+        as_made = isinstance(self.output, Files) and self.output.takes_parts and save_dtype in (None, self.model.dtype)
+        results = self.model.stream_all(pictures, batch_size=batch_size, workers=workers, **self.ways)
+        for (picture, source), result in zip(todo, results, strict=False):
+            made = _converted(result, save_dtype, picture)
+            if as_made and isinstance(made, MemoryLimitError):
+                too_large.append((picture, source))
+                continue
+            self.bar.add(1)
+            if isinstance(made, Exception):
+                self.report.fail(picture, made)
+            else:
+                self.write(partial(self.output.add, source, made))
+            if self.asked():
+                break
+        return too_large
+
+    def make_in_files(self, too_large: Sequence[tuple[Path, Source]]) -> None:
+        """Maps that are written as they are made, one by one, when nothing else is in memory."""
+        for picture, source in too_large:
+            if self.asked():
+                return
+            assert isinstance(self.output, Files)
+            try:
+                self.model.extract(picture, out=self.output.place(source), **self.ways)
+            except (BrixelError, FileNotFoundError) as error:
+                self.report.fail(picture, error)
+            else:
+                self.write(partial(self.output.noted, source))
+            self.bar.add(1)
+
+    def write(self, write: Callable[[], Written | None]) -> None:
+        """Have something written and noted, behind what is computed."""
+
+        def noted() -> int:
+            written = write()
+            if written is None:
+                return 0
+            self.manifest.add(written)
+            return len(written.pictures)
+
+        self.writer.do(noted)
 
 
 def _converted(result: FeatureMap | Exception, save_dtype: torch.dtype | None, picture: Path) -> FeatureMap | Exception:
@@ -106,18 +149,18 @@ def _converted(result: FeatureMap | Exception, save_dtype: torch.dtype | None, p
         return error
 
 
-def _note(manifest: Manifest, write: Callable[[], Written | None]) -> int:
-    """Write, and note the file, if one was written; how many maps are in it."""
-    written = write()
-    if written is None:
-        return 0
-    manifest.add(written)
-    return len(written.pictures)
+def _within(
+    shard_bytes: int | None, memory_limit: int | str | None, device: torch.device
+) -> tuple[int | None, int | str | None]:
+    """Sizes of shards and limit for the rest, where both are of one memory: maps wait there for theirs to fill.
 
-
-def _count(report: Report, bar: Progress, count: int) -> None:
-    report.written += count
-    bar.add(count)
+    Twice its bytes, as it is written. A shard is half of the limit at most.
+    """
+    if shard_bytes is None or memory_limit is None or device.type != "cpu":
+        return shard_bytes, memory_limit
+    limit = parse_bytes(memory_limit)
+    shard_bytes = max(1, min(shard_bytes, limit // 4))
+    return shard_bytes, limit - 2 * shard_bytes
 
 
 def _check(ending: str, shard_bytes: int | None, save_dtype: torch.dtype | None) -> None:
@@ -139,43 +182,6 @@ def _settings(
         "saved as": f"{kind}, {dtype_name(save_dtype or model.dtype)}",
         "tiles": tiles,
     }
-
-
-def _todo(
-    own: Sequence[tuple[Path, Path]], manifest: Manifest, folder: Path, report: Report
-) -> list[tuple[Path, Source]]:
-    """The pictures whose maps are not finished, as they are now; those that are gone are listed."""
-    finished = {source for each in manifest.written if _is_there(folder, each) for source in each.pictures}
-    todo = []
-    for picture, place in own:
-        try:
-            facts = picture.stat()
-        except OSError as error:
-            report.failures.append((picture, error))
-            continue
-        source = Source(place.as_posix(), facts.st_size, facts.st_mtime_ns)
-        if source in finished:
-            report.skipped += 1
-        else:
-            todo.append((picture, source))
-    return todo
-
-
-def _is_there(folder: Path, written: Written) -> bool:
-    """Whether a file is still there, whole; `verify` is for what is in it."""
-    try:
-        return size_of(folder / written.file) == written.bytes
-    except OSError:
-        return False
-
-
-def _check_free(paths: Sequence[Path]) -> None:
-    taken = next((path for path in paths if path.exists()), None)
-    if taken is not None:
-        raise BrixelError(
-            f"{taken} exists and is in no manifest, so that it may be something else: give another output folder, "
-            "or --overwrite"
-        )
 
 
 @contextmanager
