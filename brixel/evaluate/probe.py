@@ -10,7 +10,7 @@ Shapes: B batch, D channels, C outputs, h x w cells; n cells drawn from a pictur
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,7 +162,8 @@ def fit(
     """Readouts trained on the pictures of these numbers, one for each learning rate, from one start."""
     each = examples.per_picture
     items = (torch.tensor(list(pictures))[:, None] * each + torch.arange(each)).flatten()
-    scale = _standardised(examples.inputs(items[:: max(1, len(items) // _STATISTICS_ITEMS)].tolist()))
+    spaced = items[:: max(1, len(items) // _STATISTICS_ITEMS)].split(settings.batch_size)
+    scale = _standardised(examples.inputs(batch.tolist()) for batch in spaced)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         first = new(len(scale.mean))
@@ -193,7 +194,18 @@ def _batches(items: Tensor, settings: ProbeSettings) -> Iterator[list[int]]:
         left = left[settings.batch_size :]
 
 
-def _standardised(maps: Tensor) -> Standardised:
-    """Mean and deviation of each channel of maps (B, D, h, w)."""
-    cells = maps.double().transpose(0, 1).flatten(1)  # D B*h*w
-    return Standardised(cells.mean(1).float(), cells.std(1, correction=0).clamp(min=1e-6).float())
+def _standardised(batches: Iterable[Tensor]) -> Standardised:
+    """Mean and deviation of each channel of maps (B, D, h, w), a batch at a time.
+
+    Sums are taken around the mean of the first batch, so that a large mean does not drown a small deviation.
+    """
+    count, around, total, squares = 0, torch.zeros(1), torch.zeros(1), torch.zeros(1)
+    for maps in batches:
+        cells = maps.double().transpose(0, 1).flatten(1)  # D B*h*w
+        if not count:
+            around = cells.mean(1)
+        cells = cells - around[:, None]
+        count, total, squares = count + cells.shape[1], total + cells.sum(1), squares + cells.square().sum(1)
+    offset = total / count
+    deviation = (squares / count - offset.square()).clamp(min=0).sqrt()
+    return Standardised((around + offset).float(), deviation.clamp(min=1e-6).float())
