@@ -16,9 +16,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from brixel.errors import BrixelError
-from brixel.evaluate.feature_store import Features
+from brixel.evaluate.feature_store import Features, check_memory
 
 _STATISTICS_ITEMS = 4096  # means and deviations of channels are taken on at most so many examples, evenly spaced
 
@@ -108,12 +109,17 @@ class Cells:
     """
 
     def __init__(self, features: Features, per_picture: int, seed: int = 0) -> None:
-        cells = math.prod(features[0].shape[1:])
-        self.pictures, self.per_picture = len(features), min(per_picture, cells)
-        order = torch.randperm(cells, generator=torch.Generator().manual_seed(seed))
+        first = features[0]  # D h w
+        width, *grid_hw = first.shape
+        self.pictures, self.per_picture, self.grid_hw = len(features), min(per_picture, math.prod(grid_hw)), grid_hw
+        order = torch.randperm(math.prod(grid_hw), generator=torch.Generator().manual_seed(seed))
         self.chosen = order[: self.per_picture].sort().values  # places in the flattened grid
-        rows = [features[number].flatten(1)[:, self.chosen].T.half() for number in range(self.pictures)]
-        self._rows = torch.cat(rows)  # pictures*n D
+        shape = (self.pictures, self.per_picture, width)
+        check_memory(2 * math.prod(shape), f"cells of {self.pictures} pictures", "take fewer pictures (--limit)")
+        rows = torch.empty(shape, dtype=torch.float16)
+        for number in tqdm(range(self.pictures), f"cells, {features.source.name}", disable=None):
+            rows[number] = (features[number] if number else first).flatten(1)[:, self.chosen].T
+        self._rows = rows.flatten(0, 1)  # pictures*n D
 
     def inputs(self, items: Sequence[int]) -> Tensor:
         """(1, D, B, 1), channels last in memory."""
@@ -160,8 +166,7 @@ def fit(
     settings: ProbeSettings,
 ) -> list[nn.Module]:
     """Readouts trained on the pictures of these numbers, one for each learning rate, from one start."""
-    each = examples.per_picture
-    items = (torch.tensor(list(pictures))[:, None] * each + torch.arange(each)).flatten()
+    items = items_of(examples, pictures)
     spaced = items[:: max(1, len(items) // _STATISTICS_ITEMS)].split(settings.batch_size)
     scale = _standardised(examples.inputs(batch.tolist()) for batch in spaced)
     with torch.random.fork_rng(devices=[]):
@@ -181,6 +186,12 @@ def fit(
         optimizer.step()
         schedule.step()
     return [nn.Sequential(scale, readout).eval().requires_grad_(False) for readout in readouts]
+
+
+def items_of(examples: Examples, pictures: Sequence[int]) -> Tensor:
+    """The numbers of all examples of the pictures of these numbers."""
+    each = examples.per_picture
+    return (torch.tensor(list(pictures))[:, None] * each + torch.arange(each)).flatten()
 
 
 def _batches(items: Tensor, settings: ProbeSettings) -> Iterator[list[int]]:
