@@ -11,6 +11,7 @@ from torch import nn
 
 from brixel import BrixelError
 from brixel.cli import main
+from brixel.evaluate import feature_store
 from brixel.evaluate.datasets import read_labelled
 from brixel.evaluate.feature_store import Features
 from brixel.evaluate.probe import Cells, Maps, ProbeSettings, convolutional_readout, fit, linear_readout, train_probe
@@ -110,6 +111,26 @@ def test_shares_of_a_cell():
     labels = torch.tensor([[0, 0, 1, 1], [0, -1, 1, 1]]).repeat_interleave(2, 0).repeat_interleave(2, 1)  # 4 x 8
     shares = cell_shares(labels, 3, (1, 2))
     assert shares.tolist() == [[0.75, 0], [0, 1], [0, 0]]
+
+
+def test_cells_for_which_memory_is_too_small_are_refused(monkeypatch):
+    monkeypatch.setattr(feature_store, "free_bytes", lambda device: 6 * 36 * 5 * 2)
+    with pytest.raises(BrixelError, match=r"^cells of 6 pictures need 1 MiB of memory, .*take fewer pictures"):
+        Cells(planted(), 36)
+    assert Cells(planted(5), 36).inputs([4]).shape == (1, 5, 1, 1)
+
+
+def test_without_a_cache_there_need_be_room_for_cells_alone(splits, monkeypatch):
+    monkeypatch.setattr(feature_store, "free_bytes", lambda device: 2 * 8 * 256 * 3 * 2)  # maps have 1024 cells
+    fine = Source("teacher", lambda pixels: F.avg_pool2d(pixels, 2), 2, scale=4)
+    assert segment(fine, *splits, 64, settings=QUICK).accuracy > 0.9
+
+
+def test_figures_are_those_of_a_cache(splits, tmp_path):
+    source = Source("teacher", colours_of, 8, scale=4, identity="colours")
+    one, other = (segment(source, *splits, 64, settings=QUICK, cache=cache) for cache in (None, tmp_path))
+    assert torch.equal(one.areas, other.areas)
+    assert one.scores == other.scores
 
 
 def planted(count=6, width=5):

@@ -1,7 +1,9 @@
 """Depth and normals: readers of tiny samples, planted solutions, and the scenes of the example."""
 
 import importlib.util
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,43 @@ def test_the_report_compares_with_bilinear(told):
     assert all_of_it["change"][1] < 0
     assert f"| any | 16 | bilinear | {nothing['rmse']:.4f} |" in report.markdown("command")
     assert "6 pictures to fit, 2 to report" in report.recipe
+
+
+def without_values(told, tmp_path, kind, pictures):
+    """The told splits, with values outside the centre square alone for some of their pictures."""
+    shutil.copytree(told, tmp_path / "told")
+    wide = np.zeros((64, 68) if kind == "depth" else (64, 68, 3))
+    wide[:, 0] = 1
+    for split, name in pictures:
+        folder = tmp_path / "told" / split
+        np.save(folder / kind / f"{name}.npy", wide)
+        Image.new("RGB", (68, 64)).save(folder / "images" / f"{name}.png")
+    return [read_measured(kind, "plain", tmp_path / "told", split) for split in ("train", "val")]
+
+
+@pytest.mark.parametrize("kind", ["depth", "normals"])
+def test_pictures_without_a_value_are_left_out_and_told_of_once(told, tmp_path, kind, caplog):
+    train, val = without_values(told, tmp_path, kind, [("train", 2), ("val", 0)])
+    report = shape(kind, [NOTHING, COLOURS], train, val, [64], model="any", settings=QUICK)
+    assert "5 pictures to fit, 1 to report, centre squares; 2 of 8 pictures without a value left out; " in report.recipe
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        f"2 of 8 pictures without a value left out, the first {train.samples[2].target}"
+    )
+    less = replace(train, samples=[*train.samples[:2], *train.samples[3:]]), replace(val, samples=val.samples[1:])
+    again = shape(kind, [NOTHING, COLOURS], *less, [64], model="any", settings=QUICK)
+    assert again.rows == report.rows
+    assert "left out" not in again.recipe
+
+
+def test_splits_without_any_value_are_refused(told, tmp_path):
+    train, val = without_values(told, tmp_path, "depth", [("val", 0), ("val", 1)])
+    message = r"^none of 2 pictures of told has depth in its centre square, the first .*val/depth/0\.npy"
+    with pytest.raises(BrixelError, match=message):
+        shape("depth", [COLOURS], train, val, [64], model="any", settings=QUICK)
+    sparse = replace(train, read=lambda path: F.one_hot(torch.tensor([1] * 64), 64)[None].float())  # between centres
+    with pytest.raises(BrixelError, match="no picture of told has depth at the centre of any of its 8 x 8 cells"):
+        probe_shape("depth", COLOURS, sparse, val, 64, settings=QUICK)
 
 
 @pytest.fixture

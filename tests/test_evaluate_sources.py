@@ -1,5 +1,7 @@
 """Sources of features and the store that keeps them."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures
 from brixel.crops import normalised, student_view
+from brixel.evaluate import feature_store
 from brixel.evaluate.feature_store import centre_crop, features_of
 from brixel.evaluate.sources import Source, cost_of, features_by_name, sources_of
 
@@ -135,3 +138,54 @@ def test_a_run_that_was_killed_goes_on(pictures, tmp_path):
 def test_features_that_float16_cannot_hold_are_refused(pictures):
     with pytest.raises(BrixelError, match=r"'x' on .*0\.png are not finite, or too large"):
         features_of(Source("x", lambda pixels: mean_colour(pixels) + 1e6, 8), pictures, 64)
+
+
+def counted(calls):
+    def maps(pixels):
+        calls.append(len(pixels))
+        return mean_colour(pixels)
+
+    return maps
+
+
+MAP_BYTES = 2 * 3 * 2 * 2  # of a crop of 64 px: float16, three channels, 2 x 2 cells
+
+
+def test_maps_for_which_memory_is_too_small_are_refused_at_the_first(pictures, monkeypatch):
+    calls = []
+    monkeypatch.setattr(feature_store, "free_bytes", lambda device: 3 * MAP_BYTES)
+    with pytest.raises(BrixelError, match=r"^3 maps of source 'x' at 64 px need 1 MiB of memory, .*--cache.*--limit"):
+        features_of(Source("x", counted(calls), 8), pictures, 64)
+    assert len(calls) == 1
+    for free in (4 * MAP_BYTES, None):  # a tenth is left to others; not every system tells
+        monkeypatch.setattr(feature_store, "free_bytes", lambda device, free=free: free)
+        assert len(features_of(Source("x", mean_colour, 8), pictures, 64)) == 3
+
+
+def test_a_disk_must_hold_what_is_not_there_yet(pictures, tmp_path, monkeypatch):
+    calls, free = [], [10 * MAP_BYTES]
+    monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, free[0]))
+    source = Source("x", counted(calls), 8, identity="x")
+    features_of(source, pictures[:1], 64, tmp_path / "cache")
+    free[0] = 2 * MAP_BYTES - 1
+    with pytest.raises(
+        BrixelError, match=r"^2 maps of source 'x' at 64 px need 1 MiB in .*cache.*larger disk \(--cache"
+    ):
+        features_of(source, pictures, 64, tmp_path / "cache")
+    assert len(calls) == 2
+    free[0] += 1
+    features_of(source, pictures, 64, tmp_path / "cache")
+    free[0] = 0
+    assert len(features_of(source, pictures, 64, tmp_path / "cache")) == 3  # all are there
+    assert len(calls) == 4
+
+
+def test_maps_that_are_not_kept_are_computed_when_they_are_asked_for(pictures):
+    calls = []
+    kept, other = features_of(Source("x", counted(calls), 8), pictures, 64, keep=1).split(1)
+    assert (len(kept), len(other), len(calls)) == (1, 2, 1)
+    direct = [Source("x", mean_colour, 8).features(centre_crop(path, 64)[None])[0] for path in pictures]
+    for _ in range(2):
+        assert torch.equal(kept[0], direct[0].half().float())
+        assert torch.equal(other[1], direct[2].half().float())
+    assert len(calls) == 3

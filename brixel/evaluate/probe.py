@@ -10,15 +10,16 @@ Shapes: B batch, D channels, C outputs, h x w cells; n cells drawn from a pictur
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from brixel.errors import BrixelError
-from brixel.evaluate.feature_store import Features
+from brixel.evaluate.feature_store import Features, check_memory
 
 _STATISTICS_ITEMS = 4096  # means and deviations of channels are taken on at most so many examples, evenly spaced
 
@@ -108,12 +109,17 @@ class Cells:
     """
 
     def __init__(self, features: Features, per_picture: int, seed: int = 0) -> None:
-        cells = math.prod(features[0].shape[1:])
-        self.pictures, self.per_picture = len(features), min(per_picture, cells)
-        order = torch.randperm(cells, generator=torch.Generator().manual_seed(seed))
+        first = features[0]  # D h w
+        width, *grid_hw = first.shape
+        self.pictures, self.per_picture, self.grid_hw = len(features), min(per_picture, math.prod(grid_hw)), grid_hw
+        order = torch.randperm(math.prod(grid_hw), generator=torch.Generator().manual_seed(seed))
         self.chosen = order[: self.per_picture].sort().values  # places in the flattened grid
-        rows = [features[number].flatten(1)[:, self.chosen].T.half() for number in range(self.pictures)]
-        self._rows = torch.cat(rows)  # pictures*n D
+        shape = (self.pictures, self.per_picture, width)
+        check_memory(2 * math.prod(shape), f"cells of {self.pictures} pictures", "take fewer pictures (--limit)")
+        rows = torch.empty(shape, dtype=torch.float16)
+        for number in tqdm(range(self.pictures), f"cells, {features.source.name}", disable=None):
+            rows[number] = (features[number] if number else first).flatten(1)[:, self.chosen].T
+        self._rows = rows.flatten(0, 1)  # pictures*n D
 
     def inputs(self, items: Sequence[int]) -> Tensor:
         """(1, D, B, 1), channels last in memory."""
@@ -160,9 +166,9 @@ def fit(
     settings: ProbeSettings,
 ) -> list[nn.Module]:
     """Readouts trained on the pictures of these numbers, one for each learning rate, from one start."""
-    each = examples.per_picture
-    items = (torch.tensor(list(pictures))[:, None] * each + torch.arange(each)).flatten()
-    scale = _standardised(examples.inputs(items[:: max(1, len(items) // _STATISTICS_ITEMS)].tolist()))
+    items = items_of(examples, pictures)
+    spaced = items[:: max(1, len(items) // _STATISTICS_ITEMS)].split(settings.batch_size)
+    scale = _standardised(examples.inputs(batch.tolist()) for batch in spaced)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         first = new(len(scale.mean))
@@ -182,6 +188,12 @@ def fit(
     return [nn.Sequential(scale, readout).eval().requires_grad_(False) for readout in readouts]
 
 
+def items_of(examples: Examples, pictures: Sequence[int]) -> Tensor:
+    """The numbers of all examples of the pictures of these numbers."""
+    each = examples.per_picture
+    return (torch.tensor(list(pictures))[:, None] * each + torch.arange(each)).flatten()
+
+
 def _batches(items: Tensor, settings: ProbeSettings) -> Iterator[list[int]]:
     """Numbers of the examples of every step: shuffled anew whenever all had their turn."""
     generator = torch.Generator().manual_seed(settings.seed)
@@ -193,7 +205,18 @@ def _batches(items: Tensor, settings: ProbeSettings) -> Iterator[list[int]]:
         left = left[settings.batch_size :]
 
 
-def _standardised(maps: Tensor) -> Standardised:
-    """Mean and deviation of each channel of maps (B, D, h, w)."""
-    cells = maps.double().transpose(0, 1).flatten(1)  # D B*h*w
-    return Standardised(cells.mean(1).float(), cells.std(1, correction=0).clamp(min=1e-6).float())
+def _standardised(batches: Iterable[Tensor]) -> Standardised:
+    """Mean and deviation of each channel of maps (B, D, h, w), a batch at a time.
+
+    Sums are taken around the mean of the first batch, so that a large mean does not drown a small deviation.
+    """
+    count, around, total, squares = 0, torch.zeros(1), torch.zeros(1), torch.zeros(1)
+    for maps in batches:
+        cells = maps.double().transpose(0, 1).flatten(1)  # D B*h*w
+        if not count:
+            around = cells.mean(1)
+        cells = cells - around[:, None]
+        count, total, squares = count + cells.shape[1], total + cells.sum(1), squares + cells.square().sum(1)
+    offset = total / count
+    deviation = (squares / count - offset.square()).clamp(min=0).sqrt()
+    return Standardised((around + offset).float(), deviation.clamp(min=1e-6).float())

@@ -23,7 +23,7 @@ from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.datasets import LabelledPictures, centre_square
 from brixel.evaluate.feature_store import Features, features_of
-from brixel.evaluate.probe import Cells, ProbeSettings, linear_readout, train_probe
+from brixel.evaluate.probe import Cells, ProbeSettings, items_of, linear_readout, train_probe
 from brixel.evaluate.report import Report
 from brixel.evaluate.sources import TEACHER, Source, check_names, cost_of
 
@@ -58,29 +58,33 @@ def segment(
     if list(train.classes) != list(val.classes):
         raise BrixelError(f"{train.name} has {len(train.classes)} classes, {val.name} others; expected the same")
     classes = len(train.classes)
-    features = [
-        features_of(source, [each.picture for each in data.samples], teacher_px, cache) for data in (train, val)
-    ]
-    examples = Cells(features[0], CELLS, settings.seed)
-    known = torch.cat(
-        [
-            cell_shares(square_labels(train, number), classes, features[0][0].shape[-2:])[:, examples.chosen].T
-            for number in range(len(train.samples))
-        ]
-    )  # pictures*n K
+    pictures = [each.picture for data in (train, val) for each in data.samples]
+    fitted, judged = features_of(source, pictures, teacher_px, cache, keep=0).split(len(train.samples))
+    examples = Cells(fitted, CELLS, settings.seed)
+    known = _known(train, examples)
 
     def loss(logits: Tensor, cells: Sequence[int]) -> Tensor:
-        shares = known[torch.as_tensor(cells)].T[None, :, :, None]  # 1 K B 1
+        shares = known[torch.as_tensor(cells)].float().T[None, :, :, None]  # 1 K B 1
         return -(shares * logits.log_softmax(1)).sum() / shares.sum().clamp(min=1e-6)
 
     def score(readout: nn.Module, pictures: Sequence[int]) -> float:
-        cells = [number * examples.per_picture + cell for number in pictures for cell in range(examples.per_picture)]
-        found = readout(examples.inputs(cells)).argmax(1).flatten()  # B
-        counts = torch.zeros(classes, classes).index_add_(0, found, known[cells])
+        counts = torch.zeros(classes, classes, dtype=torch.float64)
+        for cells in items_of(examples, pictures).split(settings.batch_size):
+            found = readout(examples.inputs(cells.tolist())).argmax(1).flatten()  # B
+            counts.index_add_(0, found, known[cells].double())
         return float(metrics.mean_iou(metrics.intersection_union(counts.T)))
 
     probe = train_probe(lambda width: linear_readout(width, classes), examples, loss, score, settings)
-    return _judge(probe.readout, features[1], val, within_px, probe.learning_rate, probe.scores)
+    return _judge(probe.readout, judged, val, within_px, probe.learning_rate, probe.scores)
+
+
+def _known(data: LabelledPictures, examples: Cells) -> Tensor:
+    """Shares of classes in the examples, (pictures*n, K), float16, which holds sixteenths exactly."""
+    shares = torch.empty(examples.pictures, examples.per_picture, len(data.classes), dtype=torch.float16)
+    for number in range(examples.pictures):
+        labels = square_labels(data, number)
+        shares[number] = cell_shares(labels, len(data.classes), examples.grid_hw)[:, examples.chosen].T
+    return shares.flatten(0, 1)
 
 
 def square_labels(data: LabelledPictures, number: int) -> Tensor:

@@ -6,8 +6,9 @@ out. Pictures are cut to their centre squares; figures are taken of one picture 
 Shapes: D channels, C = 1 (depth) or 3 (normals), h x w cells, H x H pixels.
 """
 
-import math
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from brixel.crops import DOWNSAMPLING
 from brixel.devices import machine
+from brixel.errors import BrixelError
 from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.datasets import centre_square
@@ -27,6 +29,7 @@ from brixel.evaluate.probe import Maps, Probe, ProbeSettings, convolutional_read
 from brixel.evaluate.report import Report
 from brixel.evaluate.sources import Source
 
+_LOG = logging.getLogger("brixel")
 CONVOLUTIONAL = ProbeSettings(steps=300, batch_size=8, learning_rates=(3e-4, 1e-3, 3e-3))
 BASE = "bilinear"
 _FIRST = {"depth": "rmse", "normals": "mean_deg"}  # what is told of with an interval
@@ -49,12 +52,13 @@ def probe_shape(
     settings: ProbeSettings = CONVOLUTIONAL,
     cache: Path | None = None,
 ) -> tuple[Probe, list[dict[str, float]]]:
-    """Train a readout for "depth" or "normals" on ``train``; it, and its figures on each picture of ``val``."""
-    features = [
-        features_of(source, [each.picture for each in data.samples], teacher_px, cache) for data in (train, val)
-    ]
-    grid_hw = features[0][0].shape[-2:]
-    targets = torch.stack([_at_cells(train, number, grid_hw) for number in range(len(train.samples))])  # N C h w
+    """Train a readout for "depth" or "normals" on ``train``; it, and its figures on each picture of ``val``.
+
+    Every picture of ``val`` has a value in its centre square; :func:`leave_out_empty` sees to it.
+    """
+    pictures = [each.picture for data in (train, val) for each in data.samples]
+    fitted, judged = features_of(source, pictures, teacher_px, cache, keep=len(train.samples)).split(len(train.samples))
+    targets = _targets(kind, train, fitted[0].shape[-2:])
     loss_of, figures = (_depth_loss, _depth_figures) if kind == "depth" else (_normals_loss, _normals_figures)
     offset = _mean_log(targets) if kind == "depth" else 0.0
 
@@ -67,14 +71,14 @@ def probe_shape(
         return loss_of(outputs, targets[list(pictures)])
 
     def score(readout: nn.Module, pictures: Sequence[int]) -> float:
-        return -sum(float(loss(readout(features[0][number][None]), [number])) for number in pictures)
+        return -sum(float(loss(readout(fitted[number][None]), [number])) for number in pictures)
 
-    probe = train_probe(new, Maps(features[0]), loss, score, settings)
+    probe = train_probe(new, Maps(fitted), loss, score, settings)
     found = []
     for number in tqdm(range(len(val.samples)), f"pictures, {source.name}", disable=None):
         target = centre_square(val.target(number))
         with torch.no_grad():
-            output = probe.readout(features[1][number][None])
+            output = probe.readout(judged[number][None])
             output = F.interpolate(output, size=target.shape[-2:], mode="bilinear", align_corners=False)
         found.append(figures(output[0], target))
     return probe, found
@@ -92,6 +96,7 @@ def shape(
     cache: Path | None = None,
 ) -> Report:
     """Depth or normals of several sources at several sizes; ``model``: what they are of, for the table."""
+    (train, val), left_out = leave_out_empty(kind, (train, val))
     rows: list[dict[str, Any]] = []
     first = _FIRST[kind]
     for side in teacher_px:
@@ -115,7 +120,7 @@ def shape(
         "change": ("over bilinear, 95 % (below 0 is better)", form),
     }
     recipe = (
-        f"{val.name}: {len(train.samples)} pictures to fit, {len(val.samples)} to report, centre squares; "
+        f"{val.name}: {len(train.samples)} pictures to fit, {len(val.samples)} to report, centre squares; {left_out}"
         f"{settings.steps} steps of {settings.batch_size} pictures, seed {settings.seed}, learning rate of "
         f"{', '.join(f'{rate:g}' for rate in settings.learning_rates)} chosen on {settings.held_out:.0%} of the "
         f"pictures to fit; {machine(torch.device(sources[0].device))}."
@@ -124,15 +129,49 @@ def shape(
     return Report(kind, title, columns, rows, recipe)
 
 
-def _at_cells(data: MeasuredPictures, number: int, grid_hw: Sequence[int]) -> Tensor:
-    """What was measured at the cells' centres, (C, h, w)."""
-    square = centre_square(data.target(number))[None]
-    return F.interpolate(square, size=tuple(grid_hw), mode="nearest-exact")[0]
+def leave_out_empty(kind: str, splits: Sequence[MeasuredPictures]) -> tuple[list[MeasuredPictures], str]:
+    """The splits less the pictures without a value in their centre square, and how many these are, for a recipe.
+
+    Raises BrixelError where none is left of a split.
+    """
+    kept, empty = [], []
+    for data in splits:
+        numbers = tqdm(range(len(data.samples)), f"{kind}, {data.name}", disable=None)
+        having = [bool(_known(kind, centre_square(data.target(number))[None]).any()) for number in numbers]
+        without = [sample.target for sample, has in zip(data.samples, having, strict=True) if not has]
+        if len(without) == len(having):
+            first = f", the first {without[0]}" if without else ""
+            raise BrixelError(
+                f"none of {len(having)} pictures of {data.name} has {kind} in its centre square{first}; expected such "
+                "pictures both to fit and to report"
+            )
+        kept.append(replace(data, samples=[sample for sample, has in zip(data.samples, having, strict=True) if has]))
+        empty += without
+    if not empty:
+        return kept, ""
+    said = f"{len(empty)} of {sum(len(data.samples) for data in splits)} pictures without a value left out"
+    _LOG.warning("%s: %s, the first %s", kind, said, empty[0])
+    return kept, f"{said}; "
+
+
+def _targets(kind: str, data: MeasuredPictures, grid_hw: Sequence[int]) -> Tensor:
+    """What was measured at the cells' centres, (N, C, h, w)."""
+    squares = (centre_square(data.target(number))[None] for number in range(len(data.samples)))
+    targets = torch.cat([F.interpolate(each, size=tuple(grid_hw), mode="nearest-exact") for each in squares])
+    if not _known(kind, targets).any():
+        cells = " x ".join(map(str, grid_hw))
+        raise BrixelError(f"no picture of {data.name} has {kind} at the centre of any of its {cells} cells")
+    return targets
+
+
+def _known(kind: str, targets: Tensor) -> Tensor:
+    """Where there is a value, (B, C, H, W) -> (B, H, W)."""
+    return targets[:, 0] > 0 if kind == "depth" else targets.square().sum(1) > 1e-6
 
 
 def _mean_log(depth: Tensor) -> float:
-    measured = depth[depth > 0]
-    return float(measured.log().mean()) if len(measured) else math.nan
+    """Mean logarithm of what was measured, of which there is some."""
+    return float(depth[depth > 0].log().mean())
 
 
 def _depth_loss(outputs: Tensor, depth: Tensor) -> Tensor:
@@ -144,7 +183,7 @@ def _depth_loss(outputs: Tensor, depth: Tensor) -> Tensor:
 
 def _normals_loss(outputs: Tensor, normals: Tensor) -> Tensor:
     """Mean of 1 - cosine where there is a normal, (B, 3, h, w)."""
-    known = normals.square().sum(1) > 1e-6
+    known = _known("normals", normals)
     cosine = F.cosine_similarity(outputs, normals, dim=1)
     return ((1 - cosine) * known).sum() / known.sum().clamp(min=1)
 
