@@ -11,7 +11,8 @@ from brixel.cli import main
 from brixel.errors import BrixelError
 from brixel.evaluate import cost as module
 from brixel.evaluate.cost import cost
-from brixel.evaluate.cost_plot import SIZE_PX, cost_plot
+from brixel.evaluate.cost_plot import cost_plot
+from brixel.evaluate.diagram import SIZE_PX
 from brixel.panel import MARGIN_PX
 
 

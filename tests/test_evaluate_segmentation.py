@@ -103,7 +103,7 @@ def test_no_gap_is_told_where_the_teacher_may_be_no_better(splits):
 
 def test_other_classes_are_refused(splits, coloured):
     train, val = splits
-    with pytest.raises(BrixelError, match="3 classes, .* others"):
+    with pytest.raises(BrixelError, match="3 classes to fit and 2 to report, or others; .* classes.json"):
         segment(Source("x", constant, 8), train, type(val)(val.name, ["a", "b"], val.samples, val.table), 64)
 
 

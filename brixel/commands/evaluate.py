@@ -15,7 +15,8 @@ from brixel.evaluate.measured import DEPTH_LAYOUTS, NORMALS_LAYOUTS
 from brixel.evaluate.pictures import panel_of
 from brixel.evaluate.report import check_markdown, write_report
 from brixel.evaluate.sources import SOURCES, STUDENT, TEACHER, sources_of
-from brixel.evaluate.suite import read_suite, run_suite
+from brixel.evaluate.suite import run_suite
+from brixel.evaluate.suite_file import read_suite
 from brixel.evaluate.tasks import BOUNDARY_PX, DEFAULT_SOURCES, FIELDS, Task
 from brixel.features import BrixelFeatures
 from brixel.pictures import find_pictures
@@ -65,7 +66,9 @@ def add(commands: Any) -> None:
 
     one = command(judges, "suite", _suite, "any set of models, tasks and data, as one report; goes on where it was")
     one.add_argument("suite", type=Path, metavar="TOML", help="such as examples/suite_paper.toml")
-    one.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="for report.md, report.json")
+    one.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="for report.md with its plots, and report.json"
+    )
     add_device_options(one)
 
 

@@ -100,7 +100,9 @@ def plain(folder: Path, split: str = "") -> LabelledPictures:
                 "classes as 0, 1, 2 and so on (for a black and white mask: 0 and 1)"
             )
         classes = [f"class {number}" for number in range(count)]
-    return LabelledPictures(folder.name, [str(name) for name in classes], samples, _table(range(len(classes))))
+    return LabelledPictures(
+        folder.resolve().name, [str(name) for name in classes], samples, _table(range(len(classes)))
+    )
 
 
 def voc2012(root: Path, split: str) -> LabelledPictures:

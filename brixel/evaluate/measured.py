@@ -42,12 +42,12 @@ class MeasuredPictures:
 
 def plain_depth(folder: Path, split: str) -> MeasuredPictures:
     """`images/` and `depth/NAME.npy` (metres) or `depth/NAME.png` (16 bits, millimetres) below ``folder/split``."""
-    return MeasuredPictures(folder.name, paired(folder / split, "depth", (".npy", ".png")), read_depth)
+    return MeasuredPictures(folder.resolve().name, paired(folder / split, "depth", (".npy", ".png")), read_depth)
 
 
 def plain_normals(folder: Path, split: str) -> MeasuredPictures:
     """`images/` and `normals/NAME.npy` (H, W, 3) or `normals/NAME.png` (RGB, 0 to 255 for -1 to 1, black none)."""
-    return MeasuredPictures(folder.name, paired(folder / split, "normals", (".npy", ".png")), read_normals)
+    return MeasuredPictures(folder.resolve().name, paired(folder / split, "normals", (".npy", ".png")), read_normals)
 
 
 def nyuv2(root: Path, split: str) -> MeasuredPictures:

@@ -1,5 +1,6 @@
 """A table of figures that says how it was made: Markdown for people and the same numbers as JSON."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Report:
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> "Report":
         """What :meth:`content` gave."""
-        fields = {key: value for key, value in content.items() if key != "command"}
+        fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
         columns = {key: (heading, form) for key, (heading, form) in content["columns"].items()}
         return cls(**{**fields, "columns": columns})
 

@@ -56,7 +56,10 @@ def segment(
 ) -> Segmented:
     """Train a linear probe on ``train`` and judge it on ``val``; ``within_px``: how wide the strips at outlines are."""
     if list(train.classes) != list(val.classes):
-        raise BrixelError(f"{train.name} has {len(train.classes)} classes, {val.name} others; expected the same")
+        raise BrixelError(
+            f"{train.name} has {len(train.classes)} classes to fit and {len(val.classes)} to report, or others; "
+            "expected the same: a classes.json beside the splits says which there are"
+        )
     classes = len(train.classes)
     pictures = [each.picture for data in (train, val) for each in data.samples]
     fitted, judged = features_of(source, pictures, teacher_px, cache, keep=0).split(len(train.samples))

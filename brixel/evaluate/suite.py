@@ -1,107 +1,138 @@
-"""Any set of models, tasks and data as one report, written down in a TOML file.
+"""Any set of models, tasks and data as one report with plots.
 
 Every model at every size of every run is a part of its own, kept as JSON in `OUT/parts/` as soon as it is there: a
-suite that was killed goes on with the next, and one that was changed runs what is new. Paths are taken from the folder
-one works in. `examples/suite_paper.toml` shows the format.
+suite that was killed goes on with the next, and one that was changed runs what is new.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from brixel import panel
 from brixel.atomic import write_text
-from brixel.errors import BrixelError, did_you_mean
+from brixel.errors import BrixelError
 from brixel.evaluate.report import Report, write_json
-from brixel.evaluate.tasks import FIELDS, Task
+from brixel.evaluate.report_plot import report_plot
+from brixel.evaluate.suite_file import Part
 from brixel.features import BrixelFeatures
-from brixel.toml_file import read_toml
 
-_MODEL_KEYS = ("model", "backbone", "architecture")
-_PATHS = ("data", "cache")
 _DAY = re.compile(r"\d{4}-\d\d-\d\d(?=\.$)")  # with which a recipe ends; names of data may have days of their own
+_SMALL = 2**26  # bytes of a model's file that is looked into to see whether the model changed
+_FINGERPRINT = "model_files"  # in a part's JSON
+
+Load = Callable[[Mapping[str, str]], BrixelFeatures]
 
 
 @dataclass(frozen=True)
-class Part:
-    """One model at one size of one run."""
+class _Kept:
+    """What is there of a suite."""
 
-    name: str
-    model: Mapping[str, str]
-    task: Task
+    folder: Path
 
-    @property
-    def key(self) -> str:
-        """A file name that follows from all settings that are not the usual ones, but for where features are kept."""
-        usual = {field.name: field.default for field in dataclasses.fields(Task)}
-        given = {name: value for name, value in vars(self.task).items() if name != "cache" and value != usual[name]}
-        settings = repr((sorted(self.model.items()), sorted(given.items())))
-        digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
-        return f"{self.task.kind}-{self.name}-{self.task.teacher_px[0]}-{digest}"
+    def path(self, part: Part) -> Path:
+        return self.folder / f"{part.key}.json"
 
+    def content(self, part: Part) -> dict[str, Any] | None:
+        path = self.path(part)
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-def read_suite(path: Path) -> list[Part]:
-    """The parts of a suite in its order. Raises BrixelError for a key or a model that is not known."""
-    content = read_toml(path, "suite")
-    _check_keys(content, ("models", "run", "cache"), str(path))
-    models, runs = content.get("models", {}), content.get("run", [])
-    if not models or not runs:
-        raise BrixelError(f"{path} has {len(models)} models and {len(runs)} runs; expected [models.NAME] and [[run]]")
-    for name, each in models.items():
-        _check_keys(each, _MODEL_KEYS, f"[models.{name}] of {path}")
-    return [part for number, run in enumerate(runs, 1) for part in _parts(content, run, f"run {number} of {path}")]
+    def holds(self, part: Part) -> bool:
+        """Whether a part is there, of the model as it is now."""
+        content = self.content(part)
+        return content is not None and content.get(_FINGERPRINT) in (None, fingerprint_of(part.model))
 
 
-def _parts(content: Mapping[str, Any], run: Mapping[str, Any], where: str) -> Iterator[Part]:
-    models = content["models"]
-    _check_keys(run, ("task", "models", *(name for name in FIELDS if name not in ("kind", "cache"))), where)
-    names = run.get("models", list(models))
-    fields = {
-        key: value for key, value in {**run, "kind": run.get("task", "")}.items() if key not in ("task", "models")
-    }
-    fields.update({key: Path(fields[key]) for key in _PATHS if key in fields})
-    fields.update({key: tuple(fields[key]) for key in ("teacher_px", "sources") if key in fields})
-    fields["images"] = tuple(Path(each) for each in fields.get("images", ()))
-    task = Task(**{"teacher_px": (), **fields, "cache": Path(content["cache"]) if "cache" in content else None})
-    for name in names:
-        if name not in models:
-            raise BrixelError(f"{where} names the model {name!r}; {did_you_mean(name, models)}")
-        for side in task.teacher_px:
-            yield Part(name, models[name], replace(task, teacher_px=(side,)))
+def run_suite(parts: Sequence[Part], out: Path, command: str, load: Load, say: Callable[[str], None]) -> str:
+    """Run what is not there yet, then write `report.md`, its plots and `report.json` into ``out``; the report.
 
-
-def run_suite(
-    parts: list[Part],
-    out: Path,
-    command: str,
-    load: Callable[[Mapping[str, str]], BrixelFeatures],
-    say: Callable[[str], None],
-) -> str:
-    """Run what is not there yet, then write `report.md` and `report.json` into ``out``; the report.
-
-    ``load``: from a table of the suite's models to the model. ``say``: told what begins.
+    ``load``: from a table of the suite's models to the model. ``say``: told what begins. All that can be known before
+    is checked first; where a part fails all the same, the report is of those that are there.
     """
-    folder = out / "parts"
-    folder.mkdir(parents=True, exist_ok=True)
+    kept = _Kept(out / "parts")
+    kept.folder.mkdir(parents=True, exist_ok=True)
+    missing = [part for part in parts if not kept.holds(part)]
+    _tell_kept(kept, parts, missing, say)
+    _check(missing, load)
     loaded: tuple[str, BrixelFeatures] | None = None
-    for number, part in enumerate(parts, 1):
-        path = folder / f"{part.key}.json"
-        if path.exists():
-            continue
-        say(f"{number} of {len(parts)}: {part.task.kind}, {part.name}, {part.task.teacher_px[0]} px")
-        if loaded is None or loaded[0] != part.name:
-            loaded = part.name, load(part.model)
-        write_json(path, part.task.run(loaded[1], part.name).content(command))
-    contents = [json.loads((folder / f"{part.key}.json").read_text(encoding="utf-8")) for part in parts]
-    reports = list(merged([Report.from_content(each) for each in contents]))
-    text = "\n\n".join(["# Evaluation", *(report.markdown(command, level=2) for report in reports)])
+    try:
+        for number, part in enumerate(parts, 1):
+            if part not in missing:
+                continue
+            say(f"{number} of {len(parts)}: {part.task.kind}, {part.name}, {part.task.teacher_px[0]} px")
+            if loaded is None or loaded[0] != part.name:
+                loaded = None  # not two at once
+                loaded = part.name, load(part.model)
+            content = part.task.run(loaded[1], part.name).content(command)
+            write_json(kept.path(part), {**content, _FINGERPRINT: fingerprint_of(part.model)})
+    except Exception:
+        if there := [part for part in parts if kept.holds(part)]:
+            _write(kept, there, out, command)
+            say(f"the report in {out} is of the {len(there)} parts that are there")
+        raise
+    return _write(kept, parts, out, command)
+
+
+def fingerprint_of(model: Mapping[str, str]) -> str | None:
+    """Of the files of a local model, by which it is seen to have changed; None for others."""
+    folder = Path(model.get("model", ""))
+    if "model" not in model or not folder.is_dir():
+        return None
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.stat().st_size <= _SMALL]
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode("utf-8", "surrogateescape") + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _tell_kept(kept: _Kept, parts: Sequence[Part], missing: Sequence[Part], say: Callable[[str], None]) -> None:
+    there = len(parts) - len(missing)
+    if there:
+        say(f"{there} of {len(parts)} parts are in {kept.folder} and kept; delete those to be run again")
+    if changed := [part.name for part in missing if kept.content(part) is not None]:
+        say(f"{len(changed)} parts are run again, since the model is another now: {', '.join(dict.fromkeys(changed))}")
+
+
+def _check(parts: Sequence[Part], load: Load) -> None:
+    """Raise BrixelError for all that is wrong with the parts' data, pictures, sources and models, together."""
+    wrong: dict[str, None] = {}
+    for task in dict.fromkeys(replace(part.task, teacher_px=(1,)) for part in parts):
+        try:
+            task.check()
+        except (BrixelError, OSError) as error:
+            wrong[str(error)] = None
+    for name, table in {part.name: part.model for part in parts}.items():
+        try:
+            model = load(table)
+            for part in parts:
+                if part.name == name:
+                    part.task.check_sides(model)
+        except (BrixelError, OSError) as error:
+            wrong[f"model {name!r}: {error}"] = None
+    if wrong:
+        raise BrixelError("\n- ".join(["nothing was run, since it would have failed:", *wrong]))
+
+
+def _write(kept: _Kept, parts: Sequence[Part], out: Path, command: str) -> str:
+    reports = list(merged([Report.from_content(content) for part in parts if (content := kept.content(part))]))
+    sections = []
+    for report, name in zip(reports, _names(reports), strict=True):
+        panel.save(report_plot(report), out / name)
+        sections += [report.markdown(command, level=2), f"![{report.title}]({name})"]
+    text = "\n\n".join(["# Evaluation", *sections])
     write_json(out / "report.json", [report.content(command) for report in reports])
     write_text(out / "report.md", text + "\n")
     return text
+
+
+def _names(reports: Sequence[Report]) -> list[str]:
+    """Of the plots: by task, numbered from the second on."""
+    tasks = [report.task for report in reports]
+    counts = [tasks[: number + 1].count(task) for number, task in enumerate(tasks)]
+    return [f"{task}.png" if count == 1 else f"{task}-{count}.png" for task, count in zip(tasks, counts, strict=True)]
 
 
 def merged(reports: list[Report]) -> Iterator[Report]:
@@ -114,8 +145,3 @@ def merged(reports: list[Report]) -> Iterator[Report]:
         days = sorted({day for report in group for day in _DAY.findall(report.recipe)})
         recipe = _DAY.sub(" to ".join({days[0]: 0, days[-1]: 0}), group[0].recipe) if days else group[0].recipe
         yield replace(group[0], rows=rows, recipe=recipe, details={"parts": [report.details for report in group]})
-
-
-def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    if unknown := [key for key in table if key not in known]:
-        raise BrixelError(f"{where} has the unknown key {unknown[0]!r}; {did_you_mean(unknown[0], known)}")

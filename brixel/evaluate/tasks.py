@@ -7,15 +7,15 @@ from pathlib import Path
 
 from brixel.crops import check_teacher_px
 from brixel.errors import BrixelError, did_you_mean
-from brixel.evaluate.datasets import read_labelled
+from brixel.evaluate.datasets import LabelledPictures, read_labelled
 from brixel.evaluate.fidelity import fidelity
 from brixel.evaluate.matching import matching
-from brixel.evaluate.measured import read_measured
+from brixel.evaluate.measured import MeasuredPictures, read_measured
 from brixel.evaluate.probe import ProbeSettings
 from brixel.evaluate.report import Report
 from brixel.evaluate.segmentation import LINEAR, segmentation
 from brixel.evaluate.shape import CONVOLUTIONAL, shape
-from brixel.evaluate.sources import INTERPOLATED, STUDENT, TEACHER, sources_of
+from brixel.evaluate.sources import INTERPOLATED, SOURCES, STUDENT, TEACHER, sources_of
 from brixel.features import BrixelFeatures
 from brixel.pictures import find_pictures
 
@@ -25,6 +25,7 @@ DEFAULT_SOURCES = {
     **{"segmentation": PROBED, "depth": PROBED, "normals": PROBED},
 }
 KINDS = tuple(DEFAULT_SOURCES)
+PROBES = ("segmentation", "depth", "normals")
 BOUNDARY_PX = 8
 
 
@@ -53,7 +54,7 @@ class Task:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise BrixelError(f"unknown task {self.kind!r}; {did_you_mean(self.kind, KINDS)}")
-        need, given = ("images", self.images) if self.kind in ("fidelity", "matching") else ("data", self.data)
+        need, given = ("data", self.data) if self.kind in PROBES else ("images", self.images)
         if not given:
             raise BrixelError(f"task {self.kind!r} needs {need!r}, and none is given")
         if not self.teacher_px:
@@ -61,26 +62,45 @@ class Task:
         if not self.sources:
             object.__setattr__(self, "sources", DEFAULT_SOURCES[self.kind])
 
-    def run(self, model: BrixelFeatures, name: str = "") -> Report:
-        """Ask a model; ``name``: what it is called in the report, its backbone's title where empty."""
+    def check(self) -> None:
+        """Raise BrixelError where pictures or data are missing, or a source is not known; nothing is computed."""
+        if unknown := [name for name in self.sources if name not in SOURCES]:
+            raise BrixelError(f"unknown source {unknown[0]!r}; {did_you_mean(unknown[0], SOURCES)}")
+        if self.kind == "segmentation":
+            _labelled(self)
+        elif self.kind in PROBES:
+            _measured(self)
+        else:
+            find_pictures(self.images)
+
+    def check_sides(self, model: BrixelFeatures) -> None:
+        """Raise BrixelError where a side is no whole patches of the model."""
         for side in self.teacher_px:
             check_teacher_px(side, model.patch_px)
+
+    def run(self, model: BrixelFeatures, name: str = "") -> Report:
+        """Ask a model; ``name``: what it is called in the report, its backbone's title where empty."""
+        self.check_sides(model)
         return _RUN[self.kind](self, model, name or model.config.backbone.title)
 
 
 def _fidelity(task: Task, model: BrixelFeatures, name: str) -> Report:
     pictures = [path for path, _ in find_pictures(task.images)]
-    return fidelity(model, pictures, task.teacher_px, task.sources, name=name)
+    return _of_images(task, fidelity(model, pictures, task.teacher_px, task.sources, name=name))
 
 
 def _matching(task: Task, model: BrixelFeatures, name: str) -> Report:
     pictures = [path for path, _ in find_pictures(task.images)]
-    return matching(sources_of(model, task.sources), pictures, task.teacher_px, model=name)
+    return _of_images(task, matching(sources_of(model, task.sources), pictures, task.teacher_px, model=name))
+
+
+def _of_images(task: Task, report: Report) -> Report:
+    """The report, whose recipe begins with where the pictures are."""
+    return dataclasses.replace(report, recipe=f"{', '.join(path.as_posix() for path in task.images)}: {report.recipe}")
 
 
 def _segmentation(task: Task, model: BrixelFeatures, name: str) -> Report:
-    assert task.data is not None
-    train, val = (read_labelled(task.layout, task.data, each).first(task.limit) for each in (task.train, task.val))
+    train, val = _labelled(task)
     return segmentation(
         sources_of(model, task.sources),
         train,
@@ -94,13 +114,33 @@ def _segmentation(task: Task, model: BrixelFeatures, name: str) -> Report:
 
 
 def _shape(task: Task, model: BrixelFeatures, name: str) -> Report:
+    train, val = _measured(task)
+    settings = _steps(CONVOLUTIONAL, task.steps)
+    sources = sources_of(model, task.sources)
+    return shape(task.kind, sources, train, val, task.teacher_px, model=name, settings=settings, cache=task.cache)
+
+
+def _labelled(task: Task) -> tuple[LabelledPictures, LabelledPictures]:
+    """To fit and to report."""
+    assert task.data is not None
+    train, val = (read_labelled(task.layout, task.data, each).first(task.limit) for each in (task.train, task.val))
+    return train, dataclasses.replace(val, name=_data_name(task, val.name))
+
+
+def _measured(task: Task) -> tuple[MeasuredPictures, MeasuredPictures]:
+    """To fit and to report."""
     assert task.data is not None
     train, val = (
         read_measured(task.kind, task.layout, task.data, each).first(task.limit) for each in (task.train, task.val)
     )
-    settings = _steps(CONVOLUTIONAL, task.steps)
-    sources = sources_of(model, task.sources)
-    return shape(task.kind, sources, train, val, task.teacher_px, model=name, settings=settings, cache=task.cache)
+    return train, dataclasses.replace(val, name=_data_name(task, val.name))
+
+
+def _data_name(task: Task, name: str) -> str:
+    """What tells this data from other: a data set's own name, or the folder as given; splits that are not the usual."""
+    assert task.data is not None
+    known = task.data.as_posix() if task.layout == "plain" else name
+    return known if (task.train, task.val) == ("train", "val") else f"{known} ({task.train}, {task.val})"
 
 
 def _steps(settings: ProbeSettings, steps: int | None) -> ProbeSettings:
