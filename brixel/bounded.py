@@ -285,7 +285,7 @@ def check_host(padded_hw: tuple[int, int], map_bytes: int = 0) -> None:
     if free is not None and need > free:
         raise MemoryLimitError(
             f"a picture of {height}x{width} pixels (height x width) takes {bytes_text(need)}, with its map if that is "
-            f"kept in memory, and the computer has {bytes_text(free)} free; ask for a smaller short_side_px, or write "
+            f"kept in memory, and the computer has {bytes_text(free, up=False)} free; ask for a smaller short_side_px, or write "
             "the map to a file (out='map.npy')"
         )
 

@@ -202,7 +202,7 @@ def _refusal(
     pictures, need = (f"{job.batch} pictures", "need") if job.batch > 1 else ("a picture", "needs")
     return (
         f"{pictures} of {height}x{width} pixels (height x width) {need} {bytes_text(least)} at least, and the limit is "
-        f"{bytes_text(limit_bytes)}; {fitting}; {', or '.join(advice)}"
+        f"{bytes_text(limit_bytes, up=False)}; {fitting}; {', or '.join(advice)}"
     )
 
 

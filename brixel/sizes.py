@@ -26,9 +26,13 @@ def parse_bytes(amount: int | str) -> int:
     )
 
 
-def bytes_text(count: int) -> str:
-    """Such as "512 MiB", "3.25 GiB"."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{-(-count // 2**20)} MiB"
+def bytes_text(count: int, *, up: bool = True) -> str:
+    """Such as "512 MiB", "3.25 GiB": rounded up, as what is needed; or down, as what there is."""
+    in_gib = count >= 2**30
+    parts = count * 100 if in_gib else count  # hundredths of a GiB, whole MiB
+    unit = 2**30 if in_gib else 2**20
+    number = -(-parts // unit) if up else parts // unit
+    return f"{number // 100}.{number % 100:02d} GiB" if in_gib else f"{number} MiB"
 
 
 def free_bytes(device: torch.device) -> int | None:

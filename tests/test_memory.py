@@ -74,6 +74,13 @@ def test_amounts_as_text():
     ]
 
 
+@pytest.mark.parametrize("need", [1, MIB - 1, MIB, MIB + 1, 2**30 - 1, 2**30 + 1, 1_960_000_000, 5 * 2**28 + 1])
+def test_what_is_needed_is_told_as_a_limit_that_is_enough(need):
+    assert parse_bytes(bytes_text(need)) >= need
+    assert bytes_text(need - 1, up=False) != bytes_text(need)  # "needs 1.83 GiB, and the limit is 1.83 GiB"
+    assert bytes_text(1_960_000_000, up=False) == "1.82 GiB"
+
+
 def test_what_is_free_is_known_here():
     free = free_bytes(CPU)
     assert free is None or 0 <= free < 2**50
@@ -242,7 +249,7 @@ def test_arguments_are_checked(tiny):
 def test_the_computer_s_own_memory_bounds_pixels(monkeypatch):
     check_host((64, 64))
     monkeypatch.setattr(bounded_module, "free_bytes", lambda _: 1000)
-    with pytest.raises(MemoryLimitError, match="64x64 pixels .* and the computer has 1 MiB free"):
+    with pytest.raises(MemoryLimitError, match="64x64 pixels .* and the computer has 0 MiB free"):
         check_host((64, 64))
 
 
