@@ -131,7 +131,10 @@ class BoundedRun:
 
     def _is_as_alone(self, job: Job) -> bool:
         alone = Job(1, job.padded_hw)
-        way, on_host = self._way(alone)
+        try:
+            way, on_host = self._way(alone)
+        except MemoryLimitError:  # since the picture was checked, memory ran out: its turn will tell
+            return False
         if on_host or self._weights + job.batch * (self._need(way, alone) - self._weights) <= self._limit:
             return True  # nothing need be predicted for the batch
         return self._need(way, job) <= self._limit
@@ -285,8 +288,8 @@ def check_host(padded_hw: tuple[int, int], map_bytes: int = 0) -> None:
     if free is not None and need > free:
         raise MemoryLimitError(
             f"a picture of {height}x{width} pixels (height x width) takes {bytes_text(need)}, with its map if that is "
-            f"kept in memory, and the computer has {bytes_text(free, up=False)} free; ask for a smaller short_side_px, or write "
-            "the map to a file (out='map.npy')"
+            f"kept in memory, and the computer has {bytes_text(free, up=False)} free; ask for a smaller "
+            "short_side_px, or write the map to a file (out='map.npy')"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from brixel import BrixelError, BrixelFeatures, ImageError, decoding, preparation
+from brixel import BrixelError, BrixelFeatures, ImageError, MemoryLimitError, decoding, preparation
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,32 @@ def test_a_stream_that_goes_on_over_what_cannot_be_used(model, picture, tmp_path
     next(stream)
     with pytest.raises(ImageError, match=r"bad\.png"):
         next(stream)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "lack", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_memory_that_runs_out_while_decoding_is_that_picture_s_error(model, picture, monkeypatch, lack, workers):
+    genuine = preparation.preprocess
+
+    def preprocess(planes, *rest):
+        if planes.shape[1:] == (50, 60):
+            raise lack
+        return genuine(planes, *rest)
+
+    monkeypatch.setattr(preparation, "preprocess", preprocess)
+    images = [picture, np.zeros((50, 60, 3), np.uint8), picture]
+    first, failed, last = model.stream_all(images, batch_size=2, workers=workers)
+    assert isinstance(failed, MemoryLimitError)
+    assert str(failed).startswith("one picture, a ndarray: memory ran out while it was decoded")
+    torch.testing.assert_close(first.features, last.features)
+
+
+def test_other_errors_while_decoding_end_the_run(model, picture, monkeypatch):
+    monkeypatch.setattr(preparation, "preprocess", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(model.stream_all([picture]))
 
 
 @pytest.mark.parametrize("given", [-1, 1.5, True, "2"])

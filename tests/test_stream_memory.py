@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from brixel import BrixelFeatures
+from brixel import BrixelFeatures, MemoryLimitError
 from brixel import bounded as bounded_module
 from brixel.bounded import BoundedRun
 from brixel.live_bytes import LiveBytes, storage_bytes, weights_and_buffers
@@ -72,6 +72,35 @@ def test_a_batch_is_smaller_where_the_limit_has_no_room_for_all_its_maps(tiny, p
     for each, image in zip(found, pair, strict=True):
         assert "tiles" not in each.meta
         assert torch.equal(each.features, tiny.extract(image, short_side_px="native").features)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_picture_that_nothing_fits_does_not_end_the_stream(tiny, pictures, monkeypatch, batch_size):
+    """Neither do those that share its batch fail with it."""
+    genuine = {name: getattr(bounded_module, name) for name in ("maps_of", "run_way")}
+    images = [pictures[0], np.full((96, 128, 3), 255, np.uint8), pictures[2], pictures[1]]
+    white = tiny.prepare(images[1], short_side_px="native")[0]
+
+    def failing(name):
+        def run(student, way, pixels, *rest):
+            if any(torch.equal(each, white) for each in pixels):
+                raise MemoryError
+            return genuine[name](student, way, pixels, *rest)
+
+        return run
+
+    for name in genuine:
+        monkeypatch.setattr(bounded_module, name, failing(name))
+    found = list(tiny.stream_all(images, short_side_px="native", batch_size=batch_size, tiles="never"))
+    assert isinstance(found[1], MemoryLimitError)
+    assert "memory ran out for a picture of 96x128 pixels" in str(found[1])
+    for index in (0, 2, 3):
+        expected = tiny.extract(images[index], short_side_px="native").features
+        torch.testing.assert_close(found[index].features, expected, rtol=1e-4, atol=1e-4)
+    stream = tiny.stream(images, short_side_px="native", batch_size=batch_size, tiles="never")
+    next(stream)
+    with pytest.raises(MemoryLimitError):
+        next(stream)
 
 
 def test_a_map_that_was_handed_over_is_not_held(tiny, pictures):
