@@ -146,8 +146,8 @@ class DenseFeatures(Student):
         """A picture made ready for a loop of your own: pixels (3, H, W), and how the picture lies on them.
 
         ``model(pixels[None].to(model.device, model.dtype))[0]`` is the dense map (D, 4h, 4w) of the padded picture, of
-        which ``placement.feature_map`` makes a :class:`FeatureMap`; call it under ``torch.no_grad()`` unless you train, as
-        what a gradient needs is several times the memory. In workers of a DataLoader use :meth:`preparation`, which
+        which ``placement.feature_map`` makes a :class:`FeatureMap`; call it under ``torch.no_grad()`` unless you train:
+        a gradient needs several times the memory. In workers of a DataLoader use :meth:`preparation`, which
         does not carry the model. Raises ImageError for a picture that cannot be used.
         """
         return self.preparation(short_side_px)(image)
