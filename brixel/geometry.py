@@ -67,8 +67,8 @@ def plan_geometry(image_hw: tuple[int, int], patch_px: int, short_side_px: int |
     if max(resized_hw) > long_px > MOST_ENLARGED * short_px:
         raise ImageError(
             f"a picture of {image_hw[0]}x{image_hw[1]} pixels (height x width) would be enlarged to "
-            f"{resized_hw[0]}x{resized_hw[1]}; expected a long side of at most {MOST_ENLARGED} short ones where "
-            f"a picture is enlarged: cut it into shorter ones, or ask for a short_side_px of at most {short_px} or {NATIVE!r}"
+            f"{resized_hw[0]}x{resized_hw[1]}; expected a long side of at most {MOST_ENLARGED} short ones where it is "
+            f"enlarged: cut it into shorter ones, or ask for a short_side_px of at most {short_px} or {NATIVE!r}"
         )
     padded_hw = _ceil_div(resized_hw[0], patch_px) * patch_px, _ceil_div(resized_hw[1], patch_px) * patch_px
     return Geometry(image_hw, resized_hw, padded_hw, patch_px)
