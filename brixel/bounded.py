@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from brixel.backbones.vit import ViT
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.live_bytes import copy_with, storage_bytes
 from brixel.memory_plan import (
@@ -196,9 +197,14 @@ class BoundedRun:
             return Way("whole", batch=job.batch), False
 
     def _is_trusting(self, job: Job) -> bool:
-        """Whether there is so much memory that nothing need be predicted."""
-        usual = not self._is_given and self._tiles != "always"
-        return usual and surely_fits(self._student, job, self._limit - self._weights)
+        """Whether there is so much memory that nothing need be predicted.
+
+        Of a limit that was given, half: what waits takes the rest. The bound is not of other people's backbones.
+        """
+        spare = self._limit - self._weights
+        if self._is_given:
+            spare = spare // 2 if isinstance(self._student.backbone, ViT) else 0
+        return self._tiles != "always" and surely_fits(self._student, job, spare)
 
     def _free(self, device: torch.device) -> int:
         """What is free on a device less a margin, and the weights that lie there; no bound where it is not known."""

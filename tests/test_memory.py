@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from brixel import BrixelError, BrixelFeatures, FeatureMap, MemoryLimitError
+from brixel import BrixelError, BrixelFeatures, FeatureMap, MemoryLimitError, memory_plan
 from brixel import bounded as bounded_module
 from brixel.backbones.vit import ViT
 from brixel.benchmark import random_student
@@ -180,6 +180,40 @@ def test_the_bound_that_spares_a_prediction_is_above_it(tiny, foreign_patch):
         spare = predicted - storage_bytes(model)
         assert not surely_fits(model, job, spare)
         assert surely_fits(model, job, 100 * spare)
+
+
+def test_a_generous_limit_spares_a_prediction_and_the_plan_still_tells_one(tiny, monkeypatch):
+    job, limit = Job(2, (64, 64)), storage_bytes(tiny) + 400 * MIB
+    predicted = predict_peak(tiny, Way("whole", batch=2), job)
+    assert tiny.plan((64, 64), batch=2, memory_limit=limit).peak_bytes == predicted
+    monkeypatch.setattr(bounded_module, "predict_peak", None)
+    monkeypatch.setattr(bounded_module, "choose_way", None)
+    run = BoundedRun(tiny, limit=limit, batch=2)
+    run.check((64, 64))
+    assert run.together((64, 64)) == 2
+    assert run.room() >= (limit - storage_bytes(tiny)) // 2
+    assert len(run(torch.zeros(2, 3, 64, 64))) == 2
+
+
+def test_a_small_picture_takes_no_more_than_the_bound(tiny, foreign_patch):
+    """What does not depend on the size is most of it."""
+    for model, batch in itertools.product((tiny, foreign_patch), (1, 3)):
+        job = Job(batch, (model.patch_px, model.patch_px))
+        peak = predict_peak(model, Way("whole", batch=batch), job)
+        assert not surely_fits(model, job, peak - storage_bytes(model))
+
+
+def test_maps_that_do_not_fit_are_refused_without_looking_for_a_way(tiny, monkeypatch):
+    asked = []
+
+    def counting(student, way, job, device=None):
+        asked.append(job.batch)
+        return predict_peak(student, way, job, device)
+
+    monkeypatch.setattr(memory_plan, "predict_peak", counting)
+    with pytest.raises(MemoryLimitError, match="8 pictures of 96x96 .* need"):
+        choose_way(tiny, Job(8, (96, 96)), storage_bytes(tiny) + 3 * MIB, "never")
+    assert len(asked) <= 2 + 3  # the least of each kind, and a few sizes
 
 
 def test_a_pass_beyond_what_kernels_count_is_never_sure_nor_whole(tiny):

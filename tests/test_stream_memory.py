@@ -54,7 +54,7 @@ def test_what_may_wait_is_what_batches_leave_of_the_limit(tiny, monkeypatch):
     run.check((128, 128))
     first = predict_peak(tiny, Way("whole"), Job(1, (128, 128))) - weights
     assert run.room() == limit - weights - 2 * first
-    run.check((64, 64))
+    run.check((32, 32))
     assert run.room() == limit - weights - 2 * first
     assert run.window() == 2 + (run.room() // 2 - waiting) // waiting
     assert BoundedRun(tiny, limit=weights + MIB, batch=2).window() >= 2
@@ -124,7 +124,7 @@ def test_as_many_go_together_as_are_computed_as_one_alone_is(tiny):
 
 
 def test_a_small_picture_checked_by_another_thread_does_not_undo_a_large_one(tiny, monkeypatch):
-    run, begun, done = BoundedRun(tiny, limit=400 * MIB), threading.Event(), threading.Event()
+    run, begun, done = BoundedRun(tiny, limit=50 * MIB), threading.Event(), threading.Event()
     alone, need = predict_peak(tiny, Way("whole"), Job(1, (96, 128))) - storage_bytes(tiny), BoundedRun._need
 
     def slow(self, way, job):
@@ -140,7 +140,7 @@ def test_a_small_picture_checked_by_another_thread_does_not_undo_a_large_one(tin
     run.check((96, 128))
     done.set()
     thread.join()
-    assert run.room() == 400 * MIB - storage_bytes(tiny) - alone
+    assert run.room() == 50 * MIB - storage_bytes(tiny) - alone
 
 
 @pytest.mark.parametrize("channels", [1, 32, 70])
