@@ -1,7 +1,9 @@
 """Amounts of memory: as text, as bytes, and what a device has free."""
 
+import math
 import os
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -20,7 +22,7 @@ def parse_bytes(amount: int | str) -> int:
         return amount
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower()) if isinstance(amount, str) else None
     if match and match[2] in _UNITS and float(match[1]) > 0:
-        return int(float(match[1]) * _UNITS[match[2]])
+        return math.ceil(Fraction(match[1]) * _UNITS[match[2]])  # up, so that it reads as it was given
     raise BrixelError(
         f"a limit of {amount!r} is no amount of memory; expected bytes above zero or text such as '4GiB', '500 MiB'"
     )

@@ -79,6 +79,7 @@ def test_what_is_needed_is_told_as_a_limit_that_is_enough(need):
     assert parse_bytes(bytes_text(need)) >= need
     assert bytes_text(need - 1, up=False) != bytes_text(need)  # "needs 1.83 GiB, and the limit is 1.83 GiB"
     assert bytes_text(1_960_000_000, up=False) == "1.82 GiB"
+    assert bytes_text(parse_bytes("1.83GiB"), up=False) == "1.83 GiB"
 
 
 def test_what_is_free_is_known_here():

@@ -84,6 +84,16 @@ def test_a_picture_that_cannot_be_used(model, tmp_path):
         model.prepare(tmp_path / "some.png")
 
 
+def test_a_line_and_a_picture_that_does_not_fit_are_told_by_name(model, picture, tmp_path):
+    Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
+    line, found = model.stream_all([tmp_path / "line.png", picture])
+    assert isinstance(line, ImageError)
+    assert str(line).startswith(f"{tmp_path / 'line.png'}: a picture of 1x5000 pixels")
+    assert found.features.ndim == 3
+    with pytest.raises(MemoryLimitError, match=r"line\.png: a picture of .* needs"):
+        model.extract(tmp_path / "line.png", short_side_px="native", memory_limit="1MiB")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_goes_on_over_what_cannot_be_used(model, picture, tmp_path, workers):
     (tmp_path / "bad.png").write_text("no picture")
