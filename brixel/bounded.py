@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from brixel.backbones.vit import ViT
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.live_bytes import copy_with, storage_bytes
 from brixel.memory_plan import (
@@ -131,7 +132,10 @@ class BoundedRun:
 
     def _is_as_alone(self, job: Job) -> bool:
         alone = Job(1, job.padded_hw)
-        way, on_host = self._way(alone)
+        try:
+            way, on_host = self._way(alone)
+        except MemoryLimitError:  # since the picture was checked, memory ran out: its turn will tell
+            return False
         if on_host or self._weights + job.batch * (self._need(way, alone) - self._weights) <= self._limit:
             return True  # nothing need be predicted for the batch
         return self._need(way, job) <= self._limit
@@ -193,9 +197,14 @@ class BoundedRun:
             return Way("whole", batch=job.batch), False
 
     def _is_trusting(self, job: Job) -> bool:
-        """Whether there is so much memory that nothing need be predicted."""
-        usual = not self._is_given and self._tiles != "always"
-        return usual and surely_fits(self._student, job, self._limit - self._weights)
+        """Whether there is so much memory that nothing need be predicted.
+
+        Of a limit that was given, half: what waits takes the rest. The bound is not of other people's backbones.
+        """
+        spare = self._limit - self._weights
+        if self._is_given:
+            spare = spare // 2 if isinstance(self._student.backbone, ViT) else 0
+        return self._tiles != "always" and surely_fits(self._student, job, spare)
 
     def _free(self, device: torch.device) -> int:
         """What is free on a device less a margin, and the weights that lie there; no bound where it is not known."""
@@ -285,8 +294,8 @@ def check_host(padded_hw: tuple[int, int], map_bytes: int = 0) -> None:
     if free is not None and need > free:
         raise MemoryLimitError(
             f"a picture of {height}x{width} pixels (height x width) takes {bytes_text(need)}, with its map if that is "
-            f"kept in memory, and the computer has {bytes_text(free)} free; ask for a smaller short_side_px, or write "
-            "the map to a file (out='map.npy', or --format npy)"
+            f"kept in memory, and the computer has {bytes_text(free, up=False)} free; ask for a smaller "
+            "short_side_px, or write the map to a file (out='map.npy', or --format npy)"
         )
 
 

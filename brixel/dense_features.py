@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from brixel.ahead import ahead
 from brixel.backbones.protocol import Backbone
-from brixel.bounded import BoundedRun, check_host
+from brixel.bounded import BoundedRun, check_host, is_out_of_memory
 from brixel.config import BrixelConfig
 from brixel.devices import dtype_name
-from brixel.engine import run_batches
-from brixel.errors import BrixelError
+from brixel.engine import Result, run_batches
+from brixel.errors import BrixelError, MemoryLimitError
 from brixel.feature_map import FeatureMap
 from brixel.geometry import NATIVE, plan_geometry
 from brixel.images import ImageInput
@@ -114,7 +114,8 @@ class DenseFeatures(Student):
         Pictures that come to one size share a batch of at most ``batch_size``, fewer where the limit has no room for
         all their maps, also where a few others lie between them. ``workers`` threads decode ahead, a batch and two
         pictures each; 0 decodes when a picture's turn comes.
-        A picture that cannot be used raises ImageError after the maps of those before it.
+        A picture that cannot be used raises ImageError after the maps of those before it, one that does not fit
+        MemoryLimitError.
         """
         return _or_raise(
             self.stream_all(
@@ -137,7 +138,7 @@ class DenseFeatures(Student):
         tiles: str = "auto",
         workers: int = 2,
     ) -> Iterator[FeatureMap | Exception]:
-        """:meth:`stream` that goes on: for a picture that cannot be used, its error takes the place of its map."""
+        """:meth:`stream` that goes on: of a picture that cannot be used, or does not fit, the error takes its place."""
         run = BoundedRun(self, limit=memory_limit, tiles=tiles, batch=batch_size)
         return self._stream(run, images, batch_size=batch_size, short_side_px=short_side_px, workers=workers)
 
@@ -145,8 +146,9 @@ class DenseFeatures(Student):
         """A picture made ready for a loop of your own: pixels (3, H, W), and how the picture lies on them.
 
         ``model(pixels[None].to(model.device, model.dtype))[0]`` is the dense map (D, 4h, 4w) of the padded picture, of
-        which ``placement.feature_map`` makes a :class:`FeatureMap`. In workers of a DataLoader use
-        :meth:`preparation`, which does not carry the model. Raises ImageError for a picture that cannot be used.
+        which ``placement.feature_map`` makes a :class:`FeatureMap`; call it under ``torch.no_grad()`` unless you train:
+        a gradient needs several times the memory. In workers of a DataLoader use :meth:`preparation`, which
+        does not carry the model. Raises ImageError for a picture that cannot be used.
         """
         return self.preparation(short_side_px)(image)
 
@@ -203,6 +205,10 @@ class DenseFeatures(Student):
                 return preparation(image, check)
             except (BrixelError, FileNotFoundError) as error:
                 return None, error
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            return None, _not_made_ready(image)  # outside the except block, whose traceback holds what was decoded
 
         def room() -> int:
             return sys.maxsize if bounded is None else bounded.room() // 2
@@ -213,11 +219,13 @@ class DenseFeatures(Student):
         def together(padded_hw: tuple[int, int]) -> int:
             return sys.maxsize if bounded is None else bounded.together(padded_hw)
 
-        def run(pixels: Tensor) -> Sequence[Tensor]:
+        def run(pixels: Tensor) -> Sequence[Result]:
             with evaluating(self):
-                return forward(pixels)
+                return _each_or_error(forward, pixels)
 
-        def finish(features: Tensor | None, placement: Placement | Exception) -> FeatureMap | Exception:
+        def finish(features: Result | None, placement: Placement | Exception) -> FeatureMap | Exception:
+            if isinstance(features, Exception):
+                return features
             if features is None or isinstance(placement, Exception):
                 assert isinstance(placement, Exception)
                 return placement
@@ -246,6 +254,24 @@ class DenseFeatures(Student):
 def _in_memory(image: ImageInput) -> bool:
     """Whether a picture is no file: its owner may fill the same array again, or seek to another frame."""
     return not isinstance(image, (str, os.PathLike))
+
+
+def _not_made_ready(image: ImageInput) -> MemoryLimitError:
+    name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"one picture, a {type(image).__name__}"
+    return MemoryLimitError(
+        f"{name}: memory ran out while it was decoded and made ready; close other programs, let fewer workers decode "
+        "at a time, or make the picture smaller"
+    )
+
+
+def _each_or_error(forward: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor) -> Sequence[Result]:
+    """The maps of a batch; where memory is too short for it, of each picture alone, or the error in its place."""
+    try:
+        return forward(pixels)
+    except MemoryLimitError as error:
+        if len(pixels) == 1:
+            return [error.with_traceback(None)]  # which would hold the pixels
+    return [result for each in pixels.split(1) for result in _each_or_error(forward, each)]
 
 
 def _pixel_bytes(prepared: tuple[Tensor | None, object]) -> int:

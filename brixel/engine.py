@@ -12,7 +12,9 @@ from torch import Tensor
 Tag = TypeVar("Tag")
 WINDOW = 4  # batches' worth of pictures among which those of one size are brought together
 
-Forward = Callable[[Tensor], Sequence[Tensor] | Tensor]
+Result = Tensor | Exception
+"""What becomes of a picture: an error where it alone cannot be computed."""
+Forward = Callable[[Tensor], Sequence[Result] | Tensor]
 
 
 @dataclass
@@ -21,7 +23,7 @@ class _Place(Generic[Tag]):
 
     pixels: Tensor | None
     tag: Tag
-    result: Tensor | None = None
+    result: Result | None = None
 
 
 def run_batches(
@@ -31,7 +33,7 @@ def run_batches(
     batch_size: int,
     window: Callable[[], int] = lambda: sys.maxsize,
     together: Callable[[tuple[int, int]], int] = lambda image_hw: sys.maxsize,
-) -> Iterator[tuple[Tensor | None, Tag]]:
+) -> Iterator[tuple[Result | None, Tag]]:
     """Run ``forward`` over pictures, lazily and in order; yields one result for each, with its tag.
 
     ``items``: pixels (3, H, W) with anything that belongs to them; one without pixels comes out as it is, at its place.
@@ -77,7 +79,7 @@ def _shape(place: _Place[Tag]) -> torch.Size:
     return place.pixels.shape
 
 
-def _finished(order: deque[_Place[Tag]]) -> Iterator[tuple[Tensor | None, Tag]]:
+def _finished(order: deque[_Place[Tag]]) -> Iterator[tuple[Result | None, Tag]]:
     """Those at the front that wait for nothing, taken out."""
     while order and order[0].pixels is None:
         place = order.popleft()

@@ -8,10 +8,13 @@ Every pair is (height, width). A feature map has `upscale` cells along each side
 
 from dataclasses import dataclass
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, ImageError
 
 MAX_PIXELS = 178_956_970
 """The largest picture that is read: where Pillow, as it comes, refuses to decode."""
+
+MOST_ENLARGED = 64
+"""The longest picture that is enlarged, in short sides: one of 1 x 5000 px would become 256 x 1,280,000."""
 
 NATIVE = "native"
 """The `short_side_px` that keeps a picture's own size."""
@@ -55,9 +58,18 @@ def plan_geometry(image_hw: tuple[int, int], patch_px: int, short_side_px: int |
 
     Its short side becomes `short_side_px` exactly, its long side the nearest whole number that keeps the
     aspect (a half goes up); "native" keeps the size. Then it is padded to whole patches.
-    Raises `BrixelError` for any other `short_side_px`. Whether there is memory for that size is not asked here.
+    Raises `BrixelError` for any other `short_side_px`, and `ImageError` for a picture longer than `MOST_ENLARGED`
+    short sides that would be enlarged; at its own size, or made smaller, it may have any length. Whether there is
+    memory for that size is not asked here.
     """
     resized_hw = _resized(image_hw, _check_short_side(short_side_px))
+    short_px, long_px = min(image_hw), max(image_hw)
+    if max(resized_hw) > long_px > MOST_ENLARGED * short_px:
+        raise ImageError(
+            f"a picture of {image_hw[0]}x{image_hw[1]} pixels (height x width) would be enlarged to "
+            f"{resized_hw[0]}x{resized_hw[1]}; expected a long side of at most {MOST_ENLARGED} short ones where it is "
+            f"enlarged: cut it into shorter ones, or ask for a short_side_px of at most {short_px} or {NATIVE!r}"
+        )
     padded_hw = _ceil_div(resized_hw[0], patch_px) * patch_px, _ceil_div(resized_hw[1], patch_px) * patch_px
     return Geometry(image_hw, resized_hw, padded_hw, patch_px)
 

@@ -24,6 +24,7 @@ HALF_INT = 2**31 - 1
 """Several kernels count elements in 32 bits: of a whole pass no tensor may have more."""
 _INDICES_PER_PATCH = 1024  # of one extractor: 4 queries, 16 heads, 4 points, 4 corners
 _STEM_PER_PIXEL = 16  # 64 channels at half the resolution
+_SIZE_STEPS = 256
 
 _PEAKS: "weakref.WeakKeyDictionary[Student, dict[Any, int]]" = weakref.WeakKeyDictionary()
 
@@ -124,7 +125,19 @@ def bound_bytes(student: Student, job: Job) -> int:
     patch_px, channels = student.backbone.patch_px, student.backbone.width
     # per patch: dense maps twice, queries, tokens and what attention and feed-forward make of them; points; the stem
     elements = (2 * UPSCALE**2 + 60) * channels + 8 * _INDICES_PER_PATCH + 4 * _STEM_PER_PIXEL * patch_px**2
-    return 8 * job.batch * height * width * elements
+    patches = max(4, height * width)  # what does not depend on the size is less than three of them
+    return 8 * job.batch * patches * elements
+
+
+def _held_bytes(student: Student, job: Job, device: torch.device | None) -> int:
+    """Less than any way takes: the weights, and on the CPU the pixels and the maps that do not go to a file."""
+    weight, (height, width) = student.head.out.weight, job.padded_hw
+    if (weight.device if device is None else device).type != "cpu":
+        return storage_bytes(student)
+    grid_hw = job.grid_hw(student)
+    cells = 0 if job.to_file else UPSCALE**2 * grid_hw[0] * grid_hw[1]
+    map_bytes = weight.shape[0] * weight.element_size() * cells
+    return storage_bytes(student) + job.batch * (3 * 4 * height * width + map_bytes)
 
 
 def _is_counted(student: Student, way: Way, job: Job) -> bool:
@@ -163,7 +176,7 @@ def _halvings(number: int) -> list[int]:
 def choose_way(student: Student, job: Job, limit_bytes: int, tiles: Tiles, device: torch.device | None = None) -> Way:
     """The cheapest way whose predicted peak is within the limit. Raises MemoryLimitError where none is."""
     kinds = ways_by_cost(student, job, tiles)
-    for ways in kinds:
+    for ways in kinds if _held_bytes(student, job, device) <= limit_bytes else []:
         found = _first_that_fits(student, ways, job, limit_bytes, device)
         if found is not None:
             return found
@@ -202,14 +215,17 @@ def _refusal(
     pictures, need = (f"{job.batch} pictures", "need") if job.batch > 1 else ("a picture", "needs")
     return (
         f"{pictures} of {height}x{width} pixels (height x width) {need} {bytes_text(least)} at least, and the limit is "
-        f"{bytes_text(limit_bytes)}; {fitting}; {', or '.join(advice)}"
+        f"{bytes_text(limit_bytes, up=False)}; {fitting}; {', or '.join(advice)}"
     )
 
 
 def _largest(
     student: Student, job: Job, limit_bytes: int, tiles: Tiles, device: torch.device | None
 ) -> tuple[int, int] | None:
-    """The largest padded size of the same aspect that some way fits, in pixels; None where not even a patch does."""
+    """The largest padded size of the same aspect that some way fits, in pixels; None where none is found.
+
+    Of a picture longer than `_SIZE_STEPS` patches, as near as one part in so many.
+    """
     patch_px, grid_hw = student.backbone.patch_px, job.grid_hw(student)
     if limit_bytes <= storage_bytes(student):
         return None
@@ -221,10 +237,12 @@ def _largest(
 
     def fits(patches: int) -> bool:
         smaller = dataclasses.replace(job, padded_hw=sized(patches))
+        if _held_bytes(student, smaller, device) > limit_bytes:
+            return False
         return predict_peak(student, ways_by_cost(student, smaller, tiles)[-1][-1], smaller, device) <= limit_bytes
 
     low, high = 0, longest  # what fits, what fails
-    while high - low > 1:
+    while high - low > max(1, longest // _SIZE_STEPS):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return sized(low) if low else None

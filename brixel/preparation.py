@@ -1,11 +1,12 @@
 """A picture made ready for a model, and a map made of what the model gives: for those with a loop of their own."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, ImageError, MemoryLimitError
 from brixel.feature_map import FeatureMap
 from brixel.geometry import Geometry, plan_geometry
 from brixel.images import ImageInput, opened, preprocess
@@ -62,9 +63,14 @@ class Preparation:
         ``check`` may refuse that size before the pixels are made. Raises ImageError for a picture that cannot be used.
         """
         with opened(image) as picture:
-            geometry = plan_geometry(picture.image_hw, self.patch_px, self.short_side_px)
-            if check is not None:
-                check(geometry.padded_hw)
+            try:
+                geometry = plan_geometry(picture.image_hw, self.patch_px, self.short_side_px)
+                if check is not None:
+                    check(geometry.padded_hw)
+            except (ImageError, MemoryLimitError) as error:  # which know of a size alone
+                if not isinstance(image, (str, os.PathLike)):
+                    raise
+                raise type(error)(f"{os.fspath(image)}: {error}") from error
             planes = picture.read(geometry.resized_hw)
         del picture  # what Pillow decoded is free before the planes are worked on
         height, width = geometry.resized_hw

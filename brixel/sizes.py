@@ -1,7 +1,9 @@
 """Amounts of memory: as text, as bytes, and what a device has free."""
 
+import math
 import os
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -20,15 +22,19 @@ def parse_bytes(amount: int | str) -> int:
         return amount
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower()) if isinstance(amount, str) else None
     if match and match[2] in _UNITS and float(match[1]) > 0:
-        return int(float(match[1]) * _UNITS[match[2]])
+        return math.ceil(Fraction(match[1]) * _UNITS[match[2]])  # up, so that it reads as it was given
     raise BrixelError(
         f"a limit of {amount!r} is no amount of memory; expected bytes above zero or text such as '4GiB', '500 MiB'"
     )
 
 
-def bytes_text(count: int) -> str:
-    """Such as "512 MiB", "3.25 GiB"."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{-(-count // 2**20)} MiB"
+def bytes_text(count: int, *, up: bool = True) -> str:
+    """Such as "512 MiB", "3.25 GiB": rounded up, as what is needed; or down, as what there is."""
+    in_gib = count >= 2**30
+    parts = count * 100 if in_gib else count  # hundredths of a GiB, whole MiB
+    unit = 2**30 if in_gib else 2**20
+    number = -(-parts // unit) if up else parts // unit
+    return f"{number // 100}.{number % 100:02d} GiB" if in_gib else f"{number} MiB"
 
 
 def free_bytes(device: torch.device) -> int | None:

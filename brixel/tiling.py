@@ -62,7 +62,7 @@ def blend_weights(starts: tuple[int, ...], tile: int, cells: int, upscale: int) 
     overlap = min((tile - (b - a) for a, b in itertools.pairwise(starts)), default=tile) * upscale
     edge = torch.arange(length, dtype=torch.float64) + 0.5
     ramp = torch.minimum(edge, edge.flip(0)).clamp_max(max(0.5, overlap))
+    places = upscale * torch.tensor(starts)[:, None] + torch.arange(length)  # tiles length
     sums = torch.zeros(cells * upscale, dtype=torch.float64)
-    for start in starts:
-        sums[start * upscale : start * upscale + length] += ramp
-    return torch.stack([ramp / sums[start * upscale : start * upscale + length] for start in starts]).float()
+    sums.index_add_(0, places.flatten(), ramp.repeat(len(starts)))
+    return (ramp / sums[places]).float()

@@ -81,11 +81,13 @@ def run_way(student: Student, way: Way, pixels: Tensor, results: Sequence[Tensor
     """Fill ``results`` with the maps of ``pixels`` (B, 3, H, W), which lie on the CPU.
 
     ``results``: one tensor (D, Hf, Wf) for each picture, with all cells of its map or as many as it has room for.
-    ``sketch``: leave out most pieces and tiles, for counting memory.
+    ``sketch``: leave out most parts of a batch, pieces and tiles, for counting memory.
     """
     weight = student.head.out.weight
+    if way.kind != "whole" and sketch:  # nothing is left of a picture but its map: one takes as much as each
+        pixels, results = pixels[:1], results[:1]
     if way.kind == "whole":
-        for first in range(0, pixels.shape[0], way.batch):
+        for first in range(0, pixels.shape[0], way.batch)[: 2 if sketch else None]:
             dense = student(pixels[first : first + way.batch].to(weight.device, weight.dtype))  # b D 4h 4w
             for result, each in zip(results[first : first + way.batch], dense, strict=True):
                 result.copy_(each[:, : result.shape[1], : result.shape[2]])

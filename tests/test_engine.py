@@ -46,6 +46,19 @@ def test_what_has_no_pixels_passes_at_its_place(batch_size):
     assert [result is None for result, _ in results] == [True, False, False, True, False, True]
 
 
+def test_an_error_in_the_place_of_a_result_comes_out_at_its_place():
+    def forward(batch):
+        return [MemoryError() if each[0, 0, 0] == 1 else each for each in batch]
+
+    results = list(run_batches(forward, pictures(4, 4, 5, 4), batch_size=2))
+    assert [(isinstance(result, MemoryError), tag) for result, tag in results] == [
+        (False, 0),
+        (True, 1),
+        (False, 2),
+        (False, 3),
+    ]
+
+
 def test_nothing_is_read_ahead_of_the_batch_at_hand():
     taken = []
 

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from brixel.errors import BrixelError
-from brixel.geometry import Geometry, plan_geometry
+from brixel.errors import BrixelError, ImageError
+from brixel.geometry import MOST_ENLARGED, Geometry, plan_geometry
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,9 @@ def test_invariants_over_random_pictures() -> None:
     for _ in range(3000):
         image_hw = rng.randint(1, 3000), rng.randint(1, 3000)  # within the limit as they are
         patch_px = rng.choice([8, 14, 16])
-        short_side_px = rng.choice([0, rng.randint(1, 1200)]) or "native"
+        short_px, long_px = sorted(image_hw)
+        most_px = 1200 if long_px <= MOST_ENLARGED * short_px else short_px  # a line is not enlarged
+        short_side_px = rng.choice([0, rng.randint(1, most_px)]) or "native"
         geometry = plan_geometry(image_hw, patch_px, short_side_px)
         _check_resized(geometry, short_side_px)
         for upscale in (1, 4):
@@ -92,6 +94,20 @@ def _check_map(geometry: Geometry, upscale: int) -> None:
         assert (cells - 1) * stride < image * (1 - 1e-9) + 1e-9
         assert cells * stride >= image * (1 - 1e-9)
         assert cells <= padded // geometry.patch_px * upscale  # the cut map lies inside the padded one
+
+
+@pytest.mark.parametrize("image_hw", [(1, 5000), (5000, 1), (10, 641)])
+def test_a_line_is_not_enlarged(image_hw: tuple[int, int]) -> None:
+    message = rf"{image_hw[0]}x{image_hw[1]} pixels .* a long side of at most 64 .* a short_side_px of at most"
+    with pytest.raises(ImageError, match=message):
+        plan_geometry(image_hw, 16, 256)
+    for short_side_px in ("native", min(image_hw)):
+        assert plan_geometry(image_hw, 16, short_side_px).resized_hw == image_hw
+
+
+def test_a_long_panorama_is_enlarged_and_a_longer_one_made_smaller() -> None:
+    assert plan_geometry((10, 640), 16, 256).resized_hw == (256, 16384)
+    assert plan_geometry((1000, 200_000), 16, 256).resized_hw == (256, 51200)
 
 
 @pytest.mark.parametrize("short_side_px", [0, -16, True, False, 3.5, 512.0, "Native", "512", "", None])

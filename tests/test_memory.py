@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from brixel import BrixelError, BrixelFeatures, FeatureMap, MemoryLimitError
+from brixel import BrixelError, BrixelFeatures, FeatureMap, MemoryLimitError, memory_plan
 from brixel import bounded as bounded_module
 from brixel.backbones.vit import ViT
 from brixel.benchmark import random_student
@@ -72,6 +72,14 @@ def test_amounts_as_text():
         "1.00 GiB",
         "1.25 GiB",
     ]
+
+
+@pytest.mark.parametrize("need", [1, MIB - 1, MIB, MIB + 1, 2**30 - 1, 2**30 + 1, 1_960_000_000, 5 * 2**28 + 1])
+def test_what_is_needed_is_told_as_a_limit_that_is_enough(need):
+    assert parse_bytes(bytes_text(need)) >= need
+    assert bytes_text(need - 1, up=False) != bytes_text(need)  # "needs 1.83 GiB, and the limit is 1.83 GiB"
+    assert bytes_text(1_960_000_000, up=False) == "1.82 GiB"
+    assert bytes_text(parse_bytes("1.83GiB"), up=False) == "1.83 GiB"
 
 
 def test_what_is_free_is_known_here():
@@ -175,6 +183,40 @@ def test_the_bound_that_spares_a_prediction_is_above_it(tiny, foreign_patch):
         assert surely_fits(model, job, 100 * spare)
 
 
+def test_a_generous_limit_spares_a_prediction_and_the_plan_still_tells_one(tiny, monkeypatch):
+    job, limit = Job(2, (64, 64)), storage_bytes(tiny) + 400 * MIB
+    predicted = predict_peak(tiny, Way("whole", batch=2), job)
+    assert tiny.plan((64, 64), batch=2, memory_limit=limit).peak_bytes == predicted
+    monkeypatch.setattr(bounded_module, "predict_peak", None)
+    monkeypatch.setattr(bounded_module, "choose_way", None)
+    run = BoundedRun(tiny, limit=limit, batch=2)
+    run.check((64, 64))
+    assert run.together((64, 64)) == 2
+    assert run.room() >= (limit - storage_bytes(tiny)) // 2
+    assert len(run(torch.zeros(2, 3, 64, 64))) == 2
+
+
+def test_a_small_picture_takes_no_more_than_the_bound(tiny, foreign_patch):
+    """What does not depend on the size is most of it."""
+    for model, batch in itertools.product((tiny, foreign_patch), (1, 3)):
+        job = Job(batch, (model.patch_px, model.patch_px))
+        peak = predict_peak(model, Way("whole", batch=batch), job)
+        assert not surely_fits(model, job, peak - storage_bytes(model))
+
+
+def test_maps_that_do_not_fit_are_refused_without_looking_for_a_way(tiny, monkeypatch):
+    asked = []
+
+    def counting(student, way, job, device=None):
+        asked.append(job.batch)
+        return predict_peak(student, way, job, device)
+
+    monkeypatch.setattr(memory_plan, "predict_peak", counting)
+    with pytest.raises(MemoryLimitError, match="8 pictures of 96x96 .* need"):
+        choose_way(tiny, Job(8, (96, 96)), storage_bytes(tiny) + 3 * MIB, "never")
+    assert len(asked) <= 2 + 3  # the least of each kind, and a few sizes
+
+
 def test_a_pass_beyond_what_kernels_count_is_never_sure_nor_whole(tiny):
     job = Job(1, (2**15, 2**16))
     assert not surely_fits(tiny, job, 2**60)
@@ -242,7 +284,7 @@ def test_arguments_are_checked(tiny):
 def test_the_computer_s_own_memory_bounds_pixels(monkeypatch):
     check_host((64, 64))
     monkeypatch.setattr(bounded_module, "free_bytes", lambda _: 1000)
-    with pytest.raises(MemoryLimitError, match="64x64 pixels .* and the computer has 1 MiB free"):
+    with pytest.raises(MemoryLimitError, match="64x64 pixels .* and the computer has 0 MiB free"):
         check_host((64, 64))
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from brixel import BrixelError, BrixelFeatures, ImageError, decoding, preparation
+from brixel import BrixelError, BrixelFeatures, ImageError, MemoryLimitError, decoding, preparation
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,16 @@ def test_a_picture_that_cannot_be_used(model, tmp_path):
         model.prepare(tmp_path / "some.png")
 
 
+def test_a_line_and_a_picture_that_does_not_fit_are_told_by_name(model, picture, tmp_path):
+    Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
+    line, found = model.stream_all([tmp_path / "line.png", picture])
+    assert isinstance(line, ImageError)
+    assert str(line).startswith(f"{tmp_path / 'line.png'}: a picture of 1x5000 pixels")
+    assert found.features.ndim == 3
+    with pytest.raises(MemoryLimitError, match=r"line\.png: a picture of .* needs"):
+        model.extract(tmp_path / "line.png", short_side_px="native", memory_limit="1MiB")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_that_goes_on_over_what_cannot_be_used(model, picture, tmp_path, workers):
     (tmp_path / "bad.png").write_text("no picture")
@@ -95,6 +105,32 @@ def test_a_stream_that_goes_on_over_what_cannot_be_used(model, picture, tmp_path
     next(stream)
     with pytest.raises(ImageError, match=r"bad\.png"):
         next(stream)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "lack", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_memory_that_runs_out_while_decoding_is_that_picture_s_error(model, picture, monkeypatch, lack, workers):
+    genuine = preparation.preprocess
+
+    def preprocess(planes, *rest):
+        if planes.shape[1:] == (50, 60):
+            raise lack
+        return genuine(planes, *rest)
+
+    monkeypatch.setattr(preparation, "preprocess", preprocess)
+    images = [picture, np.zeros((50, 60, 3), np.uint8), picture]
+    first, failed, last = model.stream_all(images, batch_size=2, workers=workers)
+    assert isinstance(failed, MemoryLimitError)
+    assert str(failed).startswith("one picture, a ndarray: memory ran out while it was decoded")
+    torch.testing.assert_close(first.features, last.features)
+
+
+def test_other_errors_while_decoding_end_the_run(model, picture, monkeypatch):
+    monkeypatch.setattr(preparation, "preprocess", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(model.stream_all([picture]))
 
 
 @pytest.mark.parametrize("given", [-1, 1.5, True, "2"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from brixel import BrixelFeatures
+from brixel import BrixelFeatures, MemoryLimitError
 from brixel import bounded as bounded_module
 from brixel.bounded import BoundedRun
 from brixel.live_bytes import LiveBytes, storage_bytes, weights_and_buffers
@@ -54,7 +54,7 @@ def test_what_may_wait_is_what_batches_leave_of_the_limit(tiny, monkeypatch):
     run.check((128, 128))
     first = predict_peak(tiny, Way("whole"), Job(1, (128, 128))) - weights
     assert run.room() == limit - weights - 2 * first
-    run.check((64, 64))
+    run.check((32, 32))
     assert run.room() == limit - weights - 2 * first
     assert run.window() == 2 + (run.room() // 2 - waiting) // waiting
     assert BoundedRun(tiny, limit=weights + MIB, batch=2).window() >= 2
@@ -72,6 +72,35 @@ def test_a_batch_is_smaller_where_the_limit_has_no_room_for_all_its_maps(tiny, p
     for each, image in zip(found, pair, strict=True):
         assert "tiles" not in each.meta
         assert torch.equal(each.features, tiny.extract(image, short_side_px="native").features)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_picture_that_nothing_fits_does_not_end_the_stream(tiny, pictures, monkeypatch, batch_size):
+    """Neither do those that share its batch fail with it."""
+    genuine = {name: getattr(bounded_module, name) for name in ("maps_of", "run_way")}
+    images = [pictures[0], np.full((96, 128, 3), 255, np.uint8), pictures[2], pictures[1]]
+    white = tiny.prepare(images[1], short_side_px="native")[0]
+
+    def failing(name):
+        def run(student, way, pixels, *rest):
+            if any(torch.equal(each, white) for each in pixels):
+                raise MemoryError
+            return genuine[name](student, way, pixels, *rest)
+
+        return run
+
+    for name in genuine:
+        monkeypatch.setattr(bounded_module, name, failing(name))
+    found = list(tiny.stream_all(images, short_side_px="native", batch_size=batch_size, tiles="never"))
+    assert isinstance(found[1], MemoryLimitError)
+    assert "memory ran out for a picture of 96x128 pixels" in str(found[1])
+    for index in (0, 2, 3):
+        expected = tiny.extract(images[index], short_side_px="native").features
+        torch.testing.assert_close(found[index].features, expected, rtol=1e-4, atol=1e-4)
+    stream = tiny.stream(images, short_side_px="native", batch_size=batch_size, tiles="never")
+    next(stream)
+    with pytest.raises(MemoryLimitError):
+        next(stream)
 
 
 def test_a_map_that_was_handed_over_is_not_held(tiny, pictures):
@@ -95,7 +124,7 @@ def test_as_many_go_together_as_are_computed_as_one_alone_is(tiny):
 
 
 def test_a_small_picture_checked_by_another_thread_does_not_undo_a_large_one(tiny, monkeypatch):
-    run, begun, done = BoundedRun(tiny, limit=400 * MIB), threading.Event(), threading.Event()
+    run, begun, done = BoundedRun(tiny, limit=50 * MIB), threading.Event(), threading.Event()
     alone, need = predict_peak(tiny, Way("whole"), Job(1, (96, 128))) - storage_bytes(tiny), BoundedRun._need
 
     def slow(self, way, job):
@@ -111,7 +140,7 @@ def test_a_small_picture_checked_by_another_thread_does_not_undo_a_large_one(tin
     run.check((96, 128))
     done.set()
     thread.join()
-    assert run.room() == 400 * MIB - storage_bytes(tiny) - alone
+    assert run.room() == 50 * MIB - storage_bytes(tiny) - alone
 
 
 @pytest.mark.parametrize("channels", [1, 32, 70])

@@ -98,7 +98,7 @@ def describe(plan: Plan) -> dict[str, str]:
         "on": f"{plan.device}, {plan.dtype}",
         "padded size": "{}x{} px".format(*plan.padded_hw),
         "peak": f"{bytes_text(plan.peak_bytes)}, predicted, weights included",
-        "limit": bytes_text(plan.limit_bytes),
+        "limit": bytes_text(plan.limit_bytes, up=False),
     }
     if plan.tile_px is not None:
         rows["tiles of"] = "{}x{} px".format(*plan.tile_px) + f", overlapping by {plan.overlap_px} px or more"
