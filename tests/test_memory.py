@@ -500,7 +500,7 @@ def test_plan_prints_the_way(capsys):
 
 
 @pytest.mark.slow
-def test_extract_and_show_take_a_limit(waves, tmp_path, capsys):
+def test_extract_and_show_take_a_limit(waves, tmp_path, caplog):
     Image.fromarray(waves).save(tmp_path / "waves.png")
     limited = ["--short-side", "native", "--tiles", "always", "--device", "cpu"]
     assert main(["extract", str(tmp_path / "waves.png"), "-o", str(tmp_path / "out"), *limited]) == 0
@@ -508,7 +508,7 @@ def test_extract_and_show_take_a_limit(waves, tmp_path, capsys):
     assert "tiles" in made.meta
     tight = ["--memory-limit", "4MiB", "--device", "cpu"]
     assert main(["extract", str(tmp_path / "waves.png"), "-o", str(tmp_path / "none"), *tight]) == 1
-    assert "the limit is 4 MiB" in capsys.readouterr().err
+    assert "the limit is 4 MiB" in caplog.text
     assert main(["show", str(tmp_path / "waves.png"), "-o", str(tmp_path / "panel.png"), *tight]) == 2
 
 
