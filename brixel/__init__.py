@@ -7,7 +7,9 @@
 
 from importlib.metadata import version
 
+from brixel.backbones.registry import KnownBackbone, list_models
 from brixel.backbones.vit_config import ViTConfig
+from brixel.brixel_features import BrixelFeatures
 from brixel.errors import (
     BrixelError,
     CheckpointError,
@@ -17,10 +19,8 @@ from brixel.errors import (
     UploadError,
 )
 from brixel.extraction.map_folder import MapFolder
-from brixel.feature_map import FeatureMap
-from brixel.features import BrixelFeatures
-from brixel.model_table import KnownBackbone, list_models
-from brixel.pca import PcaBasis
+from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.pca import PcaBasis
 
 __version__ = version("brixel")
 __all__ = [
@@ -39,3 +39,7 @@ __all__ = [
     "__version__",
     "list_models",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

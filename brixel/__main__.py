@@ -2,7 +2,7 @@
 
 import sys
 
-from brixel.cli import main
+from brixel.cli.app import main
 
 if __name__ == "__main__":  # worker processes import this module too
     sys.exit(main())

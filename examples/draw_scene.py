@@ -1,4 +1,4 @@
-"""Draw the picture that the README shows, so that it is our own: `python examples/draw_scene.py brixel/scene.jpg`."""
+"""Draw the picture that comes with the package: `python examples/draw_scene.py brixel/assets/scene.jpg`."""
 
 import sys
 

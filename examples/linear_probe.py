@@ -13,10 +13,10 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from brixel import BrixelFeatures
-from brixel.evaluate.datasets import read_labelled
-from brixel.evaluate.probe import ProbeSettings
-from brixel.evaluate.segmentation import segmentation
-from brixel.evaluate.sources import Source, sources_of
+from brixel.evaluate.datasets.labelled import read_labelled
+from brixel.evaluate.feature_sources import Source, sources_of
+from brixel.evaluate.probes.segmentation import segmentation
+from brixel.evaluate.probes.training import ProbeSettings
 
 
 def main(arguments=None):

@@ -1,6 +1,6 @@
 """One picture to a dense feature map, and its three main directions as colours.
 
-    python examples/quickstart.py brixel/scene.jpg [dinov2-small]
+    python examples/quickstart.py brixel/assets/scene.jpg [dinov2-small]
 
 With the model that comes with the package, or with a folder: a model's (written by save_pretrained), or a backbone's.
 """

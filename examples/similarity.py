@@ -1,4 +1,4 @@
-"""Click a pixel, see what is like it (red): `python examples/similarity.py brixel/scene.jpg [ROW COLUMN [FOLDER]]`.
+"""Click a pixel, see what is like it (red): `python examples/similarity.py IMAGE [ROW COLUMN [FOLDER]]`.
 
 With a pixel on the command line there is no window; the picture is written to heat.png. FOLDER as in quickstart.py.
 """

@@ -1,17 +1,15 @@
 """What several test files need: a tiny backbone on disk, written by transformers, and a picture."""
 
 import gc
-import importlib.util
 import ssl
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from loopback_hub import LoopbackHub
 from PIL import Image
 
 
@@ -64,7 +62,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """
     from huggingface_hub import close_session, constants
 
-    server = _loopback_hub().LoopbackHub()
+    server = LoopbackHub()
     home = tmp_path / "hf"
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(home)}
     environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
@@ -89,13 +87,3 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield server
     close_session()
     server.stop()
-
-
-def _loopback_hub() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("loopback_hub", Path(__file__).with_name("loopback_hub.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module

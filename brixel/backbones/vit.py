@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brixel.backbones.positions import interpolate_positions, rotary_periods, rotary_table, rotate
+from brixel.backbones.position_embeddings import interpolate_positions, rotary_periods, rotary_table, rotate
 from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError
 
@@ -96,7 +96,7 @@ def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
 
 
 class ViT(nn.Module):
-    """The backbone. Parameters are named by us; `brixel.backbones.key_maps` knows the names in other people's files."""
+    """The backbone. Its parameter names are ours; `checkpoints/backbone_key_maps.py` maps other people's."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from brixel.panel import stacked
+from brixel.feature_maps.panel import stacked
 
 SIZE_PX = (300, 420)  # of one diagram, height and width
 COLOURS = ("#888888", "#c23b22", "#1f6fb4", "#2e8b57", "#b8860b", "#7d3c98")

@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from brixel.crops import DOWNSAMPLING, check_teacher_px
-from brixel.devices import machine
+from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
-from brixel.evaluate.feature_store import centre_crop
+from brixel.evaluate.feature_cache import centre_crop
+from brixel.evaluate.feature_sources import INTERPOLATED, STUDENT, TEACHER, Source, features_by_name, sources_of
 from brixel.evaluate.report import Report
-from brixel.evaluate.sources import INTERPOLATED, STUDENT, TEACHER, Source, features_by_name, sources_of
-from brixel.features import BrixelFeatures
-from brixel.losses import edge_loss, principal_directions, spectral_loss
+from brixel.images.crops import DOWNSAMPLING, check_teacher_px
+from brixel.model.losses import edge_loss, principal_directions, spectral_loss
+from brixel.utils.devices import machine
 
 BASELINES = ("bilinear", "bicubic")
 BASE = "bilinear"  # of whose error the share is told that another removes

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from brixel.crops import DOWNSAMPLING
-from brixel.devices import machine
 from brixel.errors import BrixelError
 from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
-from brixel.evaluate.feature_store import centre_crop
+from brixel.evaluate.feature_cache import centre_crop
+from brixel.evaluate.feature_sources import Source, features_by_name
 from brixel.evaluate.report import Report
-from brixel.evaluate.sources import Source, features_by_name
+from brixel.images.crops import DOWNSAMPLING
+from brixel.utils.devices import machine
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1)  # of the view's side
 WARPS = 2  # of each picture

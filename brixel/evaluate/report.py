@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brixel.atomic import write_text
 from brixel.errors import BrixelError
-from brixel.panel import check_folder
+from brixel.feature_maps.panel import check_folder
+from brixel.utils.atomic_files import write_text
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from typing import Any
 
 from PIL import Image
 
-from brixel.crops import DOWNSAMPLING
 from brixel.evaluate.diagram import COLOURS, Spot, diagram, in_rows, places, steps
+from brixel.evaluate.feature_sources import TEACHER
 from brixel.evaluate.report import Report
-from brixel.evaluate.sources import TEACHER
+from brixel.images.crops import DOWNSAMPLING
 
 _FIGURES = {  # key of a row, key of its interval, what it is
     "fidelity": (("cosine", "cosine_interval", "cosine"), ("cosine_edges", "cosine_edges_interval", "cosine at edges")),

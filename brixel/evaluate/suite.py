@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from brixel import panel
-from brixel.atomic import write_text
+from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
 from brixel.evaluate.report import Report, write_json
 from brixel.evaluate.report_plot import report_plot
 from brixel.evaluate.suite_file import Part
-from brixel.features import BrixelFeatures
+from brixel.feature_maps import panel
+from brixel.utils.atomic_files import write_text
 
 _DAY = re.compile(r"\d{4}-\d\d-\d\d(?=\.$)")  # with which a recipe ends; names of data may have days of their own
 _SMALL = 2**26  # bytes of a model's file that is looked into to see whether the model changed

@@ -12,7 +12,7 @@ from typing import Any
 
 from brixel.errors import BrixelError, did_you_mean
 from brixel.evaluate.tasks import KINDS, PROBES, Task
-from brixel.toml_file import read_toml
+from brixel.utils.toml import read_toml
 
 _MODEL_KEYS = ("model", "backbone", "architecture")
 _TEXTS, _NUMBERS = "texts", "whole numbers above zero"  # of which lists are made; one stands for a list of one

@@ -5,19 +5,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel.crops import check_teacher_px
+from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError, did_you_mean
-from brixel.evaluate.datasets import LabelledPictures, read_labelled
+from brixel.evaluate.datasets.depth_normals import MeasuredPictures, read_measured
+from brixel.evaluate.datasets.labelled import LabelledPictures, read_labelled
+from brixel.evaluate.feature_sources import INTERPOLATED, SOURCES, STUDENT, TEACHER, sources_of
 from brixel.evaluate.fidelity import fidelity
 from brixel.evaluate.matching import matching
-from brixel.evaluate.measured import MeasuredPictures, read_measured
-from brixel.evaluate.probe import ProbeSettings
+from brixel.evaluate.probes.depth_normals import CONVOLUTIONAL, shape
+from brixel.evaluate.probes.segmentation import LINEAR, segmentation
+from brixel.evaluate.probes.training import ProbeSettings
 from brixel.evaluate.report import Report
-from brixel.evaluate.segmentation import LINEAR, segmentation
-from brixel.evaluate.shape import CONVOLUTIONAL, shape
-from brixel.evaluate.sources import INTERPOLATED, SOURCES, STUDENT, TEACHER, sources_of
-from brixel.features import BrixelFeatures
-from brixel.pictures import find_pictures
+from brixel.images.crops import check_teacher_px
+from brixel.images.find_images import find_pictures
 
 PROBED = ("bilinear", STUDENT, TEACHER)
 DEFAULT_SOURCES = {

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from brixel.atomic import UNFINISHED
 from brixel.errors import BrixelError, DamagedFileError
-from brixel.extraction.share import Share
+from brixel.extraction.distributed import Share
+from brixel.utils.atomic_files import UNFINISHED
 
 FORMAT_VERSION = 1
 _LOG = logging.getLogger("brixel")

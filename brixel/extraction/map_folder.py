@@ -8,8 +8,8 @@ from safetensors import SafetensorError, safe_open
 
 from brixel.errors import BrixelError, DamagedFileError
 from brixel.extraction.manifest import Written, current, manifests, read_manifests
-from brixel.extraction.outputs import SHARD_KEY, checksum
-from brixel.feature_map import FeatureMap
+from brixel.extraction.writers import SHARD_KEY, checksum
+from brixel.feature_maps.feature_map import FeatureMap
 
 
 class MapFolder(Mapping[str, FeatureMap]):

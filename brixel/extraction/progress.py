@@ -6,8 +6,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from brixel.extraction.distributed import Share
 from brixel.extraction.manifest import manifests
-from brixel.extraction.share import Share
 
 _EVERY_S = 5.0
 

@@ -4,8 +4,8 @@
 >>> distill(TrainConfig(backbone="dinov2-small", images=("photos",), out="run"))
 """
 
-from brixel.losses import LossWeights, edge_loss, l1_loss, spectral_loss, total_loss
+from brixel.model.losses import LossWeights, edge_loss, l1_loss, spectral_loss, total_loss
 from brixel.train.config import TrainConfig
-from brixel.train.loop import distill
+from brixel.train.trainer import distill
 
 __all__ = ["LossWeights", "TrainConfig", "distill", "edge_loss", "l1_loss", "spectral_loss", "total_loss"]

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from brixel.atomic import write_text
 from brixel.errors import BrixelError, did_you_mean
-from brixel.losses import LossWeights
-from brixel.toml_file import read_toml
+from brixel.model.losses import LossWeights
+from brixel.utils.atomic_files import write_text
+from brixel.utils.toml import read_toml
 
 # the recipe of the release; three epochs are for the user to say in steps
 RELEASE = MappingProxyType(

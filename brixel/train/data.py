@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from brixel.crops import CropSettings, normalised, student_view, teacher_crop
 from brixel.errors import BrixelError, ImageError
-from brixel.images import load_image
-from brixel.pictures import find_pictures
+from brixel.images.crops import CropSettings, normalised, student_view, teacher_crop
+from brixel.images.find_images import find_pictures
+from brixel.images.load import load_image
 
 
 def find_training_pictures(folders: Sequence[Path]) -> list[Path]:

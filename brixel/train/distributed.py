@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from brixel.devices import choose_device
+from brixel.utils.devices import choose_device
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         return centred * scale[:, None, None] + self.bias[:, None, None]
 
 
-def synchronised(module: nn.Module, world: World) -> nn.Module:
+def synchronised(module: Module, world: World) -> Module:
     """The module with its batch norms over all processes; as it is where there is one."""
     if world.size == 1:
         return module

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from brixel.evaluate.fidelity import BASELINES, interpolated, mean_of, nearness
-from brixel.train.cache import TeacherCache
+from brixel.train.teacher_cache import TeacherCache
 
 
 def validate(predict: Callable[[Tensor], Tensor], crops: TeacherCache, device: torch.device) -> dict[str, float]:

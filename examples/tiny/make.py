@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from brixel import BrixelFeatures
+from brixel.backbones.registry import BRIXEL_TINY
 from brixel.backbones.vit import ViT
-from brixel.config import BackboneConfig, BrixelConfig, fingerprint
-from brixel.crops import CropSettings
-from brixel.model_table import BRIXEL_TINY
-from brixel.student import AdapterConfig, default_blocks, new_trainable
+from brixel.checkpoints.fingerprint import fingerprint
+from brixel.images.crops import CropSettings
+from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
+from brixel.model.upsampler import Upsampler
 from brixel.train import TrainConfig, distill
 from brixel.train.data import CropDataset, collate, find_training_pictures
 
@@ -182,7 +183,7 @@ def save(tiny: ViT, folder: Path) -> None:
     """The backbone with a fresh adapter, as a folder for `from_pretrained`."""
     adapter = AdapterConfig(default_blocks(TINY.depth), residual_detour=False, short_side_px=SHORT_SIDE_PX, blend=True)
     config = BrixelConfig(BackboneConfig(BRIXEL_TINY.name, (BRIXEL_TINY.name,), TINY, fingerprint(tiny)), adapter)
-    model = BrixelFeatures(tiny.eval(), new_trainable(TINY.width, adapter), config)
+    model = BrixelFeatures(tiny.eval(), Upsampler(TINY.width, adapter), config)
     model.save_pretrained(folder, include_backbone=True)
 
 

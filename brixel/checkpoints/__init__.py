@@ -1,0 +1,1 @@
+"""Files of weights and configurations: found, downloaded, read, converted, written, uploaded."""

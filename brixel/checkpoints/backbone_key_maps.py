@@ -1,0 +1,316 @@
+"""The checkpoint formats of DINOv3, DINOv2 and SigLIP: Meta's, Hugging Face's, timm's. Facts: `docs/backbones.md`."""
+
+import math
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from brixel.checkpoints.key_mapping import KeyMap, State
+from brixel.errors import CheckpointError
+
+
+def _pairs(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
+    """The entries of one layer with weight and bias."""
+    return {f"{ours}.{part}": (f"{theirs}.{part}",) for part in ("weight", "bias")}
+
+
+def _joined(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
+    """The entries of one layer with weight and bias that is made up of several."""
+    return {f"{ours}.{part}": tuple(f"{each}.{part}" for each in theirs) for part in ("weight", "bias")}
+
+
+def fold_bias_mask(state: State) -> State:
+    """q, k, v biases times their mask. A mask that is absent or NaN (never filled in) stands for 1, 0, 1."""
+    folded = dict(state)
+    for key, bias in state.items():
+        if key.endswith(".attn.qkv.bias"):
+            default = torch.ones_like(bias)
+            third = len(bias) // 3
+            default[third : 2 * third] = 0
+            mask = folded.get(f"{key}_mask", default)
+            if mask.shape == bias.shape:  # one of another shape stays, and is refused as a key that is not known
+                folded.pop(f"{key}_mask", None)
+                folded[key] = bias * torch.where(mask.isnan(), default, mask).to(bias.dtype)
+    return folded
+
+
+def prepend_class_position(state: State) -> State:
+    """Where there are registers, timm adds the class token's position to the token itself: give it one of zero."""
+    if "reg_token" not in state or "pos_embed" not in state:
+        return state
+    positions: Tensor = state["pos_embed"]
+    return {**state, "pos_embed": torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)}
+
+
+def unfold_tables(state: State) -> State:
+    """Positions as (1, h*w, D), from (h*w, D) or (1, h, w, D); a patch embedding of two axes as a convolution."""
+    parts = dict(state)
+    for key in ("embeddings.position_embedding.weight", "embeds.pos_embed"):
+        if key in parts:
+            table = parts[key]
+            square = table.ndim == 4 and table.shape[1] == table.shape[2]
+            parts[key] = table.flatten(1, 2) if square else table[None] if table.ndim == 2 else table
+    for key in ("embeddings.patch_embedding.weight", "embeds.proj.weight"):
+        if key in parts and parts[key].ndim == 2:
+            parts[key] = _as_convolution(parts[key])
+    return parts
+
+
+def _as_convolution(weight: Tensor) -> Tensor:
+    """A linear layer on flattened patches, (D, p*p*3) in the order y, x, colour, as (D, 3, p, p), if it is one."""
+    side = math.isqrt(weight.shape[1] // 3)
+    if 3 * side * side != weight.shape[1]:
+        return weight
+    return weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+
+
+# The parts that Meta's layouts and timm's share.
+_EMBEDDING = {
+    "positions": ("pos_embed",),
+    **_pairs("patch_embed", "patch_embed.proj"),
+    **_pairs("norm", "norm"),
+}
+_OUTER = {"cls_token": ("cls_token",), **_EMBEDDING}
+_PLAIN_BLOCK = {
+    **_pairs("blocks.{i}.norm1", "blocks.{i}.norm1"),
+    **_pairs("blocks.{i}.norm2", "blocks.{i}.norm2"),
+    **_pairs("blocks.{i}.attention.qkv", "blocks.{i}.attn.qkv"),
+    **_pairs("blocks.{i}.attention.out", "blocks.{i}.attn.proj"),
+    **_pairs("blocks.{i}.ffn.up", "blocks.{i}.mlp.fc1"),
+    **_pairs("blocks.{i}.ffn.down", "blocks.{i}.mlp.fc2"),
+}
+_BLOCK = {
+    **_PLAIN_BLOCK,
+    "blocks.{i}.scale1": ("blocks.{i}.ls1.gamma",),
+    "blocks.{i}.scale2": ("blocks.{i}.ls2.gamma",),
+}
+_GATED_DOWN = (r"\.mlp\.w3\.", ".mlp.fc2.")  # the gated feed-forward's name for its last layer
+
+DINOV3_META = KeyMap(
+    name="DINOv3 in Meta's layout",
+    marks=("storage_tokens", "blocks.0.ls1.gamma", "blocks.0.attn.qkv.weight"),
+    unmarked=("pos_embed",),
+    tensors={
+        **_OUTER,
+        **_BLOCK,
+        "registers": ("storage_tokens",),
+        **_joined("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.w1", "blocks.{i}.mlp.w2"),
+    },
+    dropped=("mask_token", "rope_embed.periods", "local_cls_norm.weight", "local_cls_norm.bias"),
+    aliases=(_GATED_DOWN,),
+    prepare=fold_bias_mask,
+    options={"rope_rounding": "bfloat16"},  # as the released files' `rope_embed.periods` are
+)
+
+DINOV3_HUGGINGFACE = KeyMap(
+    name="DINOv3 in Hugging Face's layout",
+    marks=("embeddings.register_tokens", "layer.0.attention.q_proj.weight"),
+    unmarked=("embeddings.position_embeddings",),
+    tensors={
+        "cls_token": ("embeddings.cls_token",),
+        "registers": ("embeddings.register_tokens",),
+        **_pairs("patch_embed", "embeddings.patch_embeddings"),
+        **_pairs("norm", "norm"),
+        **_pairs("blocks.{i}.norm1", "layer.{i}.norm1"),
+        **_pairs("blocks.{i}.norm2", "layer.{i}.norm2"),
+        **_joined("blocks.{i}.attention.qkv", *(f"layer.{{i}}.attention.{each}_proj" for each in "qkv")),
+        **_pairs("blocks.{i}.attention.out", "layer.{i}.attention.o_proj"),
+        "blocks.{i}.scale1": ("layer.{i}.layer_scale1.lambda1",),
+        "blocks.{i}.scale2": ("layer.{i}.layer_scale2.lambda1",),
+        **_pairs("blocks.{i}.ffn.up", "layer.{i}.mlp.up_proj"),
+        **_pairs("blocks.{i}.ffn.down", "layer.{i}.mlp.down_proj"),
+        **_joined("blocks.{i}.ffn.gate_up", "layer.{i}.mlp.gate_proj", "layer.{i}.mlp.up_proj"),
+    },
+    zeros=frozenset({"layer.{i}.attention.k_proj.bias"}),
+    dropped=("embeddings.mask_token",),
+    aliases=((r"^model\.layer\.", "layer."),),
+)
+
+DINOV3_TIMM = KeyMap(
+    name="DINOv3 in timm's layout",
+    marks=("reg_token", "blocks.0.gamma_1", "blocks.0.attn.qkv.weight"),
+    unmarked=("pos_embed",),
+    tensors={
+        **_OUTER,
+        **_BLOCK,
+        "registers": ("reg_token",),
+        "blocks.{i}.attention.qkv.bias": tuple(f"blocks.{{i}}.attn.{each}_bias" for each in "qkv"),
+        "blocks.{i}.scale1": ("blocks.{i}.gamma_1",),
+        "blocks.{i}.scale2": ("blocks.{i}.gamma_2",),
+        **_joined("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.fc1_g", "blocks.{i}.mlp.fc1_x"),
+    },
+    zeros=frozenset(f"blocks.{{i}}.attn.{each}_bias" for each in "qkv"),
+)
+
+DINOV2_META = KeyMap(
+    name="DINOv2 in Meta's layout",
+    marks=("pos_embed", "mask_token", "blocks.0.ls1.gamma"),
+    unmarked=("reg_token", "register_tokens"),
+    tensors={
+        **_OUTER,
+        **_BLOCK,
+        "registers": ("register_tokens",),
+        **_pairs("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.w12"),
+    },
+    dropped=("mask_token",),
+    aliases=(_GATED_DOWN,),
+    options={"position_antialias": False, "position_scale_offset": 0.1},
+)
+# the release with registers dropped the offset and brought antialiasing
+DINOV2_META_REGISTERS = replace(
+    DINOV2_META,
+    name="DINOv2 with registers in Meta's layout",
+    marks=(*DINOV2_META.marks, "register_tokens"),
+    unmarked=("reg_token",),
+    options={"position_antialias": True, "position_scale_offset": 0.0},
+)
+
+DINOV2_HUGGINGFACE = KeyMap(
+    name="DINOv2 in Hugging Face's layout",
+    marks=("embeddings.position_embeddings", "encoder.layer.0.attention.attention.query.weight"),
+    unmarked=("embeddings.register_tokens",),
+    tensors={
+        "cls_token": ("embeddings.cls_token",),
+        "positions": ("embeddings.position_embeddings",),
+        "registers": ("embeddings.register_tokens",),
+        **_pairs("patch_embed", "embeddings.patch_embeddings.projection"),
+        **_pairs("norm", "layernorm"),
+        **_pairs("blocks.{i}.norm1", "encoder.layer.{i}.norm1"),
+        **_pairs("blocks.{i}.norm2", "encoder.layer.{i}.norm2"),
+        **_joined(
+            "blocks.{i}.attention.qkv",
+            *(f"encoder.layer.{{i}}.attention.attention.{each}" for each in ("query", "key", "value")),
+        ),
+        **_pairs("blocks.{i}.attention.out", "encoder.layer.{i}.attention.output.dense"),
+        "blocks.{i}.scale1": ("encoder.layer.{i}.layer_scale1.lambda1",),
+        "blocks.{i}.scale2": ("encoder.layer.{i}.layer_scale2.lambda1",),
+        **_pairs("blocks.{i}.ffn.up", "encoder.layer.{i}.mlp.fc1"),
+        **_pairs("blocks.{i}.ffn.down", "encoder.layer.{i}.mlp.fc2"),
+        **_pairs("blocks.{i}.ffn.gate_up", "encoder.layer.{i}.mlp.weights_in"),
+    },
+    dropped=("embeddings.mask_token",),
+    aliases=(
+        (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+        (r"\.attention\.q_proj\.", ".attention.attention.query."),
+        (r"\.attention\.k_proj\.", ".attention.attention.key."),
+        (r"\.attention\.v_proj\.", ".attention.attention.value."),
+        (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    ),
+    options={"position_antialias": False, "position_scale_offset": 0.0},
+)
+DINOV2_HUGGINGFACE_REGISTERS = replace(
+    DINOV2_HUGGINGFACE,
+    name="DINOv2 with registers in Hugging Face's layout",
+    marks=(*DINOV2_HUGGINGFACE.marks, "embeddings.register_tokens"),
+    unmarked=(),
+    options={"position_antialias": True, "position_scale_offset": 0.0},
+)
+
+DINOV2_TIMM = KeyMap(
+    name="DINOv2 in timm's layout",
+    marks=("pos_embed", "blocks.0.ls1.gamma", "patch_embed.proj.weight"),
+    unmarked=("mask_token",),
+    tensors={
+        **_OUTER,
+        **_BLOCK,
+        "registers": ("reg_token",),
+        **_pairs("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.fc1"),
+    },
+    prepare=prepend_class_position,
+    options={"position_antialias": True, "position_scale_offset": 0.0},
+)
+
+# the text tower's table of words, in files of both towers; the maps below leave it unread
+VOCABULARY = "text_model.embeddings.token_embedding.weight"
+_NAFLEX_POSITIONS = {"position_antialias": True, "position_scale_offset": 0.0, "position_mode": "bilinear"}
+
+SIGLIP_HUGGINGFACE = KeyMap(
+    name="SigLIP in Hugging Face's layout",
+    marks=("embeddings.position_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+    unmarked=("embeddings.class_embedding",),  # CLIP's
+    axes={"embeddings.patch_embedding.weight": 4},
+    tensors={
+        "positions": ("embeddings.position_embedding.weight",),
+        **_pairs("patch_embed", "embeddings.patch_embedding"),
+        **_pairs("norm", "post_layernorm"),
+        **_pairs("blocks.{i}.norm1", "encoder.layers.{i}.layer_norm1"),
+        **_pairs("blocks.{i}.norm2", "encoder.layers.{i}.layer_norm2"),
+        **_joined("blocks.{i}.attention.qkv", *(f"encoder.layers.{{i}}.self_attn.{each}_proj" for each in "qkv")),
+        **_pairs("blocks.{i}.attention.out", "encoder.layers.{i}.self_attn.out_proj"),
+        **_pairs("blocks.{i}.ffn.up", "encoder.layers.{i}.mlp.fc1"),
+        **_pairs("blocks.{i}.ffn.down", "encoder.layers.{i}.mlp.fc2"),
+    },
+    unread=(
+        *("text_model.*", "logit_scale", "logit_bias"),
+        *("head.probe", "head.attention.*", "head.layernorm.*", "head.mlp.*"),
+    ),
+    aliases=((r"^vision_model\.", ""),),
+    prepare=unfold_tables,
+    options={"position_antialias": False, "position_scale_offset": 0.0, "position_mode": "bicubic"},
+)
+SIGLIP_NAFLEX_HUGGINGFACE = replace(
+    SIGLIP_HUGGINGFACE,
+    name="SigLIP 2 NaFlex in Hugging Face's layout",
+    axes={"embeddings.patch_embedding.weight": 2},
+    options=_NAFLEX_POSITIONS,
+)
+
+SIGLIP_TIMM = KeyMap(
+    name="SigLIP in timm's layout",
+    marks=("attn_pool.latent", "pos_embed", "patch_embed.proj.weight"),
+    unmarked=("cls_token", "blocks.0.ls1.gamma"),
+    tensors={**_EMBEDDING, **_PLAIN_BLOCK},
+    unread=("attn_pool.*",),
+    options={"position_antialias": True, "position_scale_offset": 0.0, "position_mode": "bicubic"},
+)
+SIGLIP_NAFLEX_TIMM = replace(
+    SIGLIP_TIMM,
+    name="SigLIP 2 NaFlex in timm's layout",
+    marks=("attn_pool.latent", "embeds.pos_embed", "embeds.proj.weight"),
+    tensors={**SIGLIP_TIMM.tensors, "positions": ("embeds.pos_embed",), **_pairs("patch_embed", "embeds.proj")},
+    prepare=unfold_tables,
+    options=_NAFLEX_POSITIONS,
+)
+
+KEY_MAPS = (
+    DINOV3_META,
+    DINOV3_HUGGINGFACE,
+    DINOV3_TIMM,
+    DINOV2_META,
+    DINOV2_META_REGISTERS,
+    DINOV2_HUGGINGFACE,
+    DINOV2_HUGGINGFACE_REGISTERS,
+    DINOV2_TIMM,
+    SIGLIP_HUGGINGFACE,
+    SIGLIP_NAFLEX_HUGGINGFACE,
+    SIGLIP_TIMM,
+    SIGLIP_NAFLEX_TIMM,
+)
+# what wrappers (DataParallel, a trainer, a bigger model) put before every key
+_PREFIXES = ("module.", "backbone.", "model.")
+
+
+def needed(name: str) -> bool:
+    """Whether a tensor of this name must be read: no format leaves it in the file, whatever stands before the name."""
+    left = (pattern for key_map in KEY_MAPS for pattern in key_map.unread)
+    return not any(fnmatchcase(name, each) or fnmatchcase(name, f"*.{each}") for each in left)
+
+
+def without_prefix(state: State) -> State:
+    """The state without what a wrapper put before all of its keys, if anything."""
+    for prefix in _PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            return without_prefix({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+    return state
+
+
+def recognise(state: State, where: str) -> KeyMap:
+    """The format of a checkpoint, by its keys. ``where`` names it in the error."""
+    for key_map in KEY_MAPS:
+        if key_map.matches(state):
+            return key_map
+    some = ", ".join(list(state)[:5])
+    known = ", ".join(key_map.name for key_map in KEY_MAPS)
+    raise CheckpointError(f"{where} holds {len(state)} tensors ({some}, ...), no layout that we know; known: {known}")

@@ -1,0 +1,130 @@
+"""The model card, README.md beside a model's weights, filled from what the model's config says and nothing else."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from brixel.backbones.registry import LICENCE_URLS, KnownBackbone, list_models
+from brixel.backbones.vit_config import ForeignConfig
+from brixel.checkpoints.locate_files import repositories_in
+from brixel.checkpoints.weight_files import shapes_of
+from brixel.model.config import BackboneConfig, BrixelConfig
+from brixel.model.upsampler import UPSCALE, Upsampler
+from brixel.utils.atomic_files import write_text
+
+CARD, PANEL, LICENCE = "README.md", "panel.png", "LICENSE.md"
+_OURS = "<!-- written by brixel at each save; take this line out to keep what you change -->"
+_PAPER = "https://arxiv.org/abs/2511.05168"
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write README.md into a folder, unless one lies there that its owner has made their own."""
+    path = folder / CARD
+    if path.is_file() and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
+        return
+    write_text(path, text)
+
+
+def is_ours(card: str) -> bool:
+    """Whether a card may be written over: it is one of ours, and nobody has taken the line out that says so."""
+    return _OURS in card
+
+
+def model_card(config: BrixelConfig, name: str, *, whole: bool, panel: bool = False, licence: bool = False) -> str:
+    """The card of a model that is loaded as ``name``, a repository or a folder.
+
+    ``whole``: its backbone's weights lie beside it; ``panel``, ``licence``: so do PANEL and LICENCE.
+    """
+    backbone = config.backbone
+    known = {row.name: row for row in list_models()}.get(backbone.architecture or "")
+    picture = [f"![a picture, its backbone's map, the dense map]({PANEL})", ""] if panel else []
+    return "\n".join(
+        [
+            *_front_matter(backbone, known),
+            _OURS,
+            "",
+            f"# Dense features from {backbone.title}",
+            "",
+            f"A small adapter for a frozen vision transformer, {backbone.title}: from a picture of low resolution it "
+            f"gives a feature map of {UPSCALE} times the transformer's grid on each axis, near to what the transformer "
+            f"gives on the picture at {UPSCALE} times the size. Method: [Another BRIXEL in the Wall]({_PAPER}).",
+            "",
+            *picture,
+            *_use(config, name, whole),
+            *_section("What it is", _facts(config, whole)),
+            *_section("Training", config.training or {"how": "not recorded"}),
+            *_licence(backbone, known, whole=whole, copied=licence),
+        ]
+    )
+
+
+def _front_matter(backbone: BackboneConfig, known: KnownBackbone | None) -> list[str]:
+    """What the Hub reads: YAML, all of it from tables or names of repositories."""
+    lines = ["---", "library_name: brixel", "pipeline_tag: image-feature-extraction"]
+    if known and known.licence in LICENCE_URLS:
+        lines += ["license: other", f"license_name: {known.licence}", f"license_link: {LICENCE_URLS[known.licence]}"]
+    elif known:
+        lines.append(f"license: {known.licence}")
+    published = [source.partition("@")[0] for source in repositories_in(backbone.sources)]
+    if published:
+        lines += [f"base_model: {published[0]}", "base_model_relation: adapter"]
+    return [*lines, "tags:", "- dense-features", "- feature-upsampling", "---"]
+
+
+def _use(config: BrixelConfig, name: str, whole: bool) -> list[str]:
+    foreign = isinstance(config.backbone.vit, ForeignConfig) and not whole
+    given = ", backbone=backbone" if foreign else ""
+    lines = ["```python", "from brixel import BrixelFeatures", ""]
+    if foreign:
+        lines.append(f"backbone = ...  # the {config.backbone.title} that the adapter was made for, a torch module")
+    return [
+        *lines,
+        f'model = BrixelFeatures.from_pretrained("{name}"{given})',
+        'feature_map = model.extract("photo.jpg")',
+        f"feature_map.features  # ({config.backbone.vit.width}, Hf, Wf)",
+        "feature_map.pca()  # (Hf, Wf, 3): colours",
+        "```",
+        "",
+    ]
+
+
+def _facts(config: BrixelConfig, whole: bool) -> Mapping[str, str]:
+    backbone, adapter, vit = config.backbone, config.adapter, config.backbone.vit
+    numbers = sum(math.prod(shape) for shape in shapes_of(lambda: Upsampler(vit.width, adapter)).values())
+    sources = ", else ".join(repositories_in(backbone.sources))
+    side = adapter.short_side_px
+    return {
+        "backbone": backbone.title,
+        "its weights": "in this repository" if whole else sources or "in no repository: to be given as `backbone=`",
+        "commits": ", ".join(f"{name}@{commit}" for name, commit in config.commits.items()) or "not recorded",
+        "adapter and head": f"{numbers / 1e6:.2f} M parameters; blocks {', '.join(map(str, adapter.blocks))}, from 0",
+        "trained at": f"{side} px on the short side, for the map of {UPSCALE * side} px",
+        "a cell of the map": f"{vit.patch_px / UPSCALE:g} px; {vit.width} channels",
+        "mean, deviation": f"{vit.mean}, {vit.std}; pictures are normalised so by `extract`",
+    }
+
+
+def _section(title: str, rows: Mapping[str, str]) -> list[str]:
+    cells = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
+    return [f"## {title}", "", "| | |", "| --- | --- |", *cells, ""]
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+
+
+def _licence(backbone: BackboneConfig, known: KnownBackbone | None, *, whole: bool, copied: bool) -> list[str]:
+    lines = ["## Licence", ""]
+    if known is None:
+        lines.append(f"That of the backbone, {backbone.title}, is not known to brixel: whoever publishes this adds it.")
+    elif known.licence in LICENCE_URLS:
+        what = "The backbone's weights are here under it" if whole else "The backbone's weights are not here"
+        text = f"a copy is in {LICENCE}" if copied else "who hands it on hands on a copy of it"
+        lines.append(
+            f"The backbone is under the [{known.licence}]({LICENCE_URLS[known.licence]}), which binds what is derived "
+            f"from its weights, and so this adapter: {text}. {what}."
+        )
+    else:
+        lines.append(f"The backbone is under {known.licence}; so is this adapter, unless its author says otherwise.")
+    return [*lines, ""]

@@ -1,1 +1,0 @@
-"""The commands of `brixel`: each module parses, calls and prints for a few of them."""

@@ -1,0 +1,101 @@
+"""Predicted against measured peaks of memory, by architecture, size and limit; random weights, on the CPU."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from brixel.backbones.registry import known_backbone
+from brixel.errors import MemoryLimitError
+from brixel.evaluate.cost.memory import measure_peak
+from brixel.evaluate.cost.timing import check_side, random_student
+from brixel.inference.memory.planner import Job, Tiles, choose_way, predict_peak
+from brixel.inference.memory.strategies import Way
+from brixel.utils.devices import dtype_name, machine
+from brixel.utils.memory import bytes_text
+
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class LimitRow:
+    """One square picture computed within a limit; ``way`` and what follows are None where nothing fits."""
+
+    architecture: str
+    dtype: torch.dtype
+    side_px: int
+    limit_bytes: int
+    way: Way | None = None
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
+    seconds: float | None = None
+
+
+def limit_table(
+    architectures: Sequence[str], sides_px: Sequence[int], limits: Sequence[int], *, dtype: torch.dtype, tiles: Tiles
+) -> Iterator[LimitRow]:
+    """Choose a way for every architecture, side and limit (bytes), compute a picture that way, and count.
+
+    The map goes to a file. A way that several limits lead to is computed once.
+    """
+    for architecture, side_px in itertools.product(architectures, sides_px):
+        check_side(architecture, side_px)  # an error should not cost the time of those before it
+    for architecture in architectures:
+        student = random_student(architecture).to(dtype)
+        for side_px in sides_px:
+            job, measured = Job(1, (side_px, side_px), to_file=True), dict[Way, tuple[int, float]]()
+            for limit in limits:
+                try:
+                    way = choose_way(student, job, limit, tiles, _HOST)
+                except MemoryLimitError:
+                    yield LimitRow(architecture, dtype, side_px, limit)
+                    continue
+                if way not in measured:
+                    measured[way] = measure_peak(student, way, job)
+                predicted = predict_peak(student, way, job, _HOST)
+                yield LimitRow(architecture, dtype, side_px, limit, way, predicted, *measured[way])
+
+
+def limit_report(rows: Sequence[LimitRow], command: str) -> str:
+    """A table in Markdown, a line for each row."""
+    lines = [
+        "# Limits of memory kept",
+        "",
+        "| architecture | dtype | px | limit | way | predicted peak | measured | of the prediction | seconds |",
+        "| --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+        *map(_line, rows),
+        "",
+        *_NOTES,
+        "",
+        machine(_HOST) + ". Made by:",
+        "",
+        f"    {command}",
+    ]
+    return "\n".join(lines)
+
+
+_NOTES = (
+    "One picture, random weights, weights included, the map going to a file. Bytes of tensors, predicted on fake ones",
+    "and counted on real ones, one run each. Seconds beside whatever else the machine did.",
+)
+
+
+def _line(row: LimitRow) -> str:
+    head = f"| {row.architecture} | {dtype_name(row.dtype)} | {row.side_px} | {bytes_text(row.limit_bytes)} |"
+    if row.way is None or row.predicted_bytes is None or row.measured_bytes is None:
+        return f"{head} refused: nothing fits | - | - | - | - |"
+    share = 100 * row.measured_bytes / row.predicted_bytes
+    return (
+        f"{head} {_told(row.way, row.side_px, row.architecture)} | {bytes_text(row.predicted_bytes)} | "
+        f"{bytes_text(row.measured_bytes)} | {share:.1f} % | {row.seconds:.1f} |"
+    )
+
+
+def _told(way: Way, side_px: int, architecture: str) -> str:
+    if way.kind == "whole":
+        return "whole"
+    if way.kind == "pieces":
+        return f"exact pieces of {way.rows} rows"
+    grid = side_px // known_backbone(architecture).vit.patch_px
+    return f"{way.tiling((grid, grid)).count} tiles of {way.side} x {way.side} patches"

@@ -1,0 +1,153 @@
+"""Anything that gives dense features, behind one small class, so that all are judged by the same code.
+
+Our student, the backbone's own map brought up by interpolation, the backbone on the large picture ("teacher"), or any
+function of yours. All start from one square crop of T pixels: a source with ``scale`` 4 sees all of them, one with
+``scale`` 1 a picture of a quarter of the side, as the student does.
+
+Shapes: B batch, D channels, h x w cells; T the crop's side and S = T / 4 the small picture's, in pixels.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from brixel.brixel_features import BrixelFeatures
+from brixel.checkpoints.fingerprint import digest
+from brixel.errors import BrixelError, did_you_mean
+from brixel.evaluate.cost.timing import flops_of, seconds_of
+from brixel.images.crops import DOWNSAMPLING, check_teacher_px, normalised, student_view
+from brixel.model.upsampler import UPSCALE
+from brixel.utils.devices import dtype_name
+from brixel.utils.eval_mode import evaluating
+
+STUDENT, TEACHER = "student", "teacher"
+INTERPOLATED = ("nearest", "bilinear", "bicubic")
+SOURCES = (*INTERPOLATED, STUDENT, TEACHER)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Dense features of a normalised picture: ``maps`` takes pixels (B, 3, H, W) and gives (B, D, h, w), any grid.
+
+    ``patch_px``: H and W are multiples of it. ``mean``, ``std``: what the pixels are normalised with, by channel.
+    ``scale``: 1 for a source of the small picture, 4 for one of the large. ``resize``: "nearest", "bilinear" or
+    "bicubic" where the map is to be brought to four cells a patch by interpolation. ``identity``: text that tells these
+    features from all others, by which they are kept on disk; empty where they are not to be kept.
+    """
+
+    name: str
+    maps: Callable[[Tensor], Tensor]
+    patch_px: int
+    mean: Sequence[float] = (0.485, 0.456, 0.406)
+    std: Sequence[float] = (0.229, 0.224, 0.225)
+    scale: int = 1
+    resize: str | None = None
+    identity: str = ""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.scale not in (1, DOWNSAMPLING):
+            raise BrixelError(
+                f"scale of source {self.name!r} is {self.scale!r}; expected 1 (small picture) or 4 (large)"
+            )
+        if self.resize is not None and self.resize not in INTERPOLATED:
+            raise BrixelError(f"resize is {self.resize!r}; {did_you_mean(self.resize, INTERPOLATED)}")
+
+    @property
+    def key(self) -> object:
+        """Equal for sources whose maps, before interpolation, are the same."""
+        return (self.identity, self.scale) if self.identity else self
+
+    def features(self, crops: Tensor) -> Tensor:
+        """Dense maps of square crops: (B, 3, T, T) in [0, 1] -> (B, D, h, w), float32 on the CPU."""
+        return self.finish(self.raw(crops))
+
+    def raw(self, crops: Tensor) -> Tensor:
+        """The maps before they are interpolated, which is what is worth keeping: (B, D, h, w), float32 on the CPU."""
+        check_teacher_px(crops.shape[-1], self.patch_px)
+        seen = crops.clamp(0, 1) if self.scale == DOWNSAMPLING else student_view(crops)
+        with torch.no_grad():
+            found = self.maps(normalised(seen, self.mean, self.std))
+        if not isinstance(found, Tensor) or found.ndim != 4 or len(found) != len(crops):
+            gave = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise BrixelError(f"source {self.name!r} gave {gave}; expected a tensor ({len(crops)}, D, h, w)")
+        maps = found.float().cpu()
+        if not maps.isfinite().all():
+            raise BrixelError(f"source {self.name!r} gave features that are not finite; nothing can be said of such")
+        return maps
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Maps as they are judged: (B, D, h, w) -> four times h and w for interpolated sources, else as they are."""
+        if self.resize is None:
+            return raw
+        corners = None if self.resize == "nearest" else False
+        return F.interpolate(raw, scale_factor=UPSCALE, mode=self.resize, align_corners=corners)
+
+
+def check_names(sources: Sequence[Source]) -> None:
+    """Raise BrixelError where two sources have one name: results are kept by it."""
+    names = [source.name for source in sources]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise BrixelError(f"two sources are named {twice[0]!r}; give each a name of its own")
+
+
+def features_by_name(sources: Sequence[Source], crops: Tensor) -> dict[str, Tensor]:
+    """Dense maps (B, D, h, w) of every source on crops (B, 3, T, T); what several interpolate is computed once."""
+    check_names(sources)
+    raw: dict[object, Tensor] = {}
+    for source in sources:
+        if source.key not in raw:
+            raw[source.key] = source.raw(crops)
+    return {source.name: source.finish(raw[source.key]) for source in sources}
+
+
+def sources_of(model: BrixelFeatures, names: Sequence[str] = SOURCES) -> list[Source]:
+    """Sources by name: "nearest", "bilinear", "bicubic" (the backbone alone), "student", "teacher".
+
+    Raises BrixelError for another name.
+    """
+    if unknown := [name for name in names if name not in SOURCES]:
+        raise BrixelError(f"unknown source {unknown[0]!r}; {did_you_mean(unknown[0], SOURCES)}")
+    return [_source(model, name) for name in names]
+
+
+def _source(model: BrixelFeatures, name: str) -> Source:
+    vit, described = model.config.backbone.vit, model.config.backbone
+    identity = f"{described.title} {list(described.fingerprint)} {dtype_name(model.dtype)}"
+    if name == STUDENT:
+        identity = f"{identity} adapter {digest((model.adapter, model.head))}"
+    call = model if name == STUDENT else model.backbone_features
+
+    def maps(pixels: Tensor) -> Tensor:
+        with evaluating(model):
+            return call(pixels.to(model.device, model.dtype))
+
+    return Source(
+        name,
+        maps,
+        model.patch_px,
+        vit.mean,
+        vit.std,
+        scale=DOWNSAMPLING if name == TEACHER else 1,
+        resize=name if name in INTERPOLATED else None,
+        identity=identity,
+        device=str(model.device),
+    )
+
+
+def cost_of(source: Source, teacher_px: int, rounds: int = 5) -> dict[str, float]:
+    """Operations in GFLOP and the median time in ms for one crop of noise of T pixels, on the source's own device."""
+    side = teacher_px * source.scale // DOWNSAMPLING
+    pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def call() -> Tensor:
+        return source.finish(source.maps(pixels))
+
+    with torch.no_grad():
+        flops = flops_of(call)  # warms up as well
+        seconds = statistics.median(seconds_of(call, torch.device(source.device)) for _ in range(rounds))
+    return {"gflop": flops / 1e9, "ms": seconds * 1e3}

@@ -1,0 +1,1 @@
+"""Probes: small readouts trained on frozen features."""

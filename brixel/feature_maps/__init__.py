@@ -1,0 +1,1 @@
+"""Feature maps: the class, its files, and its colours."""

@@ -1,0 +1,1 @@
+"""Images in: found, read, and prepared for the patch grid."""

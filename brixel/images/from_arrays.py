@@ -1,0 +1,111 @@
+"""Pictures as arrays and tensors: checked, and brought to planes (3, H, W), uint8 or float32 in [0, 1]."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brixel.errors import ImageError
+from brixel.images.patch_grid import MAX_PIXELS
+
+_ARRAY_DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
+_TENSOR_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def from_array(array: np.ndarray[Any, Any]) -> Tensor:
+    """An array (H, W, 3) or (H, W), uint8, uint16 or floats in [0, 1], as planes of its own; else ImageError."""
+    name = f"array of shape {array.shape} and dtype {array.dtype}"
+    native = array.dtype.newbyteorder("=")
+    if native not in _ARRAY_DTYPES:
+        raise ImageError(
+            f"{name}: expected uint8, uint16 or floats in [0, 1]; integers 0..255: array.astype('uint8'), "
+            "a mask: array.astype('float32')"
+        )
+    if array.ndim != 2 and array.shape[2:] != (3,):
+        raise ImageError(f"{name}: expected (H, W, 3) or (H, W){_array_hint(array.shape)}")
+    check_size(array.shape[:2], name)
+    if native == np.uint8:
+        return to_planes(array)
+    if native == np.uint16:
+        return to_planes(array.astype(np.float32)).div_(65535)
+    return check_range(to_planes(array), name)
+
+
+def from_tensor(tensor: Tensor) -> Tensor:
+    """A tensor (3, H, W), uint8 or floats in [0, 1], as planes on the CPU, not copied if it fits; else ImageError."""
+    name = f"tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+    if tensor.dtype not in _TENSOR_DTYPES:
+        raise ImageError(
+            f"{name}: expected uint8 or floats in [0, 1]; integers 0..255: tensor.to(torch.uint8), "
+            "16 bits: tensor / 65535"
+        )
+    if tensor.ndim != 3 or tensor.shape[0] != 3:
+        raise ImageError(f"{name}: expected (3, H, W){_tensor_hint(tuple(tensor.shape))}")
+    check_size(tuple(tensor.shape[1:]), name)
+    tensor = tensor.detach().cpu()
+    return tensor if tensor.dtype == torch.uint8 else check_range(tensor, name)
+
+
+def to_planes(array: np.ndarray[Any, Any]) -> Tensor:
+    """(H, W, 3) or (H, W) as a tensor (3, H, W) that shares no memory with it."""
+    planes = np.broadcast_to(array, (3, *array.shape)) if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.from_numpy(np.array(planes, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+def _array_hint(shape: tuple[int, ...]) -> str:
+    match shape:
+        case (_, _, _, _):
+            return "; of a batch give one picture at a time: array[0]"
+        case (_, _, 4):
+            return "; drop alpha: array[..., :3], or lay it over white: PIL.Image.fromarray(array)"
+        case (_, _, 1):
+            return "; for a grey picture: array[..., 0]"
+        case (1 | 3 | 4, _, _):
+            return "; channels come last: array.transpose(1, 2, 0)"
+    return ""
+
+
+def _tensor_hint(shape: tuple[int, ...]) -> str:
+    match shape:
+        case (_, _, _, _):
+            return "; of a batch give one picture at a time: tensor[0]"
+        case (4, _, _):
+            return "; drop alpha: tensor[:3]"
+        case (_, _) | (1, _, _):
+            return "; for a grey picture: tensor.expand(3, -1, -1)"
+        case (_, _, 1 | 3 | 4):
+            return "; channels come first: tensor.permute(2, 0, 1)"
+    return ""
+
+
+def check_size(image_hw: tuple[int, ...], name: str) -> None:
+    """Raise ImageError for a picture that is empty or too large to be read."""
+    height_px, width_px = image_hw
+    if height_px == 0 or width_px == 0:
+        raise ImageError(f"{name}: is empty, {height_px}x{width_px} pixels; give one with at least one pixel")
+    if height_px * width_px > MAX_PIXELS:
+        raise ImageError(
+            f"{name}: has {height_px}x{width_px} pixels (height x width), and the limit is {MAX_PIXELS:,}; "
+            "make it smaller, or cut it into pieces"
+        )
+
+
+def check_range(tensor: Tensor, name: str) -> Tensor:
+    """Floats of any width as float32, or an error where they leave [0, 1]."""
+    tensor = tensor.to(torch.float32)
+    low, high = (float(value) for value in tensor.aminmax())
+    if not (low >= 0 and high <= 1):
+        hint = _range_hint(low, high)
+        raise ImageError(f"{name}: values go from {low:g} to {high:g}; floats must lie in [0, 1]: {hint}")
+    return tensor
+
+
+def _range_hint(low: float, high: float) -> str:
+    if not np.isfinite([low, high]).all():
+        return "replace NaN and infinite values"
+    if low >= -0.5 and high <= 1.5:
+        return "if it is rounding or ringing, .clip(0, 1)"
+    if low >= 0:
+        return "divide by 255" if high <= 255 else "divide by the largest value there can be"
+    return "give the picture as it was before normalisation"

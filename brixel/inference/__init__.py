@@ -1,0 +1,1 @@
+"""Images in, feature maps out."""

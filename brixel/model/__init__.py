@@ -1,0 +1,1 @@
+"""The trained part and the student: adapter, head, losses, and their configuration."""

@@ -1,0 +1,36 @@
+"""What a model's config and card tell of its training: settings and figures, as texts for people."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import torch
+
+from brixel.model.upsampler import UPSCALE
+from brixel.train.config import TrainConfig
+from brixel.utils.devices import machine
+
+
+def training_facts(
+    config: TrainConfig,
+    *,
+    pictures: int,
+    held_out: int,
+    teacher_px: int,
+    processes: int,
+    figures: Mapping[str, float],
+    device: torch.device,
+) -> dict[str, str]:
+    """A line for each thing; ``figures`` as a validation writes them, with "step". Names of folders are not told."""
+    batch = config.batch_size * config.accumulate * processes
+    pixels = f"{teacher_px} px for the teacher, {teacher_px // UPSCALE} px for the student"
+    facts = {
+        "pictures": f"{pictures}{f', {config.about}' if config.about else ''}; crops of {pixels}",
+        "steps": f"{figures['step']:.0f} of {config.steps}, {batch} crops each; {config.optimizer}, rate {config.lr:g}",
+        "loss": f"{config.l1:g} L1 + {config.edge:g} edge + {config.spectral:g} spectral",
+    }
+    if "cosine" in figures:
+        title = f"on {held_out} held-out crops"
+        for name, text in (("cosine", "cosine to the teacher"), ("l1", "L1 to the teacher")):
+            plain = ", ".join(f"{mode} {figures[f'{mode}_{name}']:.4f}" for mode in ("bilinear", "bicubic"))
+            facts[f"{text}, {title}"] = f"{figures[name]:.4f}; {plain}"
+    return facts | {"made with": f"brixel {version('brixel')}; {machine(device)}"}

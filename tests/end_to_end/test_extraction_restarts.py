@@ -1,0 +1,172 @@
+"""Runs taken up again after what users do to folders, and pictures that one run cannot take."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder
+from brixel.errors import MemoryLimitError
+from brixel.extraction import extract_files
+from brixel.extraction import manifest as manifest_module
+from brixel.extraction.distributed import Share
+from brixel.extraction.manifest import Manifest, current
+from brixel.extraction.map_folder import verify
+from brixel.extraction.pending_images import finished_elsewhere
+from brixel.images.find_images import find_pictures
+from brixel.inference.memory.limited_forward import BoundedRun
+
+
+@pytest.fixture(scope="module")
+def model(backbone_folder):
+    return BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """0.png to 3.png, of 28 x 28 px and different colours."""
+    (tmp_path / "in").mkdir()
+    for index in range(4):
+        Image.new("RGB", (28, 28), (60 * index, 90, 200)).save(tmp_path / "in" / f"{index}.png")
+    return tmp_path / "in"
+
+
+def extract(model, folder, out, **options):
+    return extract_files(model, find_pictures([folder]), out, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"shard_bytes": 1}])
+def test_a_picture_that_was_put_back_is_done_again(model, folder, tmp_path, caplog, options):
+    out, first = tmp_path / "out", tmp_path / "first.png"
+    extract(model, folder, out, **options)
+    before = MapFolder(out)["0.png"].features
+    shutil.copy2(folder / "0.png", first)
+    Image.new("RGB", (28, 56), "white").save(folder / "0.png")
+    assert extract(model, folder, out, **options).written == 1
+    assert "1 pictures are others than those whose maps are in" in caplog.text
+    shutil.copy2(first, folder / "0.png")  # with its old time of change
+    assert extract(model, folder, out, **options).written == 1
+    assert MapFolder(out)["0.png"].features.equal(before)
+    assert extract(model, folder, out, **options).skipped == 4
+    assert verify(out) == []
+
+
+def test_a_lost_shard_is_nobodys_once_its_maps_were_made_anew(model, folder, tmp_path):
+    out = tmp_path / "out"
+    extract(model, folder, out, shard_bytes=1)
+    (out / "maps-0-00001.safetensors").unlink()
+    assert [line.endswith("cannot be read (No such file or directory)") for line in verify(out)] == [True]
+    extract(model, folder, out, shard_bytes=1)
+    assert verify(out) == []
+
+
+def test_killed_between_the_first_map_and_its_note_a_run_goes_on(model, folder, tmp_path):
+    out = tmp_path / "out"
+    extract(model, folder, out)
+    path = out / "manifest-0.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    assert extract(model, folder, out).written == 4
+
+
+def test_what_is_in_the_way_of_a_first_run_is_so_at_the_second_try(model, folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "0.png.safetensors").write_bytes(b"mine")
+    for _ in range(2):
+        with pytest.raises(BrixelError, match=r"0\.png\.safetensors exists and is in no manifest"):
+            extract(model, folder, out)
+    assert (out / "0.png.safetensors").read_bytes() == b"mine"
+
+
+def test_a_name_that_cannot_be_written_costs_no_other_map(model, folder, tmp_path):
+    long = folder / f"{'x' * 248}.png"
+    shutil.copy(folder / "0.png", long)
+    report = extract(model, folder, tmp_path / "out")
+    assert (report.written, [path for path, _ in report.failures]) == (4, [long])
+    assert "is longer than 255 bytes" in str(report.failures[0][1])
+    assert extract(model, folder, tmp_path / "shards", shard_bytes=1).written == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
+def test_a_name_that_is_no_text_goes_into_a_file_and_into_no_shard(model, folder, tmp_path):
+    shutil.copy(folder / "0.png", os.path.join(os.fsencode(folder), b"0\xff.png"))
+    assert extract(model, folder, tmp_path / "out").written == 5
+    report = extract(model, folder, tmp_path / "shards", shard_bytes=1)
+    assert (report.written, len(report.failures)) == (4, 1)
+    assert "is no UTF-8" in str(report.failures[0][1])
+
+
+def test_maps_too_large_for_memory_are_made_in_their_files(model, folder, tmp_path, monkeypatch):
+    Image.new("RGB", (84, 56), "red").save(folder / "1.png")
+    expected = model.extract(folder / "1.png", short_side_px="native")
+    check = BoundedRun.check
+
+    def stingy(run, image_hw, **options):
+        if image_hw == (56, 84) and not options.get("to_file"):
+            raise MemoryLimitError("too large")
+        check(run, image_hw, **options)
+
+    monkeypatch.setattr(BoundedRun, "check", stingy)
+    report = extract(model, folder, tmp_path / "out", ending=".npy", short_side_px="native")
+    assert (report.written, report.failures) == (4, [])
+    made = FeatureMap.load(tmp_path / "out" / "1.png.npy")
+    assert (made.image_hw, made.stride) == (expected.image_hw, expected.stride)
+    assert made.features.equal(expected.features)
+    assert verify(tmp_path / "out") == []
+    for options in ({}, {"shard_bytes": 1}):  # these are written at once
+        report = extract(model, folder, tmp_path / f"other{len(options)}", short_side_px="native", **options)
+        assert [path.name for path, _ in report.failures] == ["1.png"]
+
+
+def test_shards_are_smaller_where_the_limit_is(model, folder, tmp_path):
+    limit = 8 * model.plan((28, 28)).peak_bytes
+    cells = model.extract(folder / "0.png").features.nbytes
+    for index in range(4):  # two of their maps fit into a quarter of the limit
+        Image.new("RGB", (28, 28 * (limit // 10 // cells)), "red").save(folder / f"{index}.png")
+    for name, options, shards in (("whole", {}, 1), ("small", {"memory_limit": limit}, 2)):
+        report = extract(model, folder, tmp_path / name, shard_bytes=10**9, **options)
+        assert (report.written, report.failures) == (4, [])
+        assert len(list((tmp_path / name).glob("*.safetensors"))) == shards
+
+
+def test_other_processes_work_counts_in_the_bar(model, folder, tmp_path, monkeypatch):
+    pictures, out = find_pictures([folder]), tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    written = extract_files(model, pictures, out).written
+    share = Share(0, 2)
+    with Manifest(out, {}, Share(0, 1), overwrite=True) as manifest:
+        manifest.written = manifest_module.read_manifests(out)
+        assert finished_elsewhere(pictures, manifest, share) == written == len(current(manifest.written))
+
+
+def test_a_file_system_without_locks_is_warned_of(model, folder, tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(handle, operation):
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert extract(model, folder, tmp_path / "out").written == 4
+    assert "has no locks: mind that no other run writes there" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_corrupt_picture_does_not_stop_the_other_processes(model, folder, tmp_path):
+    """With `torchrun` itself."""
+    for index in range(4, 24):
+        shutil.copy(folder / "0.png", folder / f"{index}.png")
+    (folder / "junk.png").write_bytes(b"no picture")
+    model.save_pretrained(tmp_path / "model", include_backbone=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "brixel"]
+    arguments = ["extract", folder, "-o", tmp_path / "out", "--model", tmp_path / "model", "--device", "cpu"]
+    for _ in range(2):
+        done = subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        assert "skipped: " in done.stderr
+    assert "process 1 of 2: 0 written" in done.stdout
+    assert len(MapFolder(tmp_path / "out")) == 24

@@ -1,0 +1,136 @@
+import threading
+import time
+
+import pytest
+
+from brixel.extraction.background_writer import Behind
+from brixel.inference.prefetch import ahead
+
+
+def threads():
+    return {each for each in threading.enumerate() if each.name.startswith("brixel")}
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_order_whatever_ends_first(workers):
+    def slow_at_first(number):
+        time.sleep(0.02 if number == 0 else 0)
+        return 10 * number
+
+    assert list(ahead(slow_at_first, range(9), workers=workers)) == list(range(0, 90, 10))
+    assert threads() == set()
+
+
+def test_items_are_taken_only_so_far_ahead_and_by_the_taker():
+    taken = []
+
+    def items():
+        for number in range(20):
+            taken.append((number, threading.current_thread()))
+            yield number
+
+    results = ahead(str, items(), workers=2, depth=3)
+    assert taken == []
+    assert next(results) == "0"
+    assert [number for number, _ in taken] == [0, 1, 2]
+    assert next(results) == "1"
+    assert [number for number, _ in taken] == [0, 1, 2, 3]
+    assert {thread for _, thread in taken} == {threading.current_thread()}
+    results.close()
+    assert threads() == set()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_function_raises_comes_at_its_place(workers):
+    def fail(number):
+        if number == 3:
+            raise KeyError("three")
+        return number
+
+    results = ahead(fail, range(9), workers=workers)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="three"):
+        next(results)
+    assert threads() == set()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_items_raise_comes_after_the_results_before_it(workers):
+    def items():
+        yield from range(3)
+        raise KeyError("items")
+
+    results = ahead(str, items(), workers=workers)
+    assert [next(results) for _ in range(3)] == ["0", "1", "2"]
+    with pytest.raises(KeyError, match="items"):
+        next(results)
+
+
+def test_things_are_done_behind_in_order_and_all_of_them():
+    done = []
+    with Behind(done.append, depth=2) as behind:
+        for number in range(9):
+            behind.do(lambda number=number: time.sleep(0.002) or number)
+            assert len(done) >= number - 2
+    assert done == list(range(9))
+    assert threads() == set()
+
+
+def test_an_error_behind_is_raised_and_ends_it():
+    done, began = [], []
+
+    def work(number):
+        began.append(number)
+        if number == 2:
+            raise OSError("full")
+        return number
+
+    with pytest.raises(OSError, match="full"), Behind(done.append, depth=1) as behind:
+        for number in range(9):
+            behind.do(lambda number=number: work(number))
+    assert done == [0, 1]
+    assert 8 not in began
+    assert threads() == set()
+
+
+def test_an_error_in_the_block_lets_what_was_given_be_done():
+    done = []
+    with pytest.raises(KeyError), Behind(done.append, depth=5) as behind:
+        for number in range(4):
+            behind.do(lambda number=number: number)
+        raise KeyError("elsewhere")
+    assert done == [0, 1, 2, 3]
+
+
+def test_what_may_change_is_done_when_it_is_taken():
+    here = threading.get_ident()
+    where = ahead(lambda _: threading.get_ident(), range(6), workers=2, at_once=lambda number: number % 2 == 0)
+    assert [each == here for each in where] == [True, False] * 3
+
+
+@pytest.mark.parametrize(("room", "most"), [(0, 1), (10, 1), (39, 3), (10**9, 6)])
+def test_no_more_bytes_are_made_ahead_than_there_is_room_for(room, most):
+    begun = []
+
+    def items():
+        for number in range(12):
+            begun.append(number)
+            yield number
+
+    ahead_of_taker = []
+    for taken, _ in enumerate(ahead(str, items(), workers=2, depth=6, size=lambda made: 13, room=lambda: room)):
+        ahead_of_taker.append(len(begun) - taken)
+    assert ahead_of_taker[0] == 1  # nothing is known of sizes yet
+    assert max(ahead_of_taker) == most
+
+
+def test_a_result_without_a_size_does_not_open_the_room():
+    begun, sizes = [], [0, 0, 13, 13, 13, 13]
+
+    def items():
+        for size in sizes:
+            begun.append(size)
+            yield size
+
+    made = ahead(int, items(), workers=2, depth=6, size=int, room=lambda: 26)
+    assert [len(begun) - taken for taken, _ in enumerate(made)] == [1, 1, 1, 2, 2, 1]

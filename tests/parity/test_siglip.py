@@ -1,0 +1,384 @@
+"""SigLIP and SigLIP 2 against the models of transformers: tiny, all parameters random, saved by them and read by us."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+    Siglip2Config,
+    Siglip2Model,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from brixel import BrixelFeatures
+from brixel.backbones.vit import ViT
+from brixel.backbones.vit_config import ViTConfig
+from brixel.checkpoints import weight_files as checkpoints
+from brixel.checkpoints.backbone_key_maps import VOCABULARY, needed
+from brixel.checkpoints.fingerprint import fingerprint
+from brixel.checkpoints.load_backbone import load_backbone
+from brixel.checkpoints.weight_files import read_tensors
+from brixel.errors import BrixelError, CheckpointError
+
+DEPTH = 4
+GRIDS = [(4, 4), (5, 5), (3, 7), (2, 8), (1, 1)]  # 4 x 4 is native, 2 x 8 has as many patches
+TOWER: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 2,
+}
+FIXED = {**TOWER, "image_size": 61, "patch_size": 14}  # 61 px are four patches and a rest, as 384 px are 27
+NAFLEX = {**TOWER, "num_patches": 16, "patch_size": 8}
+TEXT = {**TOWER, "num_hidden_layers": 2, "vocab_size": 50_000, "max_position_embeddings": 8}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "siglip-vision": lambda: SiglipVisionModel(SiglipVisionConfig(**FIXED)),
+    "siglip-without-head": lambda: SiglipVisionModel(SiglipVisionConfig(**FIXED, vision_use_head=False)),
+    "siglip": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=FIXED)),
+    "naflex-vision": lambda: Siglip2VisionModel(Siglip2VisionConfig(**NAFLEX)),
+    "naflex": lambda: Siglip2Model(Siglip2Config(text_config=TEXT, vision_config=NAFLEX)),
+}
+BOTH_TOWERS = ("siglip", "naflex")
+Reference = tuple[PreTrainedModel, Path]
+
+
+@torch.no_grad()
+def randomise(model: PreTrainedModel) -> None:
+    """Every parameter away from its first value, such that each is felt in the output."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.copy_(1 + 0.2 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.3 * noise)
+        elif "position" in name:
+            parameter.copy_(0.5 * noise)
+        else:
+            parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+
+
+def pictures(patch_px: int, grid_hw: tuple[int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, grid_hw[0] * patch_px, grid_hw[1] * patch_px, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    made = {}
+    for name, build in MODELS.items():
+        model = build().eval()
+        randomise(model)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        made[name] = (model, folder)
+    return made
+
+
+def flattened(pixels: Tensor, patch_px: int) -> Tensor:
+    """Pictures (B, 3, H, W) as NaFlex takes them: (B, h*w, p*p*3), a patch in the order y, x, colour."""
+    patches = pixels.unflatten(3, (-1, patch_px)).unflatten(2, (-1, patch_px))  # B 3 h p w p
+    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+@torch.no_grad()
+def reference_maps(model: PreTrainedModel, pixels: Tensor, grid_hw: tuple[int, int]) -> list[Tensor]:
+    """Patch tokens of every block, each through the final norm, (B, D, h, w); the last is the model's own output."""
+    tower = getattr(model, "vision_model", model)
+    if isinstance(tower, Siglip2VisionModel):
+        patches = flattened(pixels, NAFLEX["patch_size"])
+        mask, shape = torch.ones(patches.shape[:2], dtype=torch.long), torch.tensor([grid_hw] * len(pixels))
+        out = tower(patches, pixel_attention_mask=mask, spatial_shapes=shape, output_hidden_states=True)
+    else:
+        out = tower(pixels, interpolate_pos_encoding=True, output_hidden_states=True)
+    assert len(out.hidden_states) == DEPTH + 1
+    maps = [*(tower.post_layernorm(each) for each in out.hidden_states[1:-1]), out.last_hidden_state]
+    return [each.transpose(1, 2).unflatten(2, grid_hw) for each in maps]
+
+
+# ---- the same numbers ----
+
+
+@pytest.mark.parametrize("grid_hw", GRIDS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_block_as_transformers_computes_it(
+    name: str, grid_hw: tuple[int, int], references: dict[str, Reference]
+) -> None:
+    model, folder = references[name]
+    vit = load_backbone(folder).vit
+    pixels = pictures(vit.patch_px, grid_hw)
+    expected = reference_maps(model, pixels, grid_hw)
+    found = vit.block_maps(pixels, range(DEPTH))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == (2, vit.width, *grid_hw)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert (expected[0] - expected[-1]).abs().mean() > 0.1  # the blocks do differ
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("siglip", {"gelu": "exact"}),
+        ("siglip", {"position_antialias": True}),
+        ("naflex", {"position_antialias": False}),
+        ("naflex", {"position_mode": "bicubic"}),
+    ],
+)
+def test_each_setting_is_felt(name: str, wrong: dict[str, Any], references: dict[str, Reference]) -> None:
+    model, folder = references[name]
+    vit = load_backbone(folder, fields=wrong).vit
+    pixels = pictures(vit.patch_px, (3, 3))
+    found = vit.block_maps(pixels, [DEPTH - 1])[0]
+    assert (found - reference_maps(model, pixels, (3, 3))[-1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_but_the_heads_is_ours(name: str, references: dict[str, Reference]) -> None:
+    model, folder = references[name]
+    tower = getattr(model, "vision_model", model)
+    vit = load_backbone(folder).vit
+    theirs = sum(each.numel() for key, each in tower.named_parameters() if not key.startswith("head."))
+    assert sum(each.numel() for each in vit.parameters()) == theirs
+    assert not any(each.requires_grad for each in vit.parameters())
+
+
+@pytest.mark.parametrize("name", ["siglip", "naflex-vision"])
+def test_configurations_are_read(name: str, references: dict[str, Reference]) -> None:
+    naflex = name.startswith("naflex")
+    loaded = load_backbone(references[name][1])
+    assert loaded.architecture is None
+    assert loaded.vit.config == ViTConfig(
+        width=64,
+        depth=DEPTH,
+        heads=2,
+        patch_px=8 if naflex else 14,
+        ffn="mlp",
+        ffn_width=96,
+        positions="learned",
+        norm_eps=1e-6,
+        native_grid=4,
+        position_antialias=naflex,
+        position_mode="bilinear" if naflex else "bicubic",
+        class_token=False,
+        layer_scale=False,
+        gelu="tanh",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+
+
+def test_another_activation_is_refused(tmp_path: Path) -> None:
+    SiglipVisionModel(SiglipVisionConfig(**FIXED, hidden_act="gelu")).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="hidden_act is 'gelu'"):
+        load_backbone(tmp_path)
+
+
+# ---- other files of the same weights ----
+
+
+def with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    bare = {key.removeprefix("vision_model."): tensor for key, tensor in state.items()}
+    return {f"{prefix}{key}": tensor for key, tensor in bare.items()}
+
+
+def in_timms_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A fixed tower's tensors under timm's names, by hand."""
+    outer = {"post_layernorm": "norm", "embeddings.patch_embedding": "patch_embed.proj"}
+    inner = {"layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.out_proj": "attn.proj"}
+    inner |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    names = outer | {
+        f"encoder.layers.{i}.{theirs}": f"blocks.{i}.{timm}" for i in range(DEPTH) for theirs, timm in inner.items()
+    }
+    made = {
+        f"{timm}.{part}": state[f"{theirs}.{part}"] for theirs, timm in names.items() for part in ("weight", "bias")
+    }
+    for i in range(DEPTH):
+        for part in ("weight", "bias"):
+            parts = [state[f"encoder.layers.{i}.self_attn.{each}_proj.{part}"] for each in "qkv"]
+            made[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(parts)
+    made["pos_embed"] = state["embeddings.position_embedding.weight"][None]
+    made["attn_pool.latent"] = state["head.probe"]
+    made["attn_pool.kv.weight"] = state["head.attention.in_proj_weight"][64:]
+    return {key: tensor.clone() for key, tensor in made.items()}
+
+
+def assert_same(vit: ViT, other: ViT) -> None:
+    torch.testing.assert_close(dict(vit.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model.", "module.vision_model."])
+@pytest.mark.parametrize("name", ["siglip-vision", "naflex-vision"])
+def test_prefixes(name: str, prefix: str, references: dict[str, Reference], tmp_path: Path) -> None:
+    folder = references[name][1]
+    reference = load_backbone(folder).vit
+    state = with_prefix(load_file(folder / "model.safetensors"), prefix)
+    torch.save(state, tmp_path / "weights.pth")
+    assert_same(load_backbone(tmp_path / "weights.pth", architecture=reference.config).vit, reference)
+
+
+def test_timms_layout_by_renaming(references: dict[str, Reference], tmp_path: Path) -> None:
+    folder = references["siglip-vision"][1]
+    reference = load_backbone(folder).vit
+    state = in_timms_layout(with_prefix(load_file(folder / "model.safetensors"), ""))
+    save_file(state, tmp_path / "model.safetensors")
+    assert_same(load_backbone(tmp_path, architecture=reference.config).vit, reference)
+
+
+@pytest.mark.parametrize("name", BOTH_TOWERS)
+def test_shards_hold_the_same_weights(name: str, references: dict[str, Reference], tmp_path: Path) -> None:
+    model, folder = references[name]
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert_same(load_backbone(tmp_path).vit, load_backbone(folder).vit)
+
+
+# ---- what is left in the file ----
+
+
+@pytest.mark.parametrize("name", BOTH_TOWERS)
+def test_text_tower_and_pooling_head_are_not_read(
+    name: str, references: dict[str, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = references[name][1]
+    asked: list[str] = []
+
+    class Recording:
+        """A file that notes whose numbers it was asked for."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            self.file = safetensors.safe_open(*arguments, **options)
+
+        def __enter__(self) -> "Recording":
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return self.file.keys()
+
+        def get_slice(self, key: str) -> Any:
+            return self.file.get_slice(key)
+
+        def get_tensor(self, key: str) -> Tensor:
+            asked.append(key)
+            return self.file.get_tensor(key)
+
+    monkeypatch.setattr(checkpoints, "safe_open", Recording)
+    load_backbone(folder)
+    everything = set(load_file(folder / "model.safetensors"))
+    left = everything - set(asked)
+    assert left == {key for key in everything if not key.startswith("vision_model.") or ".head." in key}
+    assert any(key.startswith("text_model.") for key in left)
+
+
+@pytest.mark.parametrize("container", ["safetensors", "pth"])
+def test_what_is_left_has_a_shape_and_no_numbers(
+    container: str, references: dict[str, Reference], tmp_path: Path
+) -> None:
+    path, state = references["naflex"][1] / "model.safetensors", {}
+    if container == "pth":
+        state, path = load_file(path), tmp_path / "weights.pth"
+        torch.save(state, path)
+    found = read_tensors(path, needed)
+    assert found[VOCABULARY].is_meta
+    assert found[VOCABULARY].shape == (50_000, 64)
+    assert {key for key in found if found[key].is_meta} == {key for key in found if not needed(key)}
+    assert not any(each.is_meta for each in read_tensors(path).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("siglip", "vision_model.embeddings.class_token"),
+        ("siglip", "vision_model.head.invented"),
+        ("siglip", "logit_offset"),
+        ("naflex-vision", "encoder.layers.1.layer_scale1"),
+    ],
+)
+def test_an_unknown_key_is_refused(name: str, key: str, references: dict[str, Reference], tmp_path: Path) -> None:
+    folder = references[name][1]
+    state = load_file(folder / "model.safetensors") | {key: torch.ones(3)}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=f": 1 not known: {key.removeprefix('vision_model.')}$"):
+        load_backbone(tmp_path)
+
+
+def test_a_missing_key_is_named(references: dict[str, Reference], tmp_path: Path) -> None:
+    folder = references["siglip"][1]
+    state = load_file(folder / "model.safetensors")
+    del state["vision_model.post_layernorm.bias"]
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r": 1 missing: post_layernorm.bias$"):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(64, 3 * 8 * 8 + 3), (64, 191), (65, 192)])
+def test_a_patch_embedding_of_another_shape(
+    shape: tuple[int, int], references: dict[str, Reference], tmp_path: Path
+) -> None:
+    folder = references["naflex-vision"][1]
+    state = load_file(folder / "model.safetensors") | {"embeddings.patch_embedding.weight": torch.ones(shape)}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="1 of another shape: embeddings.patch_embedding.weight"):
+        load_backbone(tmp_path)
+
+
+def test_clip_is_not_taken_for_it(references: dict[str, Reference], tmp_path: Path) -> None:
+    state = load_file(references["siglip"][1] / "model.safetensors")
+    save_file(state | {"vision_model.embeddings.class_embedding": torch.ones(64)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="no layout that we know"):
+        load_backbone(tmp_path)
+
+
+def test_an_offset_goes_with_the_plain_bicubic_rule_alone(references: dict[str, Reference]) -> None:
+    with pytest.raises(BrixelError, match="position_scale_offset goes with position_mode='bicubic' and"):
+        load_backbone(references["naflex"][1], fields={"position_antialias": False, "position_scale_offset": 0.1})
+
+
+# ---- the whole model ----
+
+
+@pytest.mark.parametrize(("name", "include_backbone"), [("siglip", True), ("naflex", False)])
+def test_a_student_on_it_runs_and_comes_back(
+    name: str, include_backbone: bool, references: dict[str, Reference], picture: Path, tmp_path: Path
+) -> None:
+    model = BrixelFeatures.from_backbone(references[name][1], device="cpu")
+    assert model.config.adapter.blocks == (0, 1, 2, 3)
+    assert (model.device.type, model.dtype) == ("cpu", torch.float32)
+    assert len(fingerprint(model.backbone)) == 2 * (2 + DEPTH)
+    model.save_pretrained(tmp_path, include_backbone=include_backbone)
+    found = BrixelFeatures.from_pretrained(tmp_path, device="cpu")
+    assert found.config == model.config
+    assert found.config.backbone.vit.mean == (0.5, 0.5, 0.5)
+    ours, theirs = model.extract(picture), found.extract(picture)
+    assert ours.features.shape[0] == 64
+    assert ours.features.isfinite().all()
+    assert torch.equal(ours.features, theirs.features)
+
+
+def test_a_configuration_written_before_these_fields_is_read(backbone_folder: Path, tmp_path: Path) -> None:
+    model = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for name in ("class_token", "layer_scale", "gelu", "position_mode"):
+        del content["backbone"]["vit"][name]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert BrixelFeatures.from_pretrained(tmp_path, device="cpu").config == model.config

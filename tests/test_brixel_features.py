@@ -1,0 +1,402 @@
+"""The public class, on a tiny backbone that transformers wrote."""
+
+import copy
+import json
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from brixel import BrixelError, BrixelFeatures, CheckpointError, FeatureMap, ImageError
+from brixel.checkpoints.model_folder import read_config
+
+
+@pytest.fixture(scope="module")
+def untrained(backbone_folder):
+    return BrixelFeatures.from_backbone(backbone_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def model(backbone_folder):
+    """As if trained: the last layer is not zero, running statistics are not those of the start."""
+    made = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
+    torch.manual_seed(1)
+    torch.nn.init.normal_(made.head.out.weight, std=0.1)
+    for module in made.adapter.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return made
+
+
+def test_facts(untrained):
+    assert (untrained.embed_dim, untrained.patch_px, untrained.stride_px) == (64, 14, 3.5)
+    assert (untrained.dtype, untrained.device) == (torch.float32, torch.device("cpu"))
+    assert untrained.config.adapter.blocks == (0, 1, 2, 3)
+    assert untrained.config.adapter.short_side_px == 16 * 14
+    assert untrained.config.backbone.vit.native_grid == 4
+    assert not untrained.training
+
+
+def test_an_untrained_model_is_the_backbone_upsampled(untrained):
+    pixels = torch.randn(2, 3, 42, 70)
+    with torch.no_grad():
+        expected = F.interpolate(untrained.backbone_features(pixels), size=(12, 20), mode="bilinear")
+        assert torch.equal(untrained(pixels), expected)
+
+
+def test_extract_gives_the_map_of_the_prepared_picture(model, picture):
+    """Size for size and value for value what a user gets who prepares the picture by hand, where nothing is padded."""
+    image = Image.open(picture).crop((0, 0, 70, 42))
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(each)[:, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = model((planes - mean) / std)[0]
+    feature_map = model.extract(image, short_side_px="native")
+    torch.testing.assert_close(feature_map.features, expected)
+    assert (feature_map.image_hw, feature_map.stride) == ((42, 70), (3.5, 3.5))
+    assert feature_map.features.is_contiguous()
+
+
+def test_padding_is_cut_off(model, picture):
+    """60 x 90 at its own size: 5 x 7 patches of 14 hold it; 18 x 26 of the cells of 3.5 px cover it."""
+    feature_map = model.extract(picture, short_side_px="native")
+    assert feature_map.grid_hw == (18, 26)
+    assert model.extract_backbone(picture, short_side_px="native").grid_hw == (5, 7)
+    image = np.asarray(Image.open(picture))
+    padded = np.pad(image, ((0, 10), (0, 8), (0, 0)), mode="edge")
+    whole = model.extract(padded, short_side_px="native")
+    torch.testing.assert_close(feature_map.features, whole.features[:, :18, :26])
+
+
+@pytest.mark.parametrize("hw", [(60, 90), (90, 60), (1, 1), (7, 300)])
+def test_the_short_side_comes_to_the_trained_size(model, hw):
+    feature_map = model.extract(np.full((*hw, 3), 200, np.uint8), short_side_px=28)
+    assert min(feature_map.grid_hw) == 8
+    assert feature_map.image_hw == hw
+    assert feature_map.meta == {
+        "backbone": "ViT of width 64, depth 4, patch 14",
+        "resized_hw": "x".join(str(round(side * 28 / min(hw))) for side in hw),
+        "dtype": "float32",
+    }
+
+
+def test_the_default_size_is_the_adapter_s(model, picture):
+    assert min(model.extract(picture).grid_hw) == 16 * 4
+
+
+def test_stream_keeps_order_over_sizes_and_batches(model, picture):
+    image = np.asarray(Image.open(picture))
+    images = [image, image[::-1], image[:40], image[:, ::-1], picture]
+    one_by_one = [model.extract(each, short_side_px=28) for each in images]
+    for batch_size in (1, 2, 8):
+        streamed = list(model.stream(images, batch_size=batch_size, short_side_px=28))
+        for ours, expected in zip(streamed, one_by_one, strict=True):
+            assert ours.image_hw == expected.image_hw
+            torch.testing.assert_close(ours.features, expected.features, rtol=1e-5, atol=1e-5)
+
+
+def test_stream_is_lazy(model, picture):
+    def images():
+        yield picture
+        raise AssertionError("read too far")
+
+    stream = model.stream(images(), short_side_px=28)
+    with pytest.raises(AssertionError, match="too far"):
+        assert isinstance(next(stream), FeatureMap)
+        next(stream)
+
+
+def test_extract_is_in_evaluation_mode_and_leaves_the_mode_alone(model, picture):
+    expected = model.extract(picture, short_side_px=28)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    try:
+        ours = model.extract(picture, short_side_px=28)
+        assert model.training
+        assert model.adapter.training
+    finally:
+        model.eval()
+    assert torch.equal(ours.features, expected.features)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_parts_keep_their_own_modes(model, picture):
+    model.train()
+    model.adapter.prior.eval()  # as one who freezes batch norm
+    modes = {name: part.training for name, part in model.named_modules()}
+    try:
+        model.extract(picture, short_side_px=28)
+        assert {name: part.training for name, part in model.named_modules()} == modes
+    finally:
+        model.eval()
+
+
+def test_threads_may_extract_while_the_model_is_in_training_mode(model, picture):
+    expected = model.extract(picture, short_side_px=28).features
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            maps = list(pool.map(lambda _: model.extract(picture, short_side_px=28).features, range(24)))
+    finally:
+        assert model.training
+        model.eval()
+    for each in maps:  # threads of a pool split sums in other ways
+        torch.testing.assert_close(each, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_pixels_of_another_dtype_say_what_to_do(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with pytest.raises(BrixelError, match=r"float32 on cpu, the model is torch\.bfloat16 .*pixels\.to\(model\.device"):
+        half(torch.zeros(1, 3, 28, 28))
+    for wrong, message in (
+        (torch.zeros(1, 3, 28, 28, dtype=torch.uint8), "uint8"),
+        (np.zeros((1, 3, 28, 28)), "ndarray"),
+        (None, "NoneType"),
+        (torch.zeros(0, 3, 28, 28), "at least one picture"),
+        (torch.zeros(3, 28, 28), r"expected \(B, 3, H, W\)"),
+    ):
+        with pytest.raises(BrixelError, match=message):
+            model(wrong)
+
+
+def test_the_backbone_stays_frozen(model):
+    made = copy.deepcopy(model).requires_grad_(True)
+    assert not any(each.requires_grad for each in made.backbone.parameters())
+    assert all(each.requires_grad for each in made.head.parameters())
+
+
+def test_models_can_be_copied_and_pickled(model, picture):
+    expected = model.extract(picture, short_side_px=28).features
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert made.config == model.config
+        assert torch.equal(made.extract(picture, short_side_px=28).features, expected)
+
+
+def test_bad_pictures_and_settings_say_so(model, picture, tmp_path):
+    (tmp_path / "notes.jpg").write_text("no picture")
+    with pytest.raises(ImageError, match=r"notes\.jpg"):
+        model.extract(tmp_path / "notes.jpg")
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
+        model.extract(tmp_path / "missing.png")
+    with pytest.raises(BrixelError, match="short_side_px"):
+        model.extract(picture, short_side_px="big")
+    for wrong in (0, -1, 1.5, True):
+        with pytest.raises(BrixelError, match="batch_size"):
+            model.stream([picture], batch_size=wrong)
+    with pytest.raises(BrixelError, match=r"shape \(1, 3, 30, 28\).*positive multiples of the patch, 14 px"):
+        model(torch.zeros(1, 3, 30, 28))
+
+
+# -------------------------------------------------------------------- saving and loading
+
+
+@pytest.mark.parametrize("include_backbone", [False, True])
+def test_save_and_load_give_the_same_bits(model, picture, tmp_path, include_backbone):
+    model.save_pretrained(tmp_path / "made" / "model", include_backbone=include_backbone)
+    names = {"config.json", "adapter.safetensors", "README.md"} | (
+        {"backbone.safetensors"} if include_backbone else set()
+    )
+    assert {path.name for path in (tmp_path / "made" / "model").iterdir()} == names
+    again = BrixelFeatures.from_pretrained(tmp_path / "made" / "model", device="cpu")
+    assert again.config == model.config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
+    assert torch.equal(
+        again.extract(picture, short_side_px=28).features, model.extract(picture, short_side_px=28).features
+    )
+
+
+def test_a_folder_with_its_backbone_needs_no_other(model, backbone_folder, tmp_path):
+    moved = tmp_path / "backbone"
+    shutil.copytree(backbone_folder, moved)
+    BrixelFeatures.from_backbone(moved, device="cpu").save_pretrained(tmp_path / "whole", include_backbone=True)
+    BrixelFeatures.from_backbone(moved, device="cpu").save_pretrained(tmp_path / "part")
+    shutil.rmtree(moved)
+    BrixelFeatures.from_pretrained(tmp_path / "whole", device="cpu")
+    with pytest.raises(CheckpointError, match=r"without its backbone, ViT of width 64.*give the backbone's folder"):
+        BrixelFeatures.from_pretrained(tmp_path / "part")
+    BrixelFeatures.from_pretrained(tmp_path / "part", backbone=backbone_folder, device="cpu")
+
+
+def test_a_model_saved_over_another_leaves_nothing_of_it(model, untrained, picture, tmp_path):
+    model.save_pretrained(tmp_path, include_backbone=True)
+    untrained.save_pretrained(tmp_path)
+    assert not (tmp_path / "backbone.safetensors").exists()
+    again = BrixelFeatures.from_pretrained(tmp_path, device="cpu")
+    assert torch.equal(again.extract(picture).features, untrained.extract(picture).features)
+
+
+def test_changed_blocks_are_noticed(model, tmp_path):
+    model.save_pretrained(tmp_path, include_backbone=True)
+    state = load_file(tmp_path / "backbone.safetensors")
+    state["blocks.2.attention.qkv.weight"] += 0.1
+    save_file(state, tmp_path / "backbone.safetensors")
+    with pytest.raises(CheckpointError, match="other weights than the adapter was made for"):
+        BrixelFeatures.from_pretrained(tmp_path, device="cpu")
+
+
+def test_other_weights_of_the_same_shape_are_noticed(model, backbone_folder, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    other = tmp_path / "other"
+    shutil.copytree(backbone_folder, other)
+    state = load_file(other / "model.safetensors")
+    state["layernorm.weight"] += 0.5
+    torch.save(state, other / "weights.pth")
+    with pytest.raises(CheckpointError, match="other weights than the adapter was made for"):
+        BrixelFeatures.from_pretrained(tmp_path / "model", backbone=other / "weights.pth", device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_copies_of_the_backbone_pass(model, backbone_folder, tmp_path, dtype):
+    model.save_pretrained(tmp_path / "model")
+    state = load_file(backbone_folder / "model.safetensors")
+    torch.save({key: value.to(dtype) for key, value in state.items()}, tmp_path / "half.pth")
+    again = BrixelFeatures.from_pretrained(tmp_path / "model", backbone=tmp_path / "half.pth", device="cpu")
+    assert again.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 2e-2), ("bfloat16", 1e-1)])
+def test_dtypes_change_little(model, picture, tmp_path, dtype, bound):
+    """Largest difference over all cells, relative to the map's largest value; weights and arithmetic both rounded."""
+    model.save_pretrained(tmp_path)
+    half = BrixelFeatures.from_pretrained(tmp_path, device="cpu", dtype=dtype)
+    ours, expected = (each.extract(picture, short_side_px=28).features for each in (half, model))
+    assert str(ours.dtype) == f"torch.{dtype}"
+    assert (ours.float() - expected).abs().max() < bound * expected.abs().max()
+
+
+def test_moving_through_another_dtype_and_back_keeps_exact_weights(model, picture, tmp_path):
+    model.save_pretrained(tmp_path)
+    moved = BrixelFeatures.from_pretrained(tmp_path, device="cpu").double().float()
+    expected = model.extract(picture, short_side_px=28)
+    assert torch.equal(moved.extract(picture, short_side_px=28).features, expected.features)
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_what_the_cpu_gives(model, picture, tmp_path):
+    model.save_pretrained(tmp_path)
+    moved = BrixelFeatures.from_pretrained(tmp_path, device="cuda", dtype="float32")
+    assert moved.device.type == "cuda"
+    ours, expected = (each.extract(picture, short_side_px=28).features for each in (moved, model))
+    assert ours.device.type == "cpu"
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)  # TF32 may be on
+    back = moved.to("cpu").extract(picture, short_side_px=28).features
+    assert torch.equal(back, expected)
+
+
+def test_saving_over_a_file_and_failing_midway_leave_things_whole(model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BrixelError, match="is a file; expected a folder"):
+        model.save_pretrained(tmp_path / "file")
+    model.save_pretrained(tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+
+    def fail(state, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("brixel.checkpoints.weight_files.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path / "model")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+
+
+# -------------------------------------------------------------------- config.json and wrong folders
+
+
+def edited(model, tmp_path, edit):
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    edit(content)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.pop("format_version"), "no brixel model's: it lacks format_version"),
+        (lambda c: c.update(format_version=99), "format 99, newer than 1.*update brixel"),
+        (lambda c: c["adapter"].update(stride=4), "AdapterConfig has no 'stride'"),
+        (lambda c: c["adapter"].pop("blocks"), "blocks"),
+        (lambda c: c["adapter"].update(blocks=[3, 2, 1, 0]), "ascending"),
+        (lambda c: c["adapter"].update(blocks=[0, 1, 1, 2]), "the last must be the backbone's last, 3"),
+        (lambda c: c["backbone"]["vit"].update(widht=64), "ViTConfig has no 'widht'; did you mean 'width'"),
+        (lambda c: c["backbone"]["vit"].update(width=96), "does not fit"),
+        (lambda c: c.update(extra=1), "parts that we do not know: extra"),
+        (lambda c: c.update(format_version=True), "lacks format_version"),
+        (lambda c: c["adapter"].update(residual_detour="no"), "residual_detour is 'no'; expected True or False"),
+        (lambda c: c["adapter"].update(blocks=[0.0, 1, 2, 3]), "expected four indices"),
+        (lambda c: c["adapter"].update(blocks=[True, 1, 2, 3]), "expected four indices"),
+        (lambda c: c["adapter"].update(blocks=11), "expected four indices"),
+        (lambda c: c["adapter"].update(short_side_px=0), "short_side_px is 0"),
+        (lambda c: c["backbone"].update(fingerprint=[]), "other weights"),
+        (lambda c: c["backbone"].update(fingerprint=["a"] * 12), "something else than finite numbers"),
+        (lambda c: c["backbone"]["vit"].update(qkv_bias="false"), "qkv_bias is 'false'; expected True or False"),
+        (lambda c: c["backbone"]["vit"].update(registers=-1), "registers is -1; expected a whole number from 0 up"),
+        (lambda c: c["backbone"]["vit"].update(norm_eps="1e-6"), "norm_eps is '1e-6'; expected a number"),
+        (lambda c: c["backbone"]["vit"].update(std=[float("nan")] * 3), "std is .*; expected three numbers"),
+    ],
+)
+def test_a_wrong_config_says_what_is_wrong(model, tmp_path, edit, message):
+    with pytest.raises(BrixelError, match=message):
+        BrixelFeatures.from_pretrained(edited(model, tmp_path, edit), device="cpu")
+
+
+def test_the_config_goes_through_its_file_unchanged(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert read_config(tmp_path / "config.json") == model.config
+
+
+def test_wrong_places_say_what_was_expected(model, backbone_folder, tmp_path):
+    with pytest.raises(BrixelError, match="no model at 'nowhere'"):
+        BrixelFeatures.from_pretrained("nowhere")
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        BrixelFeatures.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="for a backbone use from_backbone"):
+        BrixelFeatures.from_pretrained(backbone_folder)
+    with pytest.raises(BrixelError, match="no backbone at 'nowhere'"):
+        BrixelFeatures.from_backbone("nowhere")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
+        BrixelFeatures.from_pretrained(tmp_path)
+
+
+def test_an_adapter_of_another_backbone_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path, include_backbone=True)
+    state = load_file(tmp_path / "adapter.safetensors")
+    del state["head.out.bias"]
+    state["adapter.level"] = torch.zeros(32)
+    save_file(state, tmp_path / "adapter.safetensors")
+    message = r"1 missing: head\.out\.bias; 1 of another shape: adapter\.level \(32,\)"
+    with pytest.raises(CheckpointError, match=message):
+        BrixelFeatures.from_pretrained(tmp_path, device="cpu")
+
+
+def test_settings_of_the_vit_can_be_given(backbone_folder):
+    given = BrixelFeatures.from_backbone(
+        backbone_folder,
+        device="cpu",
+        position_antialias=True,
+        mean=(0.5, 0.5, 0.5),
+        blocks=(0, 0, 1, 3),
+        short_side_px=98,
+    )
+    assert given.config.backbone.vit.position_antialias
+    assert given.config.backbone.vit.mean == (0.5, 0.5, 0.5)
+    assert given.config.adapter.blocks == (0, 0, 1, 3)
+    assert given.config.adapter.short_side_px == 98
+    with pytest.raises(BrixelError, match="no setting 'position_antialiasing'; did you mean 'position_antialias'"):
+        BrixelFeatures.from_backbone(backbone_folder, position_antialiasing=True)
+    with pytest.raises(BrixelError, match="four indices"):
+        BrixelFeatures.from_backbone(backbone_folder, blocks=(1, 2, 3))

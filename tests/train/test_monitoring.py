@@ -1,0 +1,234 @@
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from brixel import BrixelError
+from brixel.evaluate.fidelity import BASELINES, nearness
+from brixel.train.metrics_log import Metrics
+from brixel.train.monitoring import CURVE_PX, draw_curve, draw_panel
+from brixel.train.validation import baselines
+
+# ---------------------------------------------------------------- metrics
+
+
+def test_records_are_one_line_each_and_come_back(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl", 0)
+    records = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1e-9, "name": "a\nb\u2028ü"}, {"step": 2, "cosine": -0.25}]
+    for record in records:
+        metrics.add(record)
+    assert metrics.records() == records
+    assert len((tmp_path / "m.jsonl").read_text(encoding="utf-8").split("\n")) == 4
+    assert Metrics(tmp_path / "m.jsonl", 2).records() == records
+
+
+def test_lines_of_later_steps_are_dropped_on_opening(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl", 0)
+    for step in range(1, 7):
+        metrics.add({"step": step})
+    again = Metrics(tmp_path / "m.jsonl", 4)
+    assert [record["step"] for record in again.records()] == [1, 2, 3, 4]
+    again.add({"step": 5, "again": True})
+    assert again.records()[-1] == {"step": 5, "again": True}
+    assert Metrics(tmp_path / "m.jsonl", 0).records() == []
+
+
+@pytest.mark.parametrize("rest", ['{"step": 3, "lo', '{"step": 3}', "{", '{"step": 3, "name": "ü'])
+def test_a_last_line_that_was_cut_off_is_dropped(tmp_path, rest):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + rest, encoding="utf-8")
+    metrics = Metrics(path, 5)
+    metrics.add({"step": 3, "new": 1})
+    assert metrics.records() == [{"step": 1}, {"step": 2}, {"step": 3, "new": 1}]
+
+
+def test_a_new_file_is_empty_and_an_absent_one_has_no_records(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl", 0)
+    assert metrics.path.read_text() == ""
+    metrics.path.unlink()
+    assert metrics.records() == []
+
+
+def test_killed_while_it_opens_the_old_lines_are_still_there(tmp_path, monkeypatch):
+    path = tmp_path / "m.jsonl"
+    for step in range(1, 4):
+        Metrics(path, 9).add({"step": step})
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(InterruptedError()))
+    with pytest.raises(InterruptedError):
+        Metrics(path, 2)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["m.jsonl"]
+
+
+# ---------------------------------------------------------------- the curve
+
+
+def curve(tmp_path, records):
+    path = tmp_path / "curve.png"
+    path.unlink(missing_ok=True)
+    draw_curve(path, records)
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        assert picture.width == CURVE_PX[1]
+        assert picture.height in (CURVE_PX[0], 2 * CURVE_PX[0])
+        return np.asarray(picture.convert("RGB")).copy()
+
+
+def coloured(picture, colour, *, below=0):
+    wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+    return np.argwhere((picture[below:] == wanted).all(-1)) + np.array([below, 0])
+
+
+BLUE, RED, GREY = "#1f6fb4", "#c23b22", "#888888"
+
+
+def test_lines_are_where_their_values_say(tmp_path):
+    losses = [{"step": step, "loss": 4.0 - step / 5} for step in range(1, 11)]
+    checks = [{"step": step, "cosine": 0.5, "bilinear_cosine": 0.1} for step in (5, 10)]
+    picture = curve(tmp_path, [*losses, *checks])
+    assert picture.shape[0] == 2 * CURVE_PX[0]  # the loss above, the checks below, each on an axis of its own
+    blue = coloured(picture[: CURVE_PX[0]], BLUE, below=46)
+    red, grey = (coloured(picture[CURVE_PX[0] :], colour, below=46) for colour in (RED, GREY))
+    top, bottom = 48, CURVE_PX[0] - 48  # of both axes: 2.0 to 3.8, and 0.5 to 0.9
+    # the median: the grey of text is here and there that of the line
+    assert np.median(red[:, 0]) == pytest.approx(bottom, abs=2)
+    assert np.median(grey[:, 0]) == pytest.approx(top, abs=2)
+    assert blue[blue[:, 1].argmin(), 0] == pytest.approx(top, abs=4)
+    assert blue[blue[:, 1].argmax(), 0] == pytest.approx(bottom, abs=4)
+    assert abs(blue[:, 1].max() - red[:, 1].max()) < 3  # both end at the last step
+    assert red[:, 1].min() > blue[:, 1].min() + 100
+
+
+def test_without_records_nothing_is_drawn(tmp_path):
+    assert curve(tmp_path, []) is None
+    assert curve(tmp_path, [{"step": 3, "lr": 0.1}]) is None
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"step": 1, "loss": 2.0}, {"step": 7, "cosine": 0.5, "bilinear_cosine": 0.4}, {"step": 1, "loss": 0.0}],
+)
+def test_one_record_is_enough(tmp_path, record):
+    assert curve(tmp_path, [record]) is not None
+
+
+def test_values_that_are_all_zero_are_drawn(tmp_path):
+    records = [{"step": step, "loss": 0.0, "cosine": 1.0, "bilinear_cosine": 1.0} for step in (1, 2)]
+    assert curve(tmp_path, records) is not None
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_values_that_are_not_finite_are_left_out(tmp_path, odd, place):
+    records = [{"step": step, "loss": 5.0 / step} for step in range(1, 5)]
+    records += [{"step": 4, "cosine": 0.5, "bilinear_cosine": 0.2}]
+    expected = curve(tmp_path, records)
+    mixed = [*records[:place], {"step": 3, "loss": odd, "cosine": odd, "bilinear_cosine": odd}, *records[place:]]
+    assert np.array_equal(curve(tmp_path, mixed), expected)
+    assert curve(tmp_path, [{"step": 1, "loss": odd}]) is None
+
+
+def test_nan_survives_the_lines_of_metrics(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl", 0)
+    metrics.add({"step": 1, "loss": math.nan})
+    assert math.isnan(Metrics(metrics.path, 1).records()[0]["loss"])
+
+
+# ---------------------------------------------------------------- the panel
+
+
+@pytest.mark.parametrize("side_px", [28, 112, 224, 256, 320])
+def test_a_panel_shows_every_tile_whole(tmp_path, side_px):
+    torch.manual_seed(0)
+    grid = side_px // 14
+    rows = 2
+    pictures = [np.full((side_px, side_px, 3), 77, np.uint8)] * rows
+    names = {"backbone": grid, "student": 4 * grid, "teacher": 4 * grid}
+    maps = [{name: torch.randn(6, cells, cells) for name, cells in names.items()} for _ in range(rows)]
+    for by_name in maps:  # the last row of cells is one colour, to be found again
+        by_name["teacher"][:, -1] = 9.0
+    draw_panel(tmp_path / "panel.png", pictures, maps)
+    with Image.open(tmp_path / "panel.png") as panel:
+        pixels = np.asarray(panel.convert("RGB"))
+    zoom = max(1, 256 // (4 * grid))
+    tile_px = zoom * 4 * grid
+    teacher = pixels[:, -12 - tile_px : -12].astype(int)  # the last column of tiles
+    uniform = (np.ptp(teacher, axis=1) == 0).all(-1) & ~(teacher == 255).all((1, 2))
+    assert uniform.sum() == rows * zoom
+    assert np.isclose(pixels[..., 0], 77).sum() >= rows * (side_px * max(1, 256 // side_px)) ** 2
+
+
+def test_a_panel_needs_a_map_for_each_picture(tmp_path):
+    with pytest.raises(ValueError, match="shorter"):
+        draw_panel(tmp_path / "panel.png", [np.zeros((4, 4, 3), np.uint8)], [])
+
+
+# ---------------------------------------------------------------- nearness
+
+
+class Crops:
+    """A stand-in for a cache: pairs of pixels and maps."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        return self.pairs[index]
+
+
+def test_nearness_is_what_a_loop_over_cells_gives():
+    torch.manual_seed(0)
+    maps, teacher = torch.randn(2, 2, 5, 3, 4).double()
+    cosines, differences = [], []
+    for batch in range(2):
+        for y in range(3):
+            for x in range(4):
+                a, b = maps[batch, :, y, x], teacher[batch, :, y, x]
+                cosines.append(float(a @ b / a.norm() / b.norm()))
+                differences += (a - b).abs().tolist()
+    found = nearness(maps, teacher)
+    assert found["cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert found["l1"] == pytest.approx(np.mean(differences), abs=1e-6)
+    assert nearness(maps.bfloat16(), maps.bfloat16()) == pytest.approx({"l1": 0.0, "cosine": 1.0}, abs=1e-6)
+
+
+def test_baselines_are_plain_interpolation_averaged_over_crops():
+    torch.manual_seed(0)
+    crops = Crops([(torch.randn(3, 8, 8), torch.randn(3, 8, 8)) for _ in range(3)])
+
+    def backbone(pixels):
+        assert pixels.shape == (1, 3, 8, 8)
+        assert not torch.is_grad_enabled()
+        return F.avg_pool2d(pixels, 4)
+
+    found = baselines(backbone, crops, torch.device("cpu"))
+    assert set(found) == {f"{mode}_{name}" for mode in BASELINES for name in ("l1", "cosine")}
+    for mode in BASELINES:
+        expected = []
+        for pixels, teacher in crops.pairs:
+            plain = F.interpolate(F.avg_pool2d(pixels[None], 4), scale_factor=4, mode=mode, align_corners=False)
+            expected.append(nearness(plain, teacher[None]))
+        for name in ("l1", "cosine"):
+            assert found[f"{mode}_{name}"] == pytest.approx(np.mean([each[name] for each in expected]), abs=1e-6)
+
+
+def test_maps_with_values_not_finite_cannot_be_shown(tmp_path):
+    maps = [{"student": torch.full((3, 4, 4), math.nan)}]
+    with pytest.raises(BrixelError, match="not finite"):
+        draw_panel(tmp_path / "panel.png", [np.zeros((8, 8, 3), np.uint8)], maps)
+
+
+def test_a_record_is_json_that_others_can_read(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl", 0)
+    metrics.add({"step": 1, "loss": 0.25})
+    assert [json.loads(line) for line in metrics.path.read_text().splitlines()] == [{"step": 1, "loss": 0.25}]
