@@ -1,4 +1,4 @@
-"""The public class: a backbone and its adapter from files, pictures in, feature maps out."""
+"""The public class: a backbone and its adapter from files, images in, feature maps out."""
 
 import dataclasses
 import os
@@ -24,10 +24,10 @@ from brixel.checkpoints.saved_backbone import (
     resolve_backbone,
     wrap_module,
 )
-from brixel.checkpoints.weight_files import fit, read_tensors, shapes_of
+from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
 from brixel.images.find_images import SCENE
 from brixel.images.load import ImageInput
-from brixel.inference.comparison_panel import show
+from brixel.inference.comparison_panel import comparison_panel
 from brixel.inference.dense_features import DenseFeatures
 from brixel.model.config import AdapterConfig, BrixelConfig, default_blocks
 from brixel.model.upsampler import Upsampler
@@ -38,10 +38,10 @@ _PATCHES_ON_SHORT_SIDE = 16  # what fresh adapters are made for: 256 px at patch
 
 
 class BrixelFeatures(DenseFeatures):
-    """Dense features of pictures: a frozen ViT with a distilled adapter, four cells to a patch on each axis.
+    """Dense features of images: a frozen ViT with a distilled adapter, four cells to a patch on each axis.
 
     Built by :meth:`from_pretrained`, :meth:`from_backbone` or :meth:`from_release`. As a module it takes normalised
-    pixels (B, 3, H, W) and gives (B, D, 4h, 4w); :meth:`extract` and :meth:`stream` take pictures of any kind.
+    pixels (B, 3, H, W) and gives (B, D, 4h, 4w); :meth:`extract` and :meth:`stream` take images of any kind.
     Method: arXiv 2511.05168.
     """
 
@@ -87,7 +87,7 @@ class BrixelFeatures(DenseFeatures):
             vit, config = resolve_backbone(place, config, backbone, dtype, access)
         what = f"{path} does not fit an adapter for {config.backbone.title}"
         with place.reading():
-            upsampler = fit(lambda: Upsampler(vit.width, config.adapter), read_tensors(path), dtype, what=what)
+            upsampler = load_into(lambda: Upsampler(vit.width, config.adapter), read_tensors(path), dtype, what=what)
         config = dataclasses.replace(config, commits={**config.commits, **place.commits})
         if place.snapshot:  # paths of another machine would be followed once the model is saved on this one
             own = dataclasses.replace(config.backbone, sources=repositories_in(config.backbone.sources))
@@ -119,7 +119,7 @@ class BrixelFeatures(DenseFeatures):
         ``revision`` to ``local_files_only``: as in :meth:`from_pretrained`.
         ``architecture``: a name such as "dinov3-vits16" or a :class:`ViTConfig`; needed only where a file leaves it
         open. ``blocks``: the four blocks, from 0, that feed the adapter; by depth where None. ``short_side_px``: the
-        size that :meth:`extract` brings pictures to, 16 patches where None. ``vit_fields``: any field of
+        size that :meth:`extract` brings images to, 16 patches where None. ``vit_fields``: any field of
         :class:`ViTConfig`, over what the file's family implies (`rope_rounding`, `position_antialias`, `mean`, ...).
         """
         if isinstance(name_or_path, nn.Module):
@@ -163,7 +163,7 @@ class BrixelFeatures(DenseFeatures):
 
         ``adapter_pth``: a `.pth` of the release, on disk. ``release``: which of its five files that is, "vits16-256",
         "vitb16-256", "vitl16-256", "vith16plus-256" or "vitb16-480"; that says its backbone and the size of its
-        pictures where you do not. ``backbone`` and all others: as in :meth:`from_backbone`, ``short_side_px`` 256.
+        images where you do not. ``backbone`` and all others: as in :meth:`from_backbone`, ``short_side_px`` 256.
         Raises CheckpointError where the file lacks a tensor, has another shape, or holds a key that nobody knows.
         """
         device = choose_device(device)
@@ -181,7 +181,7 @@ class BrixelFeatures(DenseFeatures):
         def build() -> Upsampler:
             return Upsampler(loaded.vit.width, adapter)
 
-        upsampler = fit(build, read_release(adapter_path, shapes_of(build), what=what), dtype, what=what)
+        upsampler = load_into(build, read_release(adapter_path, shapes_of(build), what=what), dtype, what=what)
         return cls(loaded.vit, upsampler, config).to(device)
 
     def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False) -> None:
@@ -198,12 +198,12 @@ class BrixelFeatures(DenseFeatures):
         repository: str,
         *,
         include_backbone: bool = False,
-        picture: ImageInput = SCENE,
+        image: ImageInput = SCENE,
         private: bool | None = None,
         token: str | bool | None = None,
         message: str = "Model made with brixel",
     ) -> str:
-        """Upload what :meth:`save_pretrained` writes, with a panel of ``picture`` on its card; "ORG/NAME@COMMIT".
+        """Upload what :meth:`save_pretrained` writes, with a panel of ``image`` on its card; "ORG/NAME@COMMIT".
 
         ``repository``: ORG/NAME, made if need be, ``private`` where so asked. One commit, or none. Sources of the
         backbone that are paths of this machine are left out of the config; ``include_backbone`` uploads its weights,
@@ -214,7 +214,7 @@ class BrixelFeatures(DenseFeatures):
             self,
             self.config,
             repository,
-            lambda: show(self, [picture]),
+            lambda: comparison_panel(self, [image]),
             include_backbone=include_backbone,
             private=private,
             token=token,

@@ -9,7 +9,7 @@ class BrixelError(ValueError):
 
 
 class ImageError(BrixelError):
-    """A picture that cannot be read or used: wrong type, shape, range, or a damaged file."""
+    """An image that cannot be read or used: wrong type, shape, range, or a damaged file."""
 
 
 class CheckpointError(BrixelError):
@@ -21,7 +21,7 @@ class DamagedFileError(CheckpointError):
 
 
 class MemoryLimitError(BrixelError, MemoryError):
-    """A picture whose map cannot be computed in the memory that there is, or that was allowed."""
+    """An image whose map cannot be computed in the memory that there is, or that was allowed."""
 
 
 class DownloadError(BrixelError):

@@ -1,10 +1,10 @@
-"""How well do features tell your own classes: the dense map beside bilinear upsampling and the large picture.
+"""How well do features tell your own classes: the dense map beside bilinear upsampling and the large image.
 
 python examples/linear_probe.py DATA --teacher-px 1024
 
-DATA/{train,val}/images holds pictures, DATA/{train,val}/masks a PNG of the same name for each, whose numbers are
+DATA/{train,val}/images holds images, DATA/{train,val}/masks a PNG of the same name for each, whose numbers are
 classes from 0 (255: none); DATA/classes.json, if there, names them. A source of your own is any function from
-normalised pixels to maps: here the pictures' own colours, averaged over squares of 16 px, which all should beat.
+normalised pixels to maps: here the images' own colours, averaged over squares of 16 px, which all should beat.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from brixel import BrixelFeatures
 from brixel.evaluate.datasets.labelled import read_labelled
-from brixel.evaluate.feature_sources import Source, sources_of
+from brixel.evaluate.feature_sources import FeatureSource, sources_of
 from brixel.evaluate.probes.segmentation import segmentation
 from brixel.evaluate.probes.training import ProbeSettings
 
@@ -30,7 +30,7 @@ def main(arguments=None):
 
     model = BrixelFeatures.from_pretrained(options.model)
     train, val = (read_labelled("plain", options.data, split) for split in ("train", "val"))
-    colours = Source("colours", lambda pixels: F.avg_pool2d(pixels, 16), 16, scale=4)
+    colours = FeatureSource("colours", lambda pixels: F.avg_pool2d(pixels, 16), 16, scale=4)
     sources = [*sources_of(model, ["bilinear", "student", "teacher"]), colours]
     settings = {"settings": ProbeSettings(steps=options.steps), "cache": options.cache}
     report = segmentation(sources, train, val, [options.teacher_px], model=options.model, **settings)

@@ -1,4 +1,4 @@
-"""One picture to a dense feature map, and its three main directions as colours.
+"""One image to a dense feature map, and its three main directions as colours.
 
     python examples/quickstart.py brixel/assets/scene.jpg [dinov2-small]
 
@@ -21,13 +21,13 @@ def load(folder: str | None = None) -> BrixelFeatures:
     return BrixelFeatures.from_backbone(folder)  # with a fresh adapter
 
 
-def main(picture: str, folder: str | None = None, output: str = "features.safetensors") -> None:
+def main(image: str, folder: str | None = None, output: str = "features.safetensors") -> None:
     model = load(folder)
-    feature_map = model.extract(picture)  # a FeatureMap: (D, Hf, Wf) and where its cells lie on the picture
+    feature_map = model.extract(image)  # a FeatureMap: (D, Hf, Wf) and where its cells lie on the image
     print(feature_map)
 
     height, width = feature_map.image_hw
-    centre = feature_map.at([(height / 2, width / 2)])  # (1, D), coordinates in pixels of the picture
+    centre = feature_map.at([(height / 2, width / 2)])  # (1, D), coordinates in pixels of the image
     print("at the centre:", centre.shape, "length", float(centre.norm()))
 
     feature_map.save(output)

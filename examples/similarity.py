@@ -1,6 +1,6 @@
 """Click a pixel, see what is like it (red): `python examples/similarity.py IMAGE [ROW COLUMN [FOLDER]]`.
 
-With a pixel on the command line there is no window; the picture is written to heat.png. FOLDER as in quickstart.py.
+With a pixel on the command line there is no window; the image is written to heat.png. FOLDER as in quickstart.py.
 """
 
 import sys
@@ -12,25 +12,25 @@ from quickstart import load
 
 def main(path: str, *pixel_and_folder: str) -> None:
     pixel, folder = pixel_and_folder[:2], dict(enumerate(pixel_and_folder)).get(2)
-    picture = Image.open(path).convert("RGB")
-    feature_map = load(folder).extract(picture)
+    image = Image.open(path).convert("RGB")
+    feature_map = load(folder).extract(image)
 
-    def heat_picture(row: int, column: int) -> Image.Image:
+    def heat_image(row: int, column: int) -> Image.Image:
         similarity = feature_map.similarity((row + 0.5, column + 0.5)).clamp(0, 1)  # at the pixel's centre
-        heat = np.asarray(Image.fromarray(similarity.numpy()).resize(picture.size, Image.Resampling.BILINEAR))
+        heat = np.asarray(Image.fromarray(similarity.numpy()).resize(image.size, Image.Resampling.BILINEAR))
         colours = np.stack([heat, 0 * heat, 1 - heat], axis=-1) * 255
-        return Image.blend(picture, Image.fromarray(colours.astype(np.uint8)), 0.6)
+        return Image.blend(image, Image.fromarray(colours.astype(np.uint8)), 0.6)
 
     if pixel:
-        heat_picture(int(pixel[0]), int(pixel[1])).save("heat.png")
+        heat_image(int(pixel[0]), int(pixel[1])).save("heat.png")
         return
     from tkinter import Label, Tk
 
     from PIL.ImageTk import PhotoImage
 
-    shown = [PhotoImage(picture, master=(window := Tk(className="similarity")))]
+    shown = [PhotoImage(image, master=(window := Tk(className="similarity")))]
     label = Label(window, image=shown[0], borderwidth=0)
-    label.bind("<Button-1>", lambda at: label.configure(image=shown[0].paste(heat_picture(at.y, at.x)) or shown[0]))
+    label.bind("<Button-1>", lambda at: label.configure(image=shown[0].paste(heat_image(at.y, at.x)) or shown[0]))
     label.pack()
     window.mainloop()
 

@@ -1,4 +1,4 @@
-"""What several test files need: a tiny backbone on disk, written by transformers, and a picture."""
+"""What several test files need: a tiny backbone on disk, written by transformers, and an image."""
 
 import gc
 import ssl
@@ -38,11 +38,11 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A PNG of 60 x 90 pixels with some structure."""
     y, x = np.mgrid[:60, :90]
     colours = np.stack([x * 2, y * 4, 128 + 100 * np.sin(x / 7) * np.cos(y / 5)], axis=-1).clip(0, 255)
-    path = tmp_path_factory.mktemp("pictures") / "waves.png"
+    path = tmp_path_factory.mktemp("images") / "waves.png"
     Image.fromarray(colours.astype(np.uint8)).save(path)
     return path
 

@@ -51,9 +51,9 @@ def test_an_untrained_model_is_the_backbone_upsampled(untrained):
         assert torch.equal(untrained(pixels), expected)
 
 
-def test_extract_gives_the_map_of_the_prepared_picture(model, picture):
-    """Size for size and value for value what a user gets who prepares the picture by hand, where nothing is padded."""
-    image = Image.open(picture).crop((0, 0, 70, 42))
+def test_extract_gives_the_map_of_the_prepared_image(model, image_path):
+    """Size for size and value for value what a user gets who prepares the image by hand, where nothing is padded."""
+    image = Image.open(image_path).crop((0, 0, 70, 42))
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     mean, std = (torch.tensor(each)[:, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     with torch.no_grad():
@@ -64,12 +64,12 @@ def test_extract_gives_the_map_of_the_prepared_picture(model, picture):
     assert feature_map.features.is_contiguous()
 
 
-def test_padding_is_cut_off(model, picture):
+def test_padding_is_cut_off(model, image_path):
     """60 x 90 at its own size: 5 x 7 patches of 14 hold it; 18 x 26 of the cells of 3.5 px cover it."""
-    feature_map = model.extract(picture, short_side_px="native")
+    feature_map = model.extract(image_path, short_side_px="native")
     assert feature_map.grid_hw == (18, 26)
-    assert model.extract_backbone(picture, short_side_px="native").grid_hw == (5, 7)
-    image = np.asarray(Image.open(picture))
+    assert model.extract_backbone(image_path, short_side_px="native").grid_hw == (5, 7)
+    image = np.asarray(Image.open(image_path))
     padded = np.pad(image, ((0, 10), (0, 8), (0, 0)), mode="edge")
     whole = model.extract(padded, short_side_px="native")
     torch.testing.assert_close(feature_map.features, whole.features[:, :18, :26])
@@ -87,13 +87,13 @@ def test_the_short_side_comes_to_the_trained_size(model, hw):
     }
 
 
-def test_the_default_size_is_the_adapter_s(model, picture):
-    assert min(model.extract(picture).grid_hw) == 16 * 4
+def test_the_default_size_is_the_adapter_s(model, image_path):
+    assert min(model.extract(image_path).grid_hw) == 16 * 4
 
 
-def test_stream_keeps_order_over_sizes_and_batches(model, picture):
-    image = np.asarray(Image.open(picture))
-    images = [image, image[::-1], image[:40], image[:, ::-1], picture]
+def test_stream_keeps_order_over_sizes_and_batches(model, image_path):
+    image = np.asarray(Image.open(image_path))
+    images = [image, image[::-1], image[:40], image[:, ::-1], image_path]
     one_by_one = [model.extract(each, short_side_px=28) for each in images]
     for batch_size in (1, 2, 8):
         streamed = list(model.stream(images, batch_size=batch_size, short_side_px=28))
@@ -102,9 +102,9 @@ def test_stream_keeps_order_over_sizes_and_batches(model, picture):
             torch.testing.assert_close(ours.features, expected.features, rtol=1e-5, atol=1e-5)
 
 
-def test_stream_is_lazy(model, picture):
+def test_stream_is_lazy(model, image_path):
     def images():
-        yield picture
+        yield image_path
         raise AssertionError("read too far")
 
     stream = model.stream(images(), short_side_px=28)
@@ -113,12 +113,12 @@ def test_stream_is_lazy(model, picture):
         next(stream)
 
 
-def test_extract_is_in_evaluation_mode_and_leaves_the_mode_alone(model, picture):
-    expected = model.extract(picture, short_side_px=28)
+def test_extract_is_in_evaluation_mode_and_leaves_the_mode_alone(model, image_path):
+    expected = model.extract(image_path, short_side_px=28)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
     try:
-        ours = model.extract(picture, short_side_px=28)
+        ours = model.extract(image_path, short_side_px=28)
         assert model.training
         assert model.adapter.training
     finally:
@@ -127,24 +127,24 @@ def test_extract_is_in_evaluation_mode_and_leaves_the_mode_alone(model, picture)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_parts_keep_their_own_modes(model, picture):
+def test_parts_keep_their_own_modes(model, image_path):
     model.train()
     model.adapter.prior.eval()  # as one who freezes batch norm
     modes = {name: part.training for name, part in model.named_modules()}
     try:
-        model.extract(picture, short_side_px=28)
+        model.extract(image_path, short_side_px=28)
         assert {name: part.training for name, part in model.named_modules()} == modes
     finally:
         model.eval()
 
 
-def test_threads_may_extract_while_the_model_is_in_training_mode(model, picture):
-    expected = model.extract(picture, short_side_px=28).features
+def test_threads_may_extract_while_the_model_is_in_training_mode(model, image_path):
+    expected = model.extract(image_path, short_side_px=28).features
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
     try:
         with ThreadPoolExecutor(4) as pool:
-            maps = list(pool.map(lambda _: model.extract(picture, short_side_px=28).features, range(24)))
+            maps = list(pool.map(lambda _: model.extract(image_path, short_side_px=28).features, range(24)))
     finally:
         assert model.training
         model.eval()
@@ -161,7 +161,7 @@ def test_pixels_of_another_dtype_say_what_to_do(model):
         (torch.zeros(1, 3, 28, 28, dtype=torch.uint8), "uint8"),
         (np.zeros((1, 3, 28, 28)), "ndarray"),
         (None, "NoneType"),
-        (torch.zeros(0, 3, 28, 28), "at least one picture"),
+        (torch.zeros(0, 3, 28, 28), "at least one image"),
         (torch.zeros(3, 28, 28), r"expected \(B, 3, H, W\)"),
     ):
         with pytest.raises(BrixelError, match=message):
@@ -174,24 +174,24 @@ def test_the_backbone_stays_frozen(model):
     assert all(each.requires_grad for each in made.head.parameters())
 
 
-def test_models_can_be_copied_and_pickled(model, picture):
-    expected = model.extract(picture, short_side_px=28).features
+def test_models_can_be_copied_and_pickled(model, image_path):
+    expected = model.extract(image_path, short_side_px=28).features
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert made.config == model.config
-        assert torch.equal(made.extract(picture, short_side_px=28).features, expected)
+        assert torch.equal(made.extract(image_path, short_side_px=28).features, expected)
 
 
-def test_bad_pictures_and_settings_say_so(model, picture, tmp_path):
-    (tmp_path / "notes.jpg").write_text("no picture")
+def test_bad_images_and_settings_say_so(model, image_path, tmp_path):
+    (tmp_path / "notes.jpg").write_text("no image")
     with pytest.raises(ImageError, match=r"notes\.jpg"):
         model.extract(tmp_path / "notes.jpg")
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
         model.extract(tmp_path / "missing.png")
     with pytest.raises(BrixelError, match="short_side_px"):
-        model.extract(picture, short_side_px="big")
+        model.extract(image_path, short_side_px="big")
     for wrong in (0, -1, 1.5, True):
         with pytest.raises(BrixelError, match="batch_size"):
-            model.stream([picture], batch_size=wrong)
+            model.stream([image_path], batch_size=wrong)
     with pytest.raises(BrixelError, match=r"shape \(1, 3, 30, 28\).*positive multiples of the patch, 14 px"):
         model(torch.zeros(1, 3, 30, 28))
 
@@ -200,7 +200,7 @@ def test_bad_pictures_and_settings_say_so(model, picture, tmp_path):
 
 
 @pytest.mark.parametrize("include_backbone", [False, True])
-def test_save_and_load_give_the_same_bits(model, picture, tmp_path, include_backbone):
+def test_save_and_load_give_the_same_bits(model, image_path, tmp_path, include_backbone):
     model.save_pretrained(tmp_path / "made" / "model", include_backbone=include_backbone)
     names = {"config.json", "adapter.safetensors", "README.md"} | (
         {"backbone.safetensors"} if include_backbone else set()
@@ -211,7 +211,7 @@ def test_save_and_load_give_the_same_bits(model, picture, tmp_path, include_back
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in again.state_dict().items())
     assert torch.equal(
-        again.extract(picture, short_side_px=28).features, model.extract(picture, short_side_px=28).features
+        again.extract(image_path, short_side_px=28).features, model.extract(image_path, short_side_px=28).features
     )
 
 
@@ -227,12 +227,12 @@ def test_a_folder_with_its_backbone_needs_no_other(model, backbone_folder, tmp_p
     BrixelFeatures.from_pretrained(tmp_path / "part", backbone=backbone_folder, device="cpu")
 
 
-def test_a_model_saved_over_another_leaves_nothing_of_it(model, untrained, picture, tmp_path):
+def test_a_model_saved_over_another_leaves_nothing_of_it(model, untrained, image_path, tmp_path):
     model.save_pretrained(tmp_path, include_backbone=True)
     untrained.save_pretrained(tmp_path)
     assert not (tmp_path / "backbone.safetensors").exists()
     again = BrixelFeatures.from_pretrained(tmp_path, device="cpu")
-    assert torch.equal(again.extract(picture).features, untrained.extract(picture).features)
+    assert torch.equal(again.extract(image_path).features, untrained.extract(image_path).features)
 
 
 def test_changed_blocks_are_noticed(model, tmp_path):
@@ -265,31 +265,31 @@ def test_half_precision_copies_of_the_backbone_pass(model, backbone_folder, tmp_
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float16", 2e-2), ("bfloat16", 1e-1)])
-def test_dtypes_change_little(model, picture, tmp_path, dtype, bound):
+def test_dtypes_change_little(model, image_path, tmp_path, dtype, bound):
     """Largest difference over all cells, relative to the map's largest value; weights and arithmetic both rounded."""
     model.save_pretrained(tmp_path)
     half = BrixelFeatures.from_pretrained(tmp_path, device="cpu", dtype=dtype)
-    ours, expected = (each.extract(picture, short_side_px=28).features for each in (half, model))
+    ours, expected = (each.extract(image_path, short_side_px=28).features for each in (half, model))
     assert str(ours.dtype) == f"torch.{dtype}"
     assert (ours.float() - expected).abs().max() < bound * expected.abs().max()
 
 
-def test_moving_through_another_dtype_and_back_keeps_exact_weights(model, picture, tmp_path):
+def test_moving_through_another_dtype_and_back_keeps_exact_weights(model, image_path, tmp_path):
     model.save_pretrained(tmp_path)
     moved = BrixelFeatures.from_pretrained(tmp_path, device="cpu").double().float()
-    expected = model.extract(picture, short_side_px=28)
-    assert torch.equal(moved.extract(picture, short_side_px=28).features, expected.features)
+    expected = model.extract(image_path, short_side_px=28)
+    assert torch.equal(moved.extract(image_path, short_side_px=28).features, expected.features)
 
 
 @pytest.mark.gpu
-def test_the_gpu_gives_what_the_cpu_gives(model, picture, tmp_path):
+def test_the_gpu_gives_what_the_cpu_gives(model, image_path, tmp_path):
     model.save_pretrained(tmp_path)
     moved = BrixelFeatures.from_pretrained(tmp_path, device="cuda", dtype="float32")
     assert moved.device.type == "cuda"
-    ours, expected = (each.extract(picture, short_side_px=28).features for each in (moved, model))
+    ours, expected = (each.extract(image_path, short_side_px=28).features for each in (moved, model))
     assert ours.device.type == "cpu"
     torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)  # TF32 may be on
-    back = moved.to("cpu").extract(picture, short_side_px=28).features
+    back = moved.to("cpu").extract(image_path, short_side_px=28).features
     assert torch.equal(back, expected)
 
 

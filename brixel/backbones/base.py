@@ -76,7 +76,7 @@ def whereabouts(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def check_maps(backbone: Backbone, blocks: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
-    """Raise BrixelError unless a picture of one patch by two gives a map (1, D, 1, 2) for each of ``blocks``."""
+    """Raise BrixelError unless an image of one patch by two gives a map (1, D, 1, 2) for each of ``blocks``."""
     name, patch_px = type(backbone).__name__, backbone.patch_px
     pixels = torch.zeros(1, 3, patch_px, 2 * patch_px, device=device, dtype=dtype)
     call = f"{name}.block_maps of pixels {tuple(pixels.shape)} and blocks {list(blocks)}"

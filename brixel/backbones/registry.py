@@ -15,7 +15,7 @@ _GATED = "dinov3-license"  # of Meta's repositories of DINOv3, which are gated
 # licences that the Hub has no id for, and that bind what is derived from the weights: where their text is
 LICENCE_URLS = {_GATED: "https://ai.meta.com/resources/models-and-libraries/dinov3-license"}
 
-# of the satellite pictures that the sat493m weights were trained on
+# of the satellite images that the sat493m weights were trained on
 SATELLITE_MEAN = (0.430, 0.411, 0.296)
 SATELLITE_STD = (0.213, 0.156, 0.143)
 
@@ -128,7 +128,7 @@ _SIGLIP_SIZES = {  # width, depth, heads, feed-forward
 
 
 def _siglip(size: str, patch_px: int, side: str, *, version: str = "", timm: str, vocabulary: int) -> KnownBackbone:
-    """``side``: of the pictures it was trained on, in pixels and what may follow in the name, or "naflex": of any."""
+    """``side``: of the images it was trained on, in pixels and what may follow in the name, or "naflex": of any."""
     width, depth, heads, ffn_width = _SIGLIP_SIZES[size]
     naflex = side == "naflex"
     vit = siglip_config(

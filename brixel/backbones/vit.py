@@ -1,4 +1,4 @@
-"""The Vision Transformer of DINOv3, DINOv2 and SigLIP, at inference: pictures in, normalised maps of any blocks out.
+"""The Vision Transformer of DINOv3, DINOv2 and SigLIP, at inference: images in, normalised maps of any blocks out.
 
 One model for all families; they differ only in the fields of :class:`ViTConfig`. Left out on purpose: masking, drop
 path, the random rescaling of rotary positions in training (the backbone is frozen), pooling heads.
@@ -185,8 +185,8 @@ class ViT(nn.Module):
         height, width = pixels.shape[2:]
         if height % self.patch_px or width % self.patch_px or not pixels.shape[0] * height * width:
             raise BrixelError(
-                f"pixels have shape {tuple(pixels.shape)}; expected at least one picture, H and W positive "
-                f"multiples of the patch, {self.patch_px} px: pad or resize the picture, or let extract() do so"
+                f"pixels have shape {tuple(pixels.shape)}; expected at least one image, H and W positive "
+                f"multiples of the patch, {self.patch_px} px: pad or resize the image, or let extract() do so"
             )
 
     def _embed(self, pixels: Tensor, grid_hw: tuple[int, int]) -> Tensor:

@@ -39,7 +39,7 @@ class ViTConfig:
 
     ``gelu`` is the MLP's: exact, or the approximation by tanh. ``native_grid`` and the three ``position_*`` fields
     matter for learned positions, the two ``rope_*`` for rotary ones.
-    ``mean`` and ``std`` are those of the pictures the weights were trained on, for RGB in [0, 1].
+    ``mean`` and ``std`` are those of the images the weights were trained on, for RGB in [0, 1].
     """
 
     width: int

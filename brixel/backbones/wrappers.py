@@ -77,7 +77,7 @@ class TransformersBackbone(nn.Module):
         return self.model.get_submodule(self._norm_name)(tokens)
 
     def _probe(self) -> tuple[int, bool]:
-        """From a picture of one patch: the number of tokens before it, and whether the last state is normed already."""
+        """From an image of one patch: the number of tokens before it, and whether the last state is normed already."""
         seen: list[Tensor] = []
         norm = nn.Identity() if self._norm_name is None else self.model.get_submodule(self._norm_name)
         hook = norm.register_forward_hook(lambda *call: seen.append(call[-1]))
@@ -98,7 +98,7 @@ class TimmBackbone(nn.Module):
         super().__init__()
         name = type(model).__name__
         if getattr(model, "dynamic_img_size", None) is False:
-            raise BrixelError(f"{name} takes pictures of one size; give dynamic_img_size=True to timm.create_model")
+            raise BrixelError(f"{name} takes images of one size; give dynamic_img_size=True to timm.create_model")
         self.model = model.eval()
         self.width = _setting(model, "embed_dim", name)
         self.depth = len(_setting(model, "blocks", name))
@@ -171,7 +171,7 @@ def _numbers(given: Iterable[float] | None, stated: Iterable[float] | None, mode
     numbers = stated if given is None else given
     if numbers is None:
         raise BrixelError(
-            f"{model} does not say how its pictures are normalised; give mean=(...) and std=(...), for instance "
+            f"{model} does not say how its images are normalised; give mean=(...) and std=(...), for instance "
             "image_mean and image_std of its image processor"
         )
     return tuple(numbers)
@@ -182,6 +182,6 @@ def _grid_hw(pixels: Tensor, patch_px: int) -> tuple[int, int]:
     if pixels.ndim != 4 or pixels.shape[2] % patch_px or pixels.shape[3] % patch_px:
         raise BrixelError(
             f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W), H and W multiples of the patch, "
-            f"{patch_px} px: pad or resize the picture, or let extract() do so"
+            f"{patch_px} px: pad or resize the image, or let extract() do so"
         )
     return pixels.shape[2] // patch_px, pixels.shape[3] // patch_px

@@ -17,7 +17,7 @@ from brixel.checkpoints.locate_files import repositories_in
 from brixel.checkpoints.model_card import CARD, LICENCE, PANEL, is_ours, model_card
 from brixel.checkpoints.model_folder import ADAPTER, BACKBONE, CONFIG, check_includable, save
 from brixel.errors import BrixelError, DownloadError, UploadError
-from brixel.feature_maps import panel
+from brixel.feature_maps.panel import save_panel
 from brixel.model.config import BrixelConfig
 from brixel.model.student import Student
 
@@ -38,13 +38,13 @@ def push(
     token: str | bool | None,
     message: str,
 ) -> str:
-    """Save a model with its card and the picture that ``draw`` makes, and upload it; "ORG/NAME@COMMIT"."""
+    """Save a model with its card and the image that ``draw`` makes, and upload it; "ORG/NAME@COMMIT"."""
     repository = check_pushable(name, token)
     check_includable(config.backbone, include_backbone)
     config = publishable(config, include_backbone)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        panel.save(draw(), folder / PANEL)
+        save_panel(draw(), folder / PANEL)
         licence = licence_copy(config, Access(token))
         if licence is not None:
             shutil.copy(licence, folder / LICENCE)

@@ -15,7 +15,7 @@ from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints.backbone_key_maps import VOCABULARY, needed, recognise, without_prefix
 from brixel.checkpoints.huggingface_config import normalisation, timm_tag, vit_config
 from brixel.checkpoints.key_mapping import KeyMap, State, rename
-from brixel.checkpoints.weight_files import fit, read_tensors, shapes_of
+from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
 from brixel.errors import BrixelError, CheckpointError, did_you_mean
 
 
@@ -49,7 +49,7 @@ def load_backbone(
 
     what = f"{path} ({key_map.name}) does not fit {name or 'its configuration'}"
     ours = rename(state, key_map, shapes_of(lambda: ViT(config)), what=what)
-    vit = fit(lambda: ViT(config), ours, dtype, what=what)
+    vit = load_into(lambda: ViT(config), ours, dtype, what=what)
     if name is not None and _shape_fields(config) != _shape_fields(known_backbone(name).vit):
         name = None  # the user changed what it is
     return LoadedBackbone(vit.eval().requires_grad_(False), name)

@@ -16,7 +16,7 @@ BUNDLED = BRIXEL_TINY.name  # the model that comes with the package
 
 
 @dataclass(frozen=True)
-class Place:
+class ModelFiles:
     """A folder or a weight file on disk; with ``snapshot``, the part that was fetched of a repository on the Hub."""
 
     path: Path
@@ -65,7 +65,7 @@ class Place:
 
 def locate(
     name_or_path: str | os.PathLike[str], *, what: str, revision: str | None = None, access: Access | None = None
-) -> Place:
+) -> ModelFiles:
     """The folder or file that a user named; ``what`` it is to be: "model", "backbone", or a file "adapter".
 
     A model named :data:`BUNDLED` is the package's own; a folder of that name is reached as "./brixel-tiny". A string
@@ -77,10 +77,10 @@ def locate(
         module = ", or a torch module" if what == "backbone" else ""
         raise BrixelError(f"the {what} is a {type(name_or_path).__name__}; expected a path or a name{module}")
     if what == "model" and str(name_or_path) == BUNDLED:
-        return Place(Path(__file__).parents[1] / "assets" / "tiny")
+        return ModelFiles(Path(__file__).parents[1] / "assets" / "tiny")
     path = Path(name_or_path).expanduser()
     if path.exists():
-        return Place(path)
+        return ModelFiles(path)
     known = KNOWN_BACKBONES.get(str(name_or_path)) if what == "backbone" else None
     if known is not None:
         missing = f"no source of {known.name} can be had"
@@ -96,9 +96,9 @@ def locate(
     return _fetched(repository, what, access or Access())
 
 
-def _fetched(repository: Repository, what: str, access: Access) -> Place:
+def _fetched(repository: Repository, what: str, access: Access) -> ModelFiles:
     snapshot = Snapshot(repository, access)
-    place = Place(snapshot.folder, snapshot)
+    place = ModelFiles(snapshot.folder, snapshot)
     with place.reading():
         content = read_json(snapshot.folder / "config.json")
     ours = "format_version" in content
@@ -113,7 +113,7 @@ def _fetched(repository: Repository, what: str, access: Access) -> Place:
     return place
 
 
-def locate_first(sources: Iterable[str], *, downloaded: bool, access: Access, missing: str) -> Place:
+def locate_first(sources: Iterable[str], *, downloaded: bool, access: Access, missing: str) -> ModelFiles:
     """The first of several sources of a backbone that can be had, with its weights; a warning says if others could not.
 
     ``downloaded``: the sources are those of a config from the Hub, whose paths are not followed: they would be another
@@ -145,7 +145,7 @@ class _Gone(BrixelError):
     """A path that is not there, or is not followed."""
 
 
-def _locate_source(source: str, downloaded: bool, access: Access) -> Place:
+def _locate_source(source: str, downloaded: bool, access: Access) -> ModelFiles:
     repository = parse_repository(source)
     if downloaded and repository is None:
         raise _Gone("a path in a downloaded config is not followed")

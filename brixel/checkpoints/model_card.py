@@ -38,7 +38,7 @@ def model_card(config: BrixelConfig, name: str, *, whole: bool, panel: bool = Fa
     """
     backbone = config.backbone
     known = {row.name: row for row in list_models()}.get(backbone.architecture or "")
-    picture = [f"![a picture, its backbone's map, the dense map]({PANEL})", ""] if panel else []
+    image = [f"![an image, its backbone's map, the dense map]({PANEL})", ""] if panel else []
     return "\n".join(
         [
             *_front_matter(backbone, known),
@@ -46,11 +46,11 @@ def model_card(config: BrixelConfig, name: str, *, whole: bool, panel: bool = Fa
             "",
             f"# Dense features from {backbone.title}",
             "",
-            f"A small adapter for a frozen vision transformer, {backbone.title}: from a picture of low resolution it "
+            f"A small adapter for a frozen vision transformer, {backbone.title}: from an image of low resolution it "
             f"gives a feature map of {UPSCALE} times the transformer's grid on each axis, near to what the transformer "
-            f"gives on the picture at {UPSCALE} times the size. Method: [Another BRIXEL in the Wall]({_PAPER}).",
+            f"gives on the image at {UPSCALE} times the size. Method: [Another BRIXEL in the Wall]({_PAPER}).",
             "",
-            *picture,
+            *image,
             *_use(config, name, whole),
             *_section("What it is", _facts(config, whole)),
             *_section("Training", config.training or {"how": "not recorded"}),
@@ -101,7 +101,7 @@ def _facts(config: BrixelConfig, whole: bool) -> Mapping[str, str]:
         "adapter and head": f"{numbers / 1e6:.2f} M parameters; blocks {', '.join(map(str, adapter.blocks))}, from 0",
         "trained at": f"{side} px on the short side, for the map of {UPSCALE * side} px",
         "a cell of the map": f"{vit.patch_px / UPSCALE:g} px; {vit.width} channels",
-        "mean, deviation": f"{vit.mean}, {vit.std}; pictures are normalised so by `extract`",
+        "mean, deviation": f"{vit.mean}, {vit.std}; images are normalised so by `extract`",
     }
 
 

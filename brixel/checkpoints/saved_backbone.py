@@ -16,16 +16,16 @@ from brixel.checkpoints.fingerprint import check_fingerprint, fingerprint
 from brixel.checkpoints.hub_download import Access
 from brixel.checkpoints.huggingface_config import vit_config
 from brixel.checkpoints.load_backbone import LoadedBackbone, load_backbone
-from brixel.checkpoints.locate_files import Place, locate, locate_first
+from brixel.checkpoints.locate_files import ModelFiles, locate, locate_first
 from brixel.checkpoints.model_folder import BACKBONE
-from brixel.checkpoints.weight_files import fit, read_tensors
+from brixel.checkpoints.weight_files import load_into, read_tensors
 from brixel.errors import BrixelError, CheckpointError
 from brixel.model.config import BackboneConfig, BrixelConfig
 from brixel.utils.devices import choose_device, choose_dtype
 
 
 def load_from(
-    place: Place, architecture: str | ViTConfig | None, dtype: torch.dtype, fields: Mapping[str, object]
+    place: ModelFiles, architecture: str | ViTConfig | None, dtype: torch.dtype, fields: Mapping[str, object]
 ) -> LoadedBackbone:
     """The backbone at a place; one that cannot be read is refused before its weights are fetched."""
     with place.reading():
@@ -35,14 +35,14 @@ def load_from(
         return load_backbone(place.path, architecture=architecture, dtype=dtype, fields=fields)
 
 
-def describe_loaded(loaded: LoadedBackbone, place: Place) -> BackboneConfig:
+def describe_loaded(loaded: LoadedBackbone, place: ModelFiles) -> BackboneConfig:
     """What a config says of a backbone: where it was, then where it is published."""
     sources = dict.fromkeys([place.source, *_published(loaded.architecture)])
     return BackboneConfig(loaded.architecture, tuple(sources), loaded.vit.config, fingerprint(loaded.vit))
 
 
 def resolve_backbone(
-    place: Place, config: BrixelConfig, given: str | PathLike[str] | None, dtype: torch.dtype, access: Access
+    place: ModelFiles, config: BrixelConfig, given: str | PathLike[str] | None, dtype: torch.dtype, access: Access
 ) -> tuple[Backbone, BrixelConfig]:
     """The backbone that a saved model needs, given by the user, beside it, or from its sources; and its config now."""
     ours = config.backbone
@@ -55,7 +55,9 @@ def resolve_backbone(
     own = place.find(BACKBONE) if given is None else None
     if own is not None:
         with place.reading():
-            vit = fit(lambda: ViT(architecture), read_tensors(own), dtype, what=f"{own} does not fit {ours.title}")
+            vit = load_into(
+                lambda: ViT(architecture), read_tensors(own), dtype, what=f"{own} does not fit {ours.title}"
+            )
         check_fingerprint(ours, vit.requires_grad_(False), str(own))
         return vit, config
     if given is not None:

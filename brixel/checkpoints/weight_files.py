@@ -123,7 +123,7 @@ def _read_pickled(path: Path) -> State:
     return content
 
 
-def fit(build: Callable[[], Module], state: Mapping[str, Tensor], dtype: torch.dtype, *, what: str) -> Module:
+def load_into(build: Callable[[], Module], state: Mapping[str, Tensor], dtype: torch.dtype, *, what: str) -> Module:
     """Build a module without allocating it, and give it the tensors of ``state``, which must be all of its own.
 
     Floating-point tensors are cast to ``dtype``. ``what`` opens the error: "FILE does not fit MODEL".

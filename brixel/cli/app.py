@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="brixel", description="Dense features of pictures from frozen ViTs.")
+    parser = argparse.ArgumentParser(prog="brixel", description="Dense features of images from frozen ViTs.")
     parser.add_argument("--version", action="version", version=f"brixel {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for each in (use, make, plan, evaluate, throughput):

@@ -9,7 +9,7 @@ from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig
 from brixel.brixel_features import PathLike
 from brixel.checkpoints.hub_download import parse_repository
-from brixel.checkpoints.locate_files import Place, locate
+from brixel.checkpoints.locate_files import ModelFiles, locate
 from brixel.checkpoints.model_folder import ADAPTER, BACKBONE, CONFIG, read_config
 from brixel.checkpoints.release_adapters import RELEASED
 from brixel.checkpoints.weight_files import shapes_of
@@ -63,7 +63,7 @@ def _describe_model(row: KnownBackbone) -> dict[str, str]:
     }
 
 
-def _where(place: Place, file: str) -> str | None:
+def _where(place: ModelFiles, file: str) -> str | None:
     """Where a model's file is, without fetching it."""
     if place.snapshot is None:
         found = place.find(file)
@@ -71,7 +71,7 @@ def _where(place: Place, file: str) -> str | None:
     return f"{file} of {place.source}, commit {place.snapshot.commit}" if place.snapshot.holds(file) else None
 
 
-def _whereabouts(place: Place, sources: Sequence[str]) -> str:
+def _whereabouts(place: ModelFiles, sources: Sequence[str]) -> str:
     """Where the backbone's weights are: with the model, or the sources that a path or a repository can still be."""
     own = _where(place, BACKBONE)
     if own is not None:

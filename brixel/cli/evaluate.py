@@ -18,8 +18,8 @@ from brixel.evaluate.report import check_markdown, write_report
 from brixel.evaluate.suite import run_suite
 from brixel.evaluate.suite_file import read_suite
 from brixel.evaluate.tasks import BOUNDARY_PX, DEFAULT_SOURCES, FIELDS, Task
-from brixel.feature_maps import panel
-from brixel.images.find_images import find_pictures
+from brixel.feature_maps.panel import check_panel_path, save_panel
+from brixel.images.find_images import find_images
 
 _SHOWN = ("bilinear", STUDENT, TEACHER)
 _REPORT_HELP = "write the report here, its figures as JSON beside"
@@ -28,8 +28,8 @@ _REPORT_HELP = "write the report here, its figures as JSON beside"
 def add(commands: Any) -> None:
     """Add the command to the parser's, with a command of its own for each thing to evaluate."""
     judges = commands.add_parser("evaluate", help="how good a model is").add_subparsers(required=True, metavar="WHAT")
-    one = _task(judges, "fidelity", "nearness to the backbone on the large picture, beside interpolation")
-    _add_pictures(one)
+    one = _task(judges, "fidelity", "nearness to the backbone on the large image, beside interpolation")
+    _add_images(one)
 
     one = _task(judges, "segmentation", "classes of pixels by a linear probe on frozen features")
     _add_data(one, tuple(LAYOUTS))
@@ -41,10 +41,10 @@ def add(commands: Any) -> None:
     one = _task(judges, "normals", "directions of surfaces, by a small convolutional readout on frozen features")
     _add_data(one, tuple(NORMALS_LAYOUTS))
 
-    one = _task(judges, "matching", "points found again in a warped picture by their features")
-    _add_pictures(one)
+    one = _task(judges, "matching", "points found again in a warped image by their features")
+    _add_images(one)
 
-    one = command(judges, "cost", _cost, "parameters, operations, time and memory as pictures grow; random weights")
+    one = command(judges, "cost", _cost, "parameters, operations, time and memory as images grow; random weights")
     one.add_argument(
         "--architecture", nargs="+", default=["dinov3-vits16"], metavar="NAME", help="default: %(default)s"
     )
@@ -54,9 +54,9 @@ def add(commands: Any) -> None:
     one.add_argument("-o", "--output", type=Path, metavar="MD", help=f"{_REPORT_HELP}, and a plot")
     add_device_options(one)
 
-    one = command(judges, "panel", _panel, "pictures of the maps of several sources, side by side")
-    one.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="pictures, and folders")
-    one.add_argument("--teacher-px", type=positive, required=True, metavar="PX", help="side of the teacher's picture")
+    one = command(judges, "panel", _panel, "images of the maps of several sources, side by side")
+    one.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images, and folders")
+    one.add_argument("--teacher-px", type=positive, required=True, metavar="PX", help="side of the teacher's image")
     one.add_argument("--sources", nargs="+", choices=SOURCES, default=_SHOWN, help=f"default: {' '.join(_SHOWN)}")
     one.add_argument(
         "--point", nargs=2, type=float, metavar=("ROW", "COLUMN"), help="also the likeness of all cells to that one"
@@ -75,7 +75,7 @@ def add(commands: Any) -> None:
 def _task(judges: Any, kind: str, text: str) -> argparse.ArgumentParser:
     one = command(judges, kind, _run, text)
     one.set_defaults(kind=kind)
-    sides = "sides of the teacher's picture; the student's is a quarter"
+    sides = "sides of the teacher's image; the student's is a quarter"
     one.add_argument("--teacher-px", nargs="+", type=positive, required=True, metavar="PX", help=sides)
     usual = DEFAULT_SOURCES[kind]
     one.add_argument("--sources", nargs="+", choices=SOURCES, default=usual, help=f"default: {' '.join(usual)}")
@@ -84,8 +84,8 @@ def _task(judges: Any, kind: str, text: str) -> argparse.ArgumentParser:
     return one
 
 
-def _add_pictures(one: argparse.ArgumentParser) -> None:
-    one.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="pictures, and folders")
+def _add_images(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, and folders")
 
 
 def _add_data(one: argparse.ArgumentParser, layouts: tuple[str, ...]) -> None:
@@ -95,7 +95,7 @@ def _add_data(one: argparse.ArgumentParser, layouts: tuple[str, ...]) -> None:
     one.add_argument("--val", default="val", metavar="SPLIT", help="to report; default: %(default)s")
     one.add_argument("--cache", type=Path, metavar="DIR", help="keeps features, also for later runs; default: memory")
     one.add_argument("--steps", type=positive, help="of training; default: by the kind of probe")
-    one.add_argument("--limit", type=positive, metavar="N", help="only the first N pictures of each split")
+    one.add_argument("--limit", type=positive, metavar="N", help="only the first N images of each split")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -108,11 +108,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _panel(options: argparse.Namespace) -> int:
-    pictures = [path for path, _ in find_pictures(options.images)]
-    panel.check_output(options.output, pictures)
+    images = [path for path, _ in find_images(options.images)]
+    check_panel_path(options.output, images)
     point = None if options.point is None else (options.point[0], options.point[1])
-    made = panel_of(sources_of(load(options), options.sources), pictures, options.teacher_px, point)
-    panel.save(made, options.output)
+    made = panel_of(sources_of(load(options), options.sources), images, options.teacher_px, point)
+    save_panel(made, options.output)
     print(options.output)
     return 0
 
@@ -124,7 +124,7 @@ def _cost(options: argparse.Namespace) -> int:
     report = cost(options.architecture, options.image_px, **sizes, **where)
     write_report(report, options.command, options.output)
     if options.output is not None:
-        panel.save(cost_plot(report.rows), options.output.with_suffix(".png"))
+        save_panel(cost_plot(report.rows), options.output.with_suffix(".png"))
     return 0
 
 

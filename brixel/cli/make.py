@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
 
     one = command(commands, "benchmark", _benchmark, "time, operations and memory of students with random weights")
     one.add_argument("--architectures", nargs="+", default=DEFAULT_ARCHITECTURES, metavar="NAME")
-    one.add_argument("--image-px", type=positive, default=256, help="side of the picture; default: 256")
+    one.add_argument("--image-px", type=positive, default=256, help="side of the image; default: 256")
     one.add_argument("--rounds", type=positive, default=20, help="default: 20")
     one.add_argument("--threads", type=positive, help="default: torch's own choice")
     one.add_argument("-o", "--output", type=Path, help=REPORT_HELP)

@@ -9,10 +9,9 @@ from typing import Any, get_args
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
-from brixel.feature_maps import panel
 from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.planner import Tiles
-from brixel.utils.atomic_files import write_text
+from brixel.utils.atomic_files import check_folder, write_text
 
 REPORT_HELP = "also write the report (Markdown) here"
 MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] of one on the Hub, or brixel-tiny"
@@ -43,7 +42,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_short_side(parser: argparse.ArgumentParser) -> None:
-    """The size that pictures are brought to."""
+    """The size that images are brought to."""
     parser.add_argument(
         "--short-side", type=short_side, metavar="PX", help="pixels, or 'native'; default: as the adapter was trained"
     )
@@ -114,7 +113,7 @@ def print_table(rows: Mapping[str, str]) -> None:
 def check_report(output: Path | None) -> None:
     """Raise BrixelError where a report cannot be written, before the work is done."""
     if output is not None:
-        panel.check_folder(output)
+        check_folder(output)
 
 
 def tell(text: str, output: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""`brixel plan`: how a picture of some size would be computed within a limit of memory, and a table of such limits."""
+"""`brixel plan`: how an image of some size would be computed within a limit of memory, and a table of such limits."""
 
 import argparse
 from pathlib import Path
@@ -23,23 +23,23 @@ from brixel.evaluate.cost.memory import ARCHITECTURES, SIDES, memory_table, repo
 from brixel.evaluate.cost.memory_limits import limit_report, limit_table
 from brixel.inference.memory.planner import Plan, check_tiles
 from brixel.utils.devices import choose_dtype
-from brixel.utils.memory import bytes_text, parse_bytes
+from brixel.utils.memory import format_bytes, parse_bytes
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
-    one = command(commands, "plan", _plan, "how a picture would be computed within a limit of memory; nothing is run")
+    one = command(commands, "plan", _plan, "how an image would be computed within a limit of memory; nothing is run")
     one.add_argument(
         "size", nargs="?", type=height_by_width, metavar="HEIGHTxWIDTH", help="as it enters the model, in pixels"
     )
-    one.add_argument("--batch-size", type=positive, default=1, help="pictures of that size at once; default: 1")
+    one.add_argument("--batch-size", type=positive, default=1, help="images of that size at once; default: 1")
     one.add_argument("--to-file", action="store_true", help="as if the map went to a file rather than to memory")
     one.add_argument("--table", action="store_true", help="instead: the least memory of random weights, by size")
     one.add_argument(
         "--limits", nargs="+", default=(), metavar="AMOUNT", help="instead: run random weights within these, and count"
     )
     one.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="NAME", help="of the tables")
-    one.add_argument("--sides", nargs="+", type=positive, default=SIDES, metavar="PX", help="of the tables' pictures")
+    one.add_argument("--sides", nargs="+", type=positive, default=SIDES, metavar="PX", help="of the tables' images")
     one.add_argument(
         "--measure", nargs="+", default=(), type=_measured, metavar="NAME=PX", help="also run, up to that side"
     )
@@ -97,8 +97,8 @@ def describe(plan: Plan) -> dict[str, str]:
         "way": ways[plan.way],
         "on": f"{plan.device}, {plan.dtype}",
         "padded size": "{}x{} px".format(*plan.padded_hw),
-        "peak": f"{bytes_text(plan.peak_bytes)}, predicted, weights included",
-        "limit": bytes_text(plan.limit_bytes, up=False),
+        "peak": f"{format_bytes(plan.peak_bytes)}, predicted, weights included",
+        "limit": format_bytes(plan.limit_bytes, up=False),
     }
     if plan.tile_px is not None:
         rows["tiles of"] = "{}x{} px".format(*plan.tile_px) + f", overlapping by {plan.overlap_px} px or more"

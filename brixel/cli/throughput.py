@@ -19,7 +19,7 @@ from brixel.cli.options import (
     tell,
     whole,
 )
-from brixel.evaluate.cost.throughput import draw_pictures, measure, random_model, report
+from brixel.evaluate.cost.throughput import draw_images, measure, random_model, report
 from brixel.utils.devices import choose_device, choose_dtype
 
 TINY = "brixel-tiny"
@@ -27,11 +27,11 @@ TINY = "brixel-tiny"
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
-    one = command(commands, "throughput", _throughput, "pictures per second from files to files, beside the bare model")
+    one = command(commands, "throughput", _throughput, "images per second from files to files, beside the bare model")
     one.add_argument(
         "--models", nargs="+", default=(TINY,), metavar="NAME", help="known backbones, with random weights; brixel-tiny"
     )
-    one.add_argument("--images", type=Path, metavar="DIR", help="pictures; default: drawn ones")
+    one.add_argument("--images", type=Path, metavar="DIR", help="images; default: drawn ones")
     one.add_argument(
         "--size", type=height_by_width, default=(480, 640), metavar="HEIGHTxWIDTH", help="of those; default: 480x640 px"
     )
@@ -51,15 +51,15 @@ def _throughput(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     with tempfile.TemporaryDirectory() as folder:
-        pictures = options.images
-        if pictures is None:
-            pictures = Path(folder)
-            draw_pictures(pictures, options.count, options.size)
+        images = options.images
+        if images is None:
+            images = Path(folder)
+            draw_images(images, options.count, options.size)
         results = []
         for model in _models(options.models):
             moved = model.to(device, dtype)
             results.append(
-                measure(moved, pictures, rounds=options.rounds, batch_size=options.batch_size, workers=options.workers)
+                measure(moved, images, rounds=options.rounds, batch_size=options.batch_size, workers=options.workers)
             )
     tell(report(results, options.command), options.output)
     return 0

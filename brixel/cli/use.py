@@ -21,29 +21,29 @@ from brixel.errors import BrixelError
 from brixel.extraction import extract_files
 from brixel.extraction.distributed import Share, own_device
 from brixel.extraction.map_folder import verify
-from brixel.feature_maps import panel
-from brixel.images.find_images import SCENE, find_pictures
-from brixel.inference.comparison_panel import show
+from brixel.feature_maps.panel import check_panel_path, save_panel
+from brixel.images.find_images import SCENE, find_images
+from brixel.inference.comparison_panel import comparison_panel
 from brixel.utils.devices import DTYPES
 
 
 def add(commands: Any) -> None:
     """Add these commands to the parser's."""
-    one = command(commands, "show", _show, "a panel of pictures with their backbone's map and their dense map")
+    one = command(commands, "show", _show, "a panel of images with their backbone's map and their dense map")
     one.add_argument("images", nargs="*", metavar="IMAGE", help="none: a drawing that comes with brixel")
     one.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="default: %(default)s")
-    one.add_argument("--teacher", action="store_true", help="also the backbone's map of the picture x 4")
+    one.add_argument("--teacher", action="store_true", help="also the backbone's map of the image x 4")
     add_model_options(one)
     add_short_side(one)
     add_memory_options(one)
 
-    one = command(commands, "extract", _extract, "the dense map of every picture, in files or shards")
-    one.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="pictures, and folders of them")
+    one = command(commands, "extract", _extract, "the dense map of every image, in files or shards")
+    one.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="images, and folders of them")
     one.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     one.add_argument("--format", choices=("safetensors", "npy"), default="safetensors", help="default: %(default)s")
     one.add_argument("--shard-gib", type=_gib, metavar="GIB", help="into shards of that size, many maps each")
     one.add_argument("--save-dtype", choices=("float32", "float16", "bfloat16"), help="default: the model's")
-    one.add_argument("--batch-size", type=positive, default=1, help="pictures of one size at once; default: 1")
+    one.add_argument("--batch-size", type=positive, default=1, help="images of one size at once; default: 1")
     one.add_argument("--workers", type=whole, default=2, help="threads that decode ahead; default: %(default)s")
     one.add_argument("--overwrite", action="store_true", help="do everything anew")
     one.add_argument("--verify", action="store_true", help="only check every file in DIR against its manifest")
@@ -59,8 +59,8 @@ def add(commands: Any) -> None:
 
 def _show(options: argparse.Namespace) -> int:
     images = options.images or [SCENE]
-    panel.check_output(options.output, images)
-    made = show(
+    check_panel_path(options.output, images)
+    made = comparison_panel(
         load(options),
         images,
         short_side_px=options.short_side,
@@ -68,7 +68,7 @@ def _show(options: argparse.Namespace) -> int:
         memory_limit=options.memory_limit,
         tiles=options.tiles,
     )
-    panel.save(made, options.output)
+    save_panel(made, options.output)
     print(options.output)
     return 0
 
@@ -77,14 +77,14 @@ def _extract(options: argparse.Namespace) -> int:
     if options.verify:
         return _verify(options.output)
     if not options.paths:
-        raise BrixelError("no PATH: give pictures and folders of them; only --verify goes without")
-    pictures = find_pictures(options.paths)
+        raise BrixelError("no PATH: give images and folders of them; only --verify goes without")
+    images = find_images(options.paths)
     if options.output.exists() and not options.output.is_dir():
         raise BrixelError(f"{options.output} is a file; expected a folder to write maps into")
     options.device = own_device(options.device)
     report = extract_files(
         load(options),
-        pictures,
+        images,
         options.output,
         ending=f".{options.format}",
         shard_bytes=options.shard_gib,

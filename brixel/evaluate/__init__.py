@@ -1,1 +1,1 @@
-"""Is it as good as the large picture, and what does it cost?"""
+"""Is it as good as the large image, and what does it cost?"""

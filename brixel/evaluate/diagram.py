@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from brixel.feature_maps.panel import stacked
+from brixel.feature_maps.panel import build_panel
 
 SIZE_PX = (300, 420)  # of one diagram, height and width
 COLOURS = ("#888888", "#c23b22", "#1f6fb4", "#2e8b57", "#b8860b", "#7d3c98")
@@ -71,8 +71,8 @@ def diagram(
 ) -> Image.Image:
     """One diagram: the lines by name, each in its colour."""
     height, width = SIZE_PX
-    picture = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     legend_px = 16 * len(lines) + 4
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -96,12 +96,12 @@ def diagram(
             _mark(draw, colour, place(spot.x, spot.y), [place(spot.x, end) for end in spot.whisker or ()])
         draw.text((_MARGIN_PX + 8, 28 + 16 * number), name, fill=colour, font=font)
     draw.text((_MARGIN_PX, 8), title, fill="black", font=font)
-    return picture
+    return image
 
 
 def in_rows(diagrams: Sequence[Image.Image]) -> Image.Image:
-    """Diagrams as one picture, two in a row."""
-    return stacked([list(diagrams[first : first + _PER_ROW]) for first in range(0, len(diagrams), _PER_ROW)])
+    """Diagrams as one image, two in a row."""
+    return build_panel([list(diagrams[first : first + _PER_ROW]) for first in range(0, len(diagrams), _PER_ROW)])
 
 
 def _mark(

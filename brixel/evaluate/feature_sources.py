@@ -1,10 +1,10 @@
 """Anything that gives dense features, behind one small class, so that all are judged by the same code.
 
-Our student, the backbone's own map brought up by interpolation, the backbone on the large picture ("teacher"), or any
+Our student, the backbone's own map brought up by interpolation, the backbone on the large image ("teacher"), or any
 function of yours. All start from one square crop of T pixels: a source with ``scale`` 4 sees all of them, one with
-``scale`` 1 a picture of a quarter of the side, as the student does.
+``scale`` 1 an image of a quarter of the side, as the student does.
 
-Shapes: B batch, D channels, h x w cells; T the crop's side and S = T / 4 the small picture's, in pixels.
+Shapes: B batch, D channels, h x w cells; T the crop's side and S = T / 4 the small image's, in pixels.
 """
 
 import statistics
@@ -22,7 +22,7 @@ from brixel.evaluate.cost.timing import flops_of, seconds_of
 from brixel.images.crops import DOWNSAMPLING, check_teacher_px, normalised, student_view
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import dtype_name
-from brixel.utils.eval_mode import evaluating
+from brixel.utils.eval_mode import evaluation_mode
 
 STUDENT, TEACHER = "student", "teacher"
 INTERPOLATED = ("nearest", "bilinear", "bicubic")
@@ -30,11 +30,11 @@ SOURCES = (*INTERPOLATED, STUDENT, TEACHER)
 
 
 @dataclass(frozen=True)
-class Source:
-    """Dense features of a normalised picture: ``maps`` takes pixels (B, 3, H, W) and gives (B, D, h, w), any grid.
+class FeatureSource:
+    """Dense features of a normalised image: ``maps`` takes pixels (B, 3, H, W) and gives (B, D, h, w), any grid.
 
     ``patch_px``: H and W are multiples of it. ``mean``, ``std``: what the pixels are normalised with, by channel.
-    ``scale``: 1 for a source of the small picture, 4 for one of the large. ``resize``: "nearest", "bilinear" or
+    ``scale``: 1 for a source of the small image, 4 for one of the large. ``resize``: "nearest", "bilinear" or
     "bicubic" where the map is to be brought to four cells a patch by interpolation. ``identity``: text that tells these
     features from all others, by which they are kept on disk; empty where they are not to be kept.
     """
@@ -51,9 +51,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.scale not in (1, DOWNSAMPLING):
-            raise BrixelError(
-                f"scale of source {self.name!r} is {self.scale!r}; expected 1 (small picture) or 4 (large)"
-            )
+            raise BrixelError(f"scale of source {self.name!r} is {self.scale!r}; expected 1 (small image) or 4 (large)")
         if self.resize is not None and self.resize not in INTERPOLATED:
             raise BrixelError(f"resize is {self.resize!r}; {did_you_mean(self.resize, INTERPOLATED)}")
 
@@ -88,14 +86,14 @@ class Source:
         return F.interpolate(raw, scale_factor=UPSCALE, mode=self.resize, align_corners=corners)
 
 
-def check_names(sources: Sequence[Source]) -> None:
+def check_names(sources: Sequence[FeatureSource]) -> None:
     """Raise BrixelError where two sources have one name: results are kept by it."""
     names = [source.name for source in sources]
     if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise BrixelError(f"two sources are named {twice[0]!r}; give each a name of its own")
 
 
-def features_by_name(sources: Sequence[Source], crops: Tensor) -> dict[str, Tensor]:
+def features_by_name(sources: Sequence[FeatureSource], crops: Tensor) -> dict[str, Tensor]:
     """Dense maps (B, D, h, w) of every source on crops (B, 3, T, T); what several interpolate is computed once."""
     check_names(sources)
     raw: dict[object, Tensor] = {}
@@ -105,7 +103,7 @@ def features_by_name(sources: Sequence[Source], crops: Tensor) -> dict[str, Tens
     return {source.name: source.finish(raw[source.key]) for source in sources}
 
 
-def sources_of(model: BrixelFeatures, names: Sequence[str] = SOURCES) -> list[Source]:
+def sources_of(model: BrixelFeatures, names: Sequence[str] = SOURCES) -> list[FeatureSource]:
     """Sources by name: "nearest", "bilinear", "bicubic" (the backbone alone), "student", "teacher".
 
     Raises BrixelError for another name.
@@ -115,7 +113,7 @@ def sources_of(model: BrixelFeatures, names: Sequence[str] = SOURCES) -> list[So
     return [_source(model, name) for name in names]
 
 
-def _source(model: BrixelFeatures, name: str) -> Source:
+def _source(model: BrixelFeatures, name: str) -> FeatureSource:
     vit, described = model.config.backbone.vit, model.config.backbone
     identity = f"{described.title} {list(described.fingerprint)} {dtype_name(model.dtype)}"
     if name == STUDENT:
@@ -123,10 +121,10 @@ def _source(model: BrixelFeatures, name: str) -> Source:
     call = model if name == STUDENT else model.backbone_features
 
     def maps(pixels: Tensor) -> Tensor:
-        with evaluating(model):
+        with evaluation_mode(model):
             return call(pixels.to(model.device, model.dtype))
 
-    return Source(
+    return FeatureSource(
         name,
         maps,
         model.patch_px,
@@ -139,7 +137,7 @@ def _source(model: BrixelFeatures, name: str) -> Source:
     )
 
 
-def cost_of(source: Source, teacher_px: int, rounds: int = 5) -> dict[str, float]:
+def cost_of(source: FeatureSource, teacher_px: int, rounds: int = 5) -> dict[str, float]:
     """Operations in GFLOP and the median time in ms for one crop of noise of T pixels, on the source's own device."""
     side = teacher_px * source.scale // DOWNSAMPLING
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))

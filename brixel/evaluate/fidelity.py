@@ -1,7 +1,7 @@
 """How near maps are to the teacher's: the student's, and those of plain interpolation, which it must beat.
 
-The teacher is the backbone itself on a picture of four times the side. Pictures are cut to centre squares, and every
-figure is taken of one picture and then averaged. `docs/evaluation.md` says what each means.
+The teacher is the backbone itself on an image of four times the side. Images are cut to centre squares, and every
+figure is taken of one image and then averaged. `docs/evaluation.md` says what each means.
 Shapes: B batch, D width, H x W cells; T and S = T / 4 the teacher's and the student's side in pixels.
 """
 
@@ -18,16 +18,16 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.feature_cache import centre_crop
-from brixel.evaluate.feature_sources import INTERPOLATED, STUDENT, TEACHER, Source, features_by_name, sources_of
+from brixel.evaluate.feature_sources import INTERPOLATED, STUDENT, TEACHER, FeatureSource, features_by_name, sources_of
 from brixel.evaluate.report import Report
 from brixel.images.crops import DOWNSAMPLING, check_teacher_px
 from brixel.model.losses import edge_loss, principal_directions, spectral_loss
-from brixel.utils.devices import machine
+from brixel.utils.devices import describe_machine
 
 BASELINES = ("bilinear", "bicubic")
 BASE = "bilinear"  # of whose error the share is told that another removes
-EDGE_SHARE = 0.1  # of a picture's cells, those with the teacher's strongest gradients, are its edges
-_DIRECTIONS = 8  # along which edges are looked at: the teacher's first principal ones, picture by picture
+EDGE_SHARE = 0.1  # of an image's cells, those with the teacher's strongest gradients, are its edges
+_DIRECTIONS = 8  # along which edges are looked at: the teacher's first principal ones, image by image
 
 
 def nearness(maps: Tensor, teacher: Tensor) -> dict[str, float]:
@@ -52,7 +52,7 @@ def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def figures(maps: Tensor, teacher: Tensor) -> dict[str, float]:
-    """All figures of one picture's map beside the teacher's, (1, D, H, W) each, at least 3 x 3 cells."""
+    """All figures of one image's map beside the teacher's, (1, D, H, W) each, at least 3 x 3 cells."""
     maps, teacher = maps.float(), teacher.float()
     directions = principal_directions(teacher, min(_DIRECTIONS, teacher.shape[1]))
     cosine = F.cosine_similarity(maps, teacher, dim=1)[0]
@@ -76,7 +76,7 @@ def teacher_edges(teacher: Tensor, directions: Tensor) -> Tensor:
 
 def fidelity(
     model: BrixelFeatures,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     teacher_px: Iterable[int],
     names: Sequence[str] = (*INTERPOLATED, STUDENT),
     *,
@@ -84,46 +84,51 @@ def fidelity(
 ) -> Report:
     """Compare a model's sources with its teacher on centre crops, for each side T; ``name``: for the table.
 
-    Raises BrixelError where there is no picture or a side is not four whole patches, ImageError for a picture that
+    Raises BrixelError where there is no image or a side is not four whole patches, ImageError for an image that
     cannot be used.
     """
     teacher = sources_of(model, [TEACHER])[0]
-    return compare(sources_of(model, names), teacher, pictures, teacher_px, model=name or model.config.backbone.title)
+    return compare(sources_of(model, names), teacher, images, teacher_px, model=name or model.config.backbone.title)
 
 
 def compare(
-    sources: Sequence[Source], teacher: Source, pictures: Sequence[Path], teacher_px: Iterable[int], *, model: str
+    sources: Sequence[FeatureSource],
+    teacher: FeatureSource,
+    images: Sequence[Path],
+    teacher_px: Iterable[int],
+    *,
+    model: str,
 ) -> Report:
     """As :func:`fidelity`, of any sources; their maps must have the teacher's shape."""
     sides = tuple(teacher_px)
-    if not pictures:
-        raise BrixelError("no pictures to compare on; expected at least one")
+    if not images:
+        raise BrixelError("no images to compare on; expected at least one")
     for side in sides:
         check_teacher_px(side, teacher.patch_px)
     rows, details = [], {}
     for side in sides:
-        found = _at_size(sources, teacher, pictures, side)
+        found = _at_size(sources, teacher, images, side)
         rows += [_row(model, side, source, found) for source in sources]
         details[str(side)] = {name: {key: each.tolist() for key, each in by.items()} for name, by in found.items()}
     columns = {
-        **{"model": ("model", ""), "picture_px": ("student's picture, px", "d"), "teacher_px": ("teacher's", "d")},
+        **{"model": ("model", ""), "image_px": ("student's image, px", "d"), "teacher_px": ("teacher's", "d")},
         **{"source": ("method", ""), "l1": ("L1", ".4f"), "cosine": ("cosine", ".4f")},
         **{"removed": ("of bilinear's 1 - cosine removed", ".1%"), "removed_interval": ("95 %", ".1%")},
         **{"cosine_edges": ("cosine at edges", ".4f"), "edge": ("edge error", ".3g")},
         "spectral": ("spectral error", ".3f"),
     }
-    recipe = f"{len(pictures)} pictures, centre crops; {machine(torch.device(teacher.device))}."
-    names = [str(picture.name) for picture in pictures]
-    return Report("fidelity", "How near to the teacher", columns, rows, recipe, (), {"pictures": names, **details})
+    recipe = f"{len(images)} images, centre crops; {describe_machine(torch.device(teacher.device))}."
+    names = [str(image.name) for image in images]
+    return Report("fidelity", "How near to the teacher", columns, rows, recipe, (), {"images": names, **details})
 
 
 def _at_size(
-    sources: Sequence[Source], teacher: Source, pictures: Sequence[Path], side: int
+    sources: Sequence[FeatureSource], teacher: FeatureSource, images: Sequence[Path], side: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Every figure of every source by picture, (N,), float64."""
+    """Every figure of every source by image, (N,), float64."""
     records: dict[str, list[dict[str, float]]] = {source.name: [] for source in sources}
-    for picture in tqdm(pictures, f"pictures, {side} px", disable=None):
-        crop = centre_crop(picture, side)[None]
+    for image in tqdm(images, f"images, {side} px", disable=None):
+        crop = centre_crop(image, side)[None]
         target = teacher.features(crop)
         for name, maps in features_by_name(sources, crop).items():
             if maps.shape != target.shape:
@@ -136,9 +141,9 @@ def _at_size(
     }
 
 
-def _row(model: str, side: int, source: Source, found: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
+def _row(model: str, side: int, source: FeatureSource, found: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     own, base = found[source.name], found.get(BASE)
-    row: dict[str, Any] = {"model": model, "picture_px": side // DOWNSAMPLING, "teacher_px": side}
+    row: dict[str, Any] = {"model": model, "image_px": side // DOWNSAMPLING, "teacher_px": side}
     row["source"] = source.name
     for key, values in own.items():
         row[key], row[f"{key}_interval"] = float(values.mean()), interval(values)

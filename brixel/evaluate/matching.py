@@ -1,6 +1,6 @@
-"""Points found again: a picture and a warp of it, matched by nearest feature, with the truth known from the warp.
+"""Points found again: an image and a warp of it, matched by nearest feature, with the truth known from the warp.
 
-The second view is the picture's centre crop under a homography that lies inside it, so that nothing is blank. A point
+The second view is the image's centre crop under a homography that lies inside it, so that nothing is blank. A point
 of the first is found in the second at the centre of the cell with the most similar feature (cosine).
 
 Shapes: D channels, h x w cells, P points; coordinates (x, y) in shares of a view's side, 0 to 1.
@@ -19,16 +19,16 @@ from brixel.errors import BrixelError
 from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.feature_cache import centre_crop
-from brixel.evaluate.feature_sources import Source, features_by_name
+from brixel.evaluate.feature_sources import FeatureSource, features_by_name
 from brixel.evaluate.report import Report
 from brixel.images.crops import DOWNSAMPLING
-from brixel.utils.devices import machine
+from brixel.utils.devices import describe_machine
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1)  # of the view's side
-WARPS = 2  # of each picture
+WARPS = 2  # of each image
 POINTS = 256  # of each warp
 BASE = "bilinear"
-_REACH = 0.25  # how far into the picture, of its side, a corner of the second view lies at most
+_REACH = 0.25  # how far into the image, of its side, a corner of the second view lies at most
 
 
 def random_homography(generator: torch.Generator) -> Tensor:
@@ -75,34 +75,34 @@ def distances(first: Tensor, second: Tensor, homography: Tensor, points: Tensor)
 
 
 def matching(
-    sources: Sequence[Source], pictures: Sequence[Path], teacher_px: Sequence[int], *, model: str, seed: int = 0
+    sources: Sequence[FeatureSource], images: Sequence[Path], teacher_px: Sequence[int], *, model: str, seed: int = 0
 ) -> Report:
     """Share of points found within each of ``THRESHOLDS`` (PCK), by source and size."""
-    if not pictures:
-        raise BrixelError("no pictures to match; expected at least one")
+    if not images:
+        raise BrixelError("no images to match; expected at least one")
     rows: list[dict[str, Any]] = []
     for side in teacher_px:
-        found = _at_size(sources, pictures, side, seed)
+        found = _at_size(sources, images, side, seed)
         rows += [_row(model, side, source, found) for source in sources]
     shares = {f"pck_{limit:g}": (f"PCK at {limit:.0%}", ".1%") for limit in THRESHOLDS}
     columns = {
-        **{"model": ("model", ""), "picture_px": ("picture, px", "d"), "source": ("source", ""), **shares},
+        **{"model": ("model", ""), "image_px": ("image, px", "d"), "source": ("source", ""), **shares},
         "gain_0.05": ("at 5 %, over bilinear, 95 %", "+.1%"),
         "median": ("median error, of the side", ".1%"),
     }
     recipe = (
-        f"{len(pictures)} pictures, centre crops, {WARPS} homographies each (corners up to {_REACH:.0%} of the side "
-        f"inwards), {POINTS} points each, seed {seed}; {machine(torch.device(sources[0].device))}."
+        f"{len(images)} images, centre crops, {WARPS} homographies each (corners up to {_REACH:.0%} of the side "
+        f"inwards), {POINTS} points each, seed {seed}; {describe_machine(torch.device(sources[0].device))}."
     )
     return Report("matching", "Points found again under homographies", columns, rows, recipe)
 
 
-def _at_size(sources: Sequence[Source], pictures: Sequence[Path], side: int, seed: int) -> dict[str, Tensor]:
-    """Distances of all points by source, (pictures, WARPS * POINTS); the same warps and points for all."""
+def _at_size(sources: Sequence[FeatureSource], images: Sequence[Path], side: int, seed: int) -> dict[str, Tensor]:
+    """Distances of all points by source, (images, WARPS * POINTS); the same warps and points for all."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {source.name: [] for source in sources}
-    for picture in tqdm(pictures, f"pictures, {side} px", disable=None):
-        crop = centre_crop(picture, side)
+    for image in tqdm(images, f"images, {side} px", disable=None):
+        crop = centre_crop(image, side)
         warps = [random_homography(generator) for _ in range(WARPS)]
         points = [torch.rand(POINTS, 2, generator=generator) for _ in warps]
         views = torch.stack([crop, *(warped(crop, each) for each in warps)])
@@ -112,11 +112,11 @@ def _at_size(sources: Sequence[Source], pictures: Sequence[Path], side: int, see
     return {name: torch.stack(each) for name, each in found.items()}
 
 
-def _row(model: str, side: int, source: Source, found: dict[str, Tensor]) -> dict[str, Any]:
+def _row(model: str, side: int, source: FeatureSource, found: dict[str, Tensor]) -> dict[str, Any]:
     limits = torch.tensor(THRESHOLDS)
-    by_picture = {name: torch.stack([metrics.pck(row, limits) for row in each]) for name, each in found.items()}
-    own, base = by_picture[source.name], by_picture.get(BASE)  # pictures, thresholds
-    row: dict[str, Any] = {"model": model, "picture_px": side * source.scale // DOWNSAMPLING, "source": source.name}
+    by_image = {name: torch.stack([metrics.pck(row, limits) for row in each]) for name, each in found.items()}
+    own, base = by_image[source.name], by_image.get(BASE)  # images, thresholds
+    row: dict[str, Any] = {"model": model, "image_px": side * source.scale // DOWNSAMPLING, "source": source.name}
     for place, limit in enumerate(THRESHOLDS):
         row[f"pck_{limit:g}"] = float(own[:, place].mean())
         row[f"pck_{limit:g}_interval"] = interval(own[:, place])

@@ -1,7 +1,7 @@
 """What a probe is measured by, in plain torch: classes, boundaries, points, depth, surface normals.
 
-`docs/evaluation.md` says what each number means. Counts are added up over pictures before anything is divided, except
-where a function says that it is of one picture. Labels below zero are "not labelled": such pixels count nowhere.
+`docs/evaluation.md` says what each number means. Counts are added up over images before anything is divided, except
+where a function says that it is of one image. Labels below zero are "not labelled": such pixels count nowhere.
 
 Legend: H x W pixels, K classes, N points or valid pixels.
 """
@@ -44,9 +44,9 @@ def mean_iou(both_either: Tensor) -> Tensor:
 
 
 def iou_terms(both_either: Tensor) -> Tensor:
-    """What each picture adds to the mean IoU of all, (N, 2, K) -> (N,), whose mean is that figure; for intervals.
+    """What each image adds to the mean IoU of all, (N, 2, K) -> (N,), whose mean is that figure; for intervals.
 
-    To first order: what the mean IoU would be if all pictures were like this one. Drawing pictures with replacement
+    To first order: what the mean IoU would be if all images were like this one. Drawing images with replacement
     instead, and computing the figure of each sample, goes wrong where a class is in few of them: samples without it
     drop it from the mean, and lie above or below the figure itself.
     """
@@ -61,7 +61,7 @@ def boundary_intersection_union(predicted: Tensor, labels: Tensor, classes: int,
     """As :func:`intersection_union`, but of the strips inside each class's outline alone: (H, W) labels -> (2, K).
 
     A strip is what lies within ``within_px`` pixels (in the larger of the two axes) of a pixel of another class. Pixels
-    without a label are no other class and count nowhere; nor is the picture's frame an outline.
+    without a label are no other class and count nowhere; nor is the image's frame an outline.
     """
     _check_shapes(predicted, labels)
     known = torch.where(labels >= 0, predicted, IGNORE)
@@ -90,14 +90,14 @@ def pck(distances: Tensor, thresholds: Tensor) -> Tensor:
 
 
 def depth_errors(predicted: Tensor, depth: Tensor) -> dict[str, float]:
-    """RMSE (the data's unit), mean relative error and share within a factor of 1.25, of one picture.
+    """RMSE (the data's unit), mean relative error and share within a factor of 1.25, of one image.
 
     Pixels without a measurement, 0 or not finite, are left out. Raises BrixelError where none is left.
     """
     _check_shapes(predicted, depth)
     valid = depth.isfinite() & (depth > 0)
     if not valid.any():
-        raise BrixelError("a depth map holds no value above zero; leave out such pictures")
+        raise BrixelError("a depth map holds no value above zero; leave out such images")
     ours, theirs = predicted[valid].double().clamp(min=1e-6), depth[valid].double()
     ratio = torch.maximum(ours / theirs, theirs / ours)
     return {
@@ -117,9 +117,9 @@ def angles(predicted: Tensor, normals: Tensor) -> Tensor:
 
 
 def normal_errors(degrees: Tensor) -> dict[str, float]:
-    """Mean and median angle and the shares within 11.25, 22.5 and 30 degrees of angles (N,) of one picture."""
+    """Mean and median angle and the shares within 11.25, 22.5 and 30 degrees of angles (N,) of one image."""
     if not len(degrees):
-        raise BrixelError("a normal map holds no direction; leave out such pictures")
+        raise BrixelError("a normal map holds no direction; leave out such images")
     ordered = degrees.sort().values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     within = {f"within_{limit:g}": float((degrees <= limit).double().mean()) for limit in (11.25, 22.5, 30.0)}

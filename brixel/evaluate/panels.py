@@ -3,11 +3,9 @@
 Shapes: T the crop's side in pixels; D channels, h x w cells of a map.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -15,70 +13,54 @@ from torch import Tensor
 
 from brixel.errors import BrixelError
 from brixel.evaluate.feature_cache import centre_crop
-from brixel.evaluate.feature_sources import Source, features_by_name
-from brixel.feature_maps.panel import HEIGHT_PX, labelled, stacked
-from brixel.feature_maps.pca import PcaBasis
+from brixel.evaluate.feature_sources import FeatureSource, features_by_name
+from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.panel import HEIGHT_PX, Colours, build_panel, cells_tile, image_tile, map_tiles
 from brixel.images.crops import check_teacher_px
 
 
 def panel_of(
-    sources: Sequence[Source],
-    pictures: Sequence[Path],
+    sources: Sequence[FeatureSource],
+    images: Sequence[Path],
     teacher_px: int,
     point_yx: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """A row for each picture: its centre square, then every source's map in the colours of one PCA basis.
+    """A row for each image: its centre square, then every source's map in the colours of one PCA basis.
 
     ``point_yx``: a point of the square, in its T pixels; then a second row shows the cosine similarity of every cell to
     the cell at the point, black for -1 and white for 1, which is the source's own and needs no common basis.
-    Raises BrixelError for a point outside, ImageError for a picture that cannot be used.
+    Raises BrixelError for a point outside, ImageError for an image that cannot be used.
     """
-    if not pictures:
-        raise BrixelError("no pictures to show; expected at least one")
+    if not images:
+        raise BrixelError("no images to show; expected at least one")
     if point_yx is not None and not all(0 <= each < teacher_px for each in point_yx):
         raise BrixelError(f"the point is {point_yx}; expected row and column from 0 to below {teacher_px}")
     for source in sources:
         check_teacher_px(teacher_px, source.patch_px)
     rows: list[list[Image.Image]] = []
-    for picture in pictures:
-        crop = centre_crop(picture, teacher_px)
-        maps = {name: each[0] for name, each in features_by_name(sources, crop[None]).items()}
-        rows.append(_row(crop, f"{picture.name[:24]}, {teacher_px} px", _in_colours(maps)))
+    size_hw = (HEIGHT_PX, HEIGHT_PX)
+    for image in images:
+        crop = centre_crop(image, teacher_px)
+        maps = {name: _feature_map(each[0], teacher_px) for name, each in features_by_name(sources, crop[None]).items()}
+        title = f"{image.name[:24]}, {teacher_px} px"
+        rows.append([image_tile(crop.clamp(0, 1).numpy(), size_hw, title), *map_tiles(maps, size_hw)])
         if point_yx is not None:
-            rows.append(_row(_marked(crop, point_yx), "like this point", _likeness(maps, point_yx, teacher_px)))
-    return stacked(rows)
+            similar = [cells_tile(each, _greys(each, point_yx), size_hw, name) for name, each in maps.items()]
+            rows.append([image_tile(_marked(crop, point_yx).numpy(), size_hw, "similarity to this point"), *similar])
+    return build_panel(rows)
 
 
-def _row(crop: Tensor, title: str, tiles: Mapping[str, npt.NDArray[np.uint8]]) -> list[Image.Image]:
-    picture = (crop.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    small = Image.fromarray(picture).resize((HEIGHT_PX, HEIGHT_PX), Image.Resampling.LANCZOS)
-    return [labelled(np.asarray(small), title), *(labelled(tile, name) for name, tile in tiles.items())]
+def _feature_map(features: Tensor, teacher_px: int) -> FeatureMap:
+    height, width = features.shape[1:]
+    return FeatureMap(features, (teacher_px, teacher_px), (teacher_px / height, teacher_px / width))
 
 
-def _in_colours(maps: Mapping[str, Tensor]) -> dict[str, npt.NDArray[np.uint8]]:
-    basis = PcaBasis.fit(list(maps.values()))
-    return {_title(name, each): _enlarged(basis.project(each)) for name, each in maps.items()}
-
-
-def _likeness(
-    maps: Mapping[str, Tensor], point_yx: tuple[float, float], teacher_px: int
-) -> dict[str, npt.NDArray[np.uint8]]:
-    tiles = {}
-    for name, each in maps.items():
-        row, column = (int(at * cells / teacher_px) for at, cells in zip(point_yx, each.shape[1:], strict=True))
-        cosine = F.cosine_similarity(each, each[:, row, column, None, None], dim=0)  # h w
-        grey = ((cosine.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
-        tiles[_title(name, each)] = _enlarged(np.repeat(grey[..., None], 3, axis=2))
-    return tiles
-
-
-def _title(name: str, features: Tensor) -> str:
-    return "{} {} x {}".format(name, *features.shape[1:])
-
-
-def _enlarged(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    tile = Image.fromarray(np.ascontiguousarray(colours))
-    return np.asarray(tile.resize((HEIGHT_PX, HEIGHT_PX), Image.Resampling.NEAREST))
+def _greys(feature_map: FeatureMap, point_yx: tuple[float, float]) -> Colours:
+    """Cosine similarity of every cell to the cell at the point, black for -1 and white for 1: (h, w, 3)."""
+    features = feature_map.features
+    row, column = (int(at / step) for at, step in zip(point_yx, feature_map.stride, strict=True))
+    cosine = F.cosine_similarity(features, features[:, row, column, None, None], dim=0)  # h w
+    return ((cosine.clamp(-1, 1) + 1) * 127.5).round().byte()[..., None].expand(-1, -1, 3).numpy()
 
 
 def _marked(crop: Tensor, point_yx: tuple[float, float]) -> Tensor:
@@ -86,4 +68,4 @@ def _marked(crop: Tensor, point_yx: tuple[float, float]) -> Tensor:
     side = crop.shape[-1]
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     spot = (y - point_yx[0]) ** 2 + (x - point_yx[1]) ** 2 <= (side / 60) ** 2
-    return torch.where(spot, torch.tensor([1.0, 0.0, 0.0])[:, None, None], crop)
+    return torch.where(spot, torch.tensor([1.0, 0.0, 0.0])[:, None, None], crop.clamp(0, 1))

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel.errors import BrixelError
-from brixel.feature_maps.panel import check_folder
-from brixel.utils.atomic_files import write_text
+from brixel.utils.atomic_files import check_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Report:
     ``columns``: by key of a row, its heading and a format such as ".3f", empty for text; keys without a column are in
     the JSON alone. A value may be a number, a text, None (shown as "-") or a pair of numbers (shown as "low to high").
     ``recipe``: on what data and machine; ``notes``: sentences below the table. ``details``: further JSON values, such
-    as figures by picture.
+    as figures by image.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""The first figures of a report over the size of the picture that a source sees: a diagram for each model."""
+"""The first figures of a report over the size of the image that a source sees: a diagram for each model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,9 +54,9 @@ def _drawn(title: str, rows: Sequence[Mapping[str, Any]], key: str, whisker: str
 
 
 def _seen_px(row: Mapping[str, Any]) -> int:
-    """The side of the student's picture in the row's group."""
-    return int(row["picture_px"]) // (DOWNSAMPLING if row["source"] == TEACHER else 1)
+    """The side of the student's image in the row's group."""
+    return int(row["image_px"]) // (DOWNSAMPLING if row["source"] == TEACHER else 1)
 
 
 def _title(source: str) -> str:
-    return f"{source}, of the picture x {DOWNSAMPLING}" if source == TEACHER else source
+    return f"{source}, of the image x {DOWNSAMPLING}" if source == TEACHER else source

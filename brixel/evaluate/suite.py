@@ -17,7 +17,7 @@ from brixel.errors import BrixelError
 from brixel.evaluate.report import Report, write_json
 from brixel.evaluate.report_plot import report_plot
 from brixel.evaluate.suite_file import Part
-from brixel.feature_maps import panel
+from brixel.feature_maps.panel import save_panel
 from brixel.utils.atomic_files import write_text
 
 _DAY = re.compile(r"\d{4}-\d\d-\d\d(?=\.$)")  # with which a recipe ends; names of data may have days of their own
@@ -97,7 +97,7 @@ def _tell_kept(kept: _Kept, parts: Sequence[Part], missing: Sequence[Part], say:
 
 
 def _check(parts: Sequence[Part], load: Load) -> None:
-    """Raise BrixelError for all that is wrong with the parts' data, pictures, sources and models, together."""
+    """Raise BrixelError for all that is wrong with the parts' data, images, sources and models, together."""
     wrong: dict[str, None] = {}
     for task in dict.fromkeys(replace(part.task, teacher_px=(1,)) for part in parts):
         try:
@@ -120,7 +120,7 @@ def _write(kept: _Kept, parts: Sequence[Part], out: Path, command: str) -> str:
     reports = list(merged([Report.from_content(content) for part in parts if (content := kept.content(part))]))
     sections = []
     for report, name in zip(reports, _names(reports), strict=True):
-        panel.save(report_plot(report), out / name)
+        save_panel(report_plot(report), out / name)
         sections += [report.markdown(command, level=2), f"![{report.title}]({name})"]
     text = "\n\n".join(["# Evaluation", *sections])
     write_json(out / "report.json", [report.content(command) for report in reports])

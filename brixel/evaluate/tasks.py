@@ -7,8 +7,8 @@ from pathlib import Path
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError, did_you_mean
-from brixel.evaluate.datasets.depth_normals import MeasuredPictures, read_measured
-from brixel.evaluate.datasets.labelled import LabelledPictures, read_labelled
+from brixel.evaluate.datasets.depth_normals import MeasuredImages, read_measured
+from brixel.evaluate.datasets.labelled import LabelledImages, read_labelled
 from brixel.evaluate.feature_sources import INTERPOLATED, SOURCES, STUDENT, TEACHER, sources_of
 from brixel.evaluate.fidelity import fidelity
 from brixel.evaluate.matching import matching
@@ -17,7 +17,7 @@ from brixel.evaluate.probes.segmentation import LINEAR, segmentation
 from brixel.evaluate.probes.training import ProbeSettings
 from brixel.evaluate.report import Report
 from brixel.images.crops import check_teacher_px
-from brixel.images.find_images import find_pictures
+from brixel.images.find_images import find_images
 
 PROBED = ("bilinear", STUDENT, TEACHER)
 DEFAULT_SOURCES = {
@@ -31,10 +31,10 @@ BOUNDARY_PX = 8
 
 @dataclass(frozen=True)
 class Task:
-    """One question. ``teacher_px``: sides of the teacher's picture, four times the student's.
+    """One question. ``teacher_px``: sides of the teacher's image, four times the student's.
 
-    ``images``: pictures and folders, for fidelity and matching. For probes: ``data``, ``layout``, ``train``, ``val``;
-    ``steps``, None for the usual number; ``limit``, only so many pictures of each split; ``cache``, where features are
+    ``images``: images and folders, for fidelity and matching. For probes: ``data``, ``layout``, ``train``, ``val``;
+    ``steps``, None for the usual number; ``limit``, only so many images of each split; ``cache``, where features are
     kept; ``boundary_px``, for segmentation. ``sources``: names of `sources.SOURCES`; empty for the usual ones.
     """
 
@@ -63,7 +63,7 @@ class Task:
             object.__setattr__(self, "sources", DEFAULT_SOURCES[self.kind])
 
     def check(self) -> None:
-        """Raise BrixelError where pictures or data are missing, or a source is not known; nothing is computed."""
+        """Raise BrixelError where images or data are missing, or a source is not known; nothing is computed."""
         if unknown := [name for name in self.sources if name not in SOURCES]:
             raise BrixelError(f"unknown source {unknown[0]!r}; {did_you_mean(unknown[0], SOURCES)}")
         if self.kind == "segmentation":
@@ -71,7 +71,7 @@ class Task:
         elif self.kind in PROBES:
             _measured(self)
         else:
-            find_pictures(self.images)
+            find_images(self.images)
 
     def check_sides(self, model: BrixelFeatures) -> None:
         """Raise BrixelError where a side is no whole patches of the model."""
@@ -85,17 +85,17 @@ class Task:
 
 
 def _fidelity(task: Task, model: BrixelFeatures, name: str) -> Report:
-    pictures = [path for path, _ in find_pictures(task.images)]
-    return _of_images(task, fidelity(model, pictures, task.teacher_px, task.sources, name=name))
+    images = [path for path, _ in find_images(task.images)]
+    return _of_images(task, fidelity(model, images, task.teacher_px, task.sources, name=name))
 
 
 def _matching(task: Task, model: BrixelFeatures, name: str) -> Report:
-    pictures = [path for path, _ in find_pictures(task.images)]
-    return _of_images(task, matching(sources_of(model, task.sources), pictures, task.teacher_px, model=name))
+    images = [path for path, _ in find_images(task.images)]
+    return _of_images(task, matching(sources_of(model, task.sources), images, task.teacher_px, model=name))
 
 
 def _of_images(task: Task, report: Report) -> Report:
-    """The report, whose recipe begins with where the pictures are."""
+    """The report, whose recipe begins with where the images are."""
     return dataclasses.replace(report, recipe=f"{', '.join(path.as_posix() for path in task.images)}: {report.recipe}")
 
 
@@ -120,14 +120,14 @@ def _shape(task: Task, model: BrixelFeatures, name: str) -> Report:
     return shape(task.kind, sources, train, val, task.teacher_px, model=name, settings=settings, cache=task.cache)
 
 
-def _labelled(task: Task) -> tuple[LabelledPictures, LabelledPictures]:
+def _labelled(task: Task) -> tuple[LabelledImages, LabelledImages]:
     """To fit and to report."""
     assert task.data is not None
     train, val = (read_labelled(task.layout, task.data, each).first(task.limit) for each in (task.train, task.val))
     return train, dataclasses.replace(val, name=_data_name(task, val.name))
 
 
-def _measured(task: Task) -> tuple[MeasuredPictures, MeasuredPictures]:
+def _measured(task: Task) -> tuple[MeasuredImages, MeasuredImages]:
     """To fit and to report."""
     assert task.data is not None
     train, val = (

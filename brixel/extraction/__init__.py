@@ -2,6 +2,8 @@
 
 from brixel.extraction.extract import extract_files
 from brixel.extraction.map_folder import MapFolder
-from brixel.extraction.pending_images import Report
+from brixel.extraction.pending_images import ExtractionSummary
 
-__all__ = ["MapFolder", "Report", "extract_files"]
+Report = ExtractionSummary  # the name in version 0.1
+
+__all__ = ["ExtractionSummary", "MapFolder", "Report", "extract_files"]

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 Made = TypeVar("Made")
 
 
-class Behind(Generic[Made]):
+class BackgroundWriter(Generic[Made]):
     """One thread that does things after another, in the order given, at most ``depth`` of them outstanding.
 
     ``done`` gets each result, in the caller's thread. An error is raised at the next call; what was given after it is
@@ -35,7 +35,7 @@ class Behind(Generic[Made]):
             self._waiting.clear()
             raise
 
-    def __enter__(self) -> "Behind[Made]":
+    def __enter__(self) -> "BackgroundWriter[Made]":
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""Which pictures are this process's, where `torchrun` started several."""
+"""Which images are this process's, where `torchrun` started several."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Share:
-    """One process of several. A picture belongs to a process by the hash of its name, whatever else there is."""
+    """One process of several. An image belongs to a process by the hash of its name, whatever else there is."""
 
     rank: int = 0
     processes: int = 1
@@ -19,9 +19,9 @@ class Share:
         """As `torchrun` says by RANK and WORLD_SIZE; the only process where it does not."""
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
-    def holds(self, picture: str) -> bool:
-        """Whether a picture is this process's."""
-        digest = hashlib.sha256(picture.encode("utf-8", "surrogateescape")).digest()
+    def holds(self, image: str) -> bool:
+        """Whether an image is this process's."""
+        digest = hashlib.sha256(image.encode("utf-8", "surrogateescape")).digest()
         return int.from_bytes(digest[:8], "big") % self.processes == self.rank
 
 

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.fingerprint import digest
 from brixel.errors import BrixelError, MemoryLimitError
-from brixel.extraction.background_writer import Behind
+from brixel.extraction.background_writer import BackgroundWriter
 from brixel.extraction.distributed import Share
-from brixel.extraction.manifest import Manifest, Source, Written
-from brixel.extraction.pending_images import Report, check_free, finished_elsewhere, to_do
+from brixel.extraction.manifest import Manifest, SourceImage, Written
+from brixel.extraction.pending_images import ExtractionSummary, check_free, finished_elsewhere, to_do
 from brixel.extraction.progress import Progress
 from brixel.extraction.writers import Files, Shards, converted
 from brixel.feature_maps.feature_map import FeatureMap
@@ -32,7 +32,7 @@ _WRITES_BEHIND = 2  # maps that may wait to be written
 
 def extract_files(
     model: BrixelFeatures,
-    pictures: Sequence[tuple[Path, Path]],
+    images: Sequence[tuple[Path, Path]],
     folder: Path,
     *,
     ending: str = ".safetensors",
@@ -44,19 +44,19 @@ def extract_files(
     short_side_px: int | str | None = None,
     memory_limit: int | str | None = None,
     tiles: str = "auto",
-) -> Report:
-    """Write the map of every picture to ``folder / place + ending``; pictures and places as `find_pictures` gives them.
+) -> ExtractionSummary:
+    """Write the map of every image to ``folder / place + ending``; images and places as `find_images` gives them.
 
     ``shard_bytes``: into shards of that size instead, read by :class:`MapFolder`. ``save_dtype``: of what is written.
-    What the folder's manifest says is finished, and whose picture has not changed, is skipped unless ``overwrite``; a
-    picture that cannot be used is listed. Under `torchrun` every process takes its share. Interrupted once, it finishes
+    What the folder's manifest says is finished, and whose image has not changed, is skipped unless ``overwrite``; a
+    image that cannot be used is listed. Under `torchrun` every process takes its share. Interrupted once, it finishes
     what is in hand and raises KeyboardInterrupt. All others: as in :meth:`brixel.BrixelFeatures.stream`.
     Raises BrixelError where the folder cannot be written to, is another run's, or holds maps of other settings.
     """
     _check(ending, shard_bytes, save_dtype)
     share, kind = Share.of_environment(), ending if shard_bytes is None else "shards"
     settings = _settings(model, short_side_px, kind, save_dtype, tiles)
-    report, own = Report(), [each for each in pictures if share.holds(each[1].as_posix())]
+    report, own = ExtractionSummary(), [each for each in images if share.holds(each[1].as_posix())]
     shard_bytes, memory_limit = _within(shard_bytes, memory_limit, model.device)
     ways: dict[str, Any] = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
     with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _stopping() as asked:
@@ -65,10 +65,13 @@ def extract_files(
         )
         todo = to_do(own, manifest, output, report)
         if isinstance(output, Files) and manifest.is_new and not manifest.written and not overwrite:
-            check_free([output.path(source.picture) for _, source in todo])
+            check_free([output.path(source.image) for _, source in todo])
         manifest.begin()
-        done = report.skipped + finished_elsewhere(pictures, manifest, share)
-        bar, behind = Progress(len(pictures), done, manifest.path, share), Behind[int](report.add, depth=_WRITES_BEHIND)
+        done = report.skipped + finished_elsewhere(images, manifest, share)
+        bar, behind = (
+            Progress(len(images), done, manifest.path, share),
+            BackgroundWriter[int](report.add, depth=_WRITES_BEHIND),
+        )
         with bar, _explained(folder), behind as writer:
             run = _Run(model, ways, output, manifest, report, bar, writer, asked)
             run.make_in_files(run.stream(todo, save_dtype, batch_size=batch_size, workers=workers))
@@ -86,42 +89,42 @@ class _Run:
     ways: Mapping[str, Any]
     output: Files | Shards
     manifest: Manifest
-    report: Report
+    report: ExtractionSummary
     bar: Progress
-    writer: Behind[int]
+    writer: BackgroundWriter[int]
     asked: Callable[[], bool]
 
     def stream(
-        self, todo: Sequence[tuple[Path, Source]], save_dtype: torch.dtype | None, *, batch_size: int, workers: int
-    ) -> list[tuple[Path, Source]]:
-        """Have the maps written; gives the pictures whose maps are too large for memory, and fit into files."""
-        pictures, too_large = (picture for picture, _ in todo), []
+        self, todo: Sequence[tuple[Path, SourceImage]], save_dtype: torch.dtype | None, *, batch_size: int, workers: int
+    ) -> list[tuple[Path, SourceImage]]:
+        """Have the maps written; gives the images whose maps are too large for memory, and fit into files."""
+        images, too_large = (image for image, _ in todo), []
         as_made = isinstance(self.output, Files) and self.output.takes_parts and save_dtype in (None, self.model.dtype)
-        results = self.model.stream_all(pictures, batch_size=batch_size, workers=workers, **self.ways)
-        for (picture, source), result in zip(todo, results, strict=False):
-            made = _converted(result, save_dtype, picture)
+        results = self.model.stream_all(images, batch_size=batch_size, workers=workers, **self.ways)
+        for (image, source), result in zip(todo, results, strict=False):
+            made = _converted(result, save_dtype, image)
             if as_made and isinstance(made, MemoryLimitError):
-                too_large.append((picture, source))
+                too_large.append((image, source))
                 continue
             self.bar.add(1)
             if isinstance(made, Exception):
-                self.report.fail(picture, made)
+                self.report.fail(image, made)
             else:
                 self.write(partial(self.output.add, source, made))
             if self.asked():
                 break
         return too_large
 
-    def make_in_files(self, too_large: Sequence[tuple[Path, Source]]) -> None:
+    def make_in_files(self, too_large: Sequence[tuple[Path, SourceImage]]) -> None:
         """Maps that are written as they are made, one by one, when nothing else is in memory."""
-        for picture, source in too_large:
+        for image, source in too_large:
             if self.asked():
                 return
             assert isinstance(self.output, Files)
             try:
-                self.model.extract(picture, out=self.output.place(source), **self.ways)
+                self.model.extract(image, out=self.output.place(source), **self.ways)
             except (BrixelError, FileNotFoundError) as error:
-                self.report.fail(picture, error)
+                self.report.fail(image, error)
             else:
                 self.write(partial(self.output.noted, source))
             self.bar.add(1)
@@ -134,17 +137,17 @@ class _Run:
             if written is None:
                 return 0
             self.manifest.add(written)
-            return len(written.pictures)
+            return len(written.images)
 
         self.writer.do(noted)
 
 
-def _converted(result: FeatureMap | Exception, save_dtype: torch.dtype | None, picture: Path) -> FeatureMap | Exception:
+def _converted(result: FeatureMap | Exception, save_dtype: torch.dtype | None, image: Path) -> FeatureMap | Exception:
     """The map as it is saved, or why there is none."""
     if isinstance(result, Exception):
         return result
     try:
-        return converted(result, save_dtype, picture=picture.name)
+        return converted(result, save_dtype, image=image.name)
     except BrixelError as error:
         return error
 
@@ -173,7 +176,7 @@ def _check(ending: str, shard_bytes: int | None, save_dtype: torch.dtype | None)
 def _settings(
     model: BrixelFeatures, short_side_px: int | str | None, kind: str, save_dtype: torch.dtype | None, tiles: str
 ) -> Mapping[str, str]:
-    """All that the maps depend on, beside the pictures."""
+    """All that the maps depend on, beside the images."""
     return {
         "backbone": f"{model.config.backbone.title} {model.config.backbone.fingerprint[:4]}",
         "weights": digest((model.adapter, model.head)),

@@ -30,22 +30,22 @@ _SHARD = re.compile(r"maps-\d+-\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A picture as it was read: where its map belongs, its bytes and its time of change, to see whether it changed."""
+class SourceImage:
+    """An image as it was read: where its map belongs, its bytes and its time of change, to see whether it changed."""
 
-    picture: str
+    image: str
     bytes: int
     mtime_ns: int
 
 
 @dataclass(frozen=True)
 class Written:
-    """A file of maps: its bytes and their sha256, the pictures in it, and when it was written."""
+    """A file of maps: its bytes and their sha256, the images in it, and when it was written."""
 
     file: str
     bytes: int
     sha256: str
-    pictures: tuple[Source, ...]
+    images: tuple[SourceImage, ...]
     at: float = 0.0
 
 
@@ -88,7 +88,7 @@ class Manifest:
 
     def add(self, written: Written) -> None:
         """Note a file that is safely on disk; when this returns, so is the note."""
-        self._append(dataclasses.asdict(dataclasses.replace(written, at=time.time())))
+        self._append(_record(dataclasses.replace(written, at=time.time())))
 
     def __enter__(self) -> "Manifest":
         return self
@@ -156,13 +156,23 @@ def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> l
     return sorted(written, key=lambda each: each.at)
 
 
-def current(written: Iterable[Written]) -> dict[str, tuple[Source, Written]]:
-    """By picture, its last note: the picture as it was read, and the file that holds its map."""
-    return {source.picture: (source, each) for each in written for source in each.pictures}
+def current(written: Iterable[Written]) -> dict[str, tuple[SourceImage, Written]]:
+    """By image, its last note: the image as it was read, and the file that holds its map."""
+    return {source.image: (source, each) for each in written for source in each.images}
 
 
 def _read(record: dict[str, Any]) -> Written:
-    return Written(**{**record, "pictures": tuple(Source(**each) for each in record["pictures"])})
+    images = tuple(SourceImage(each["picture"], each["bytes"], each["mtime_ns"]) for each in record["pictures"])
+    return Written(record["file"], record["bytes"], record["sha256"], images, record.get("at", 0.0))
+
+
+def _record(written: Written) -> dict[str, Any]:
+    """A line of the manifest; its keys are those of version 0.1."""
+    images = [{"picture": each.image, "bytes": each.bytes, "mtime_ns": each.mtime_ns} for each in written.images]
+    return {
+        **{"file": written.file, "bytes": written.bytes, "sha256": written.sha256},
+        **{"pictures": images, "at": written.at},
+    }
 
 
 @contextlib.contextmanager

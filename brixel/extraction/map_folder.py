@@ -13,20 +13,20 @@ from brixel.feature_maps.feature_map import FeatureMap
 
 
 class MapFolder(Mapping[str, FeatureMap]):
-    """The maps that `brixel extract` wrote into a folder, by their pictures' places below the folders given to it.
+    """The maps that `brixel extract` wrote into a folder, by their images' places below the folders given to it.
 
     A map is read when it is asked for. Raises BrixelError for a folder without a manifest.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._files = {picture: each for picture, (_, each) in current(_noted(self.folder)).items()}
+        self._files = {image: each for image, (_, each) in current(_noted(self.folder)).items()}
 
-    def __getitem__(self, picture: str) -> FeatureMap:
-        written = self._files[picture]
+    def __getitem__(self, image: str) -> FeatureMap:
+        written = self._files[image]
         path = self.folder / written.file
-        if written.file != f"{picture}{path.suffix}":
-            return _from_shard(path, picture)
+        if written.file != f"{image}{path.suffix}":
+            return _from_shard(path, image)
         return FeatureMap.load(path)
 
     def __iter__(self) -> Iterator[str]:
@@ -58,10 +58,10 @@ def _noted(folder: Path) -> list[Written]:
     return read_manifests(folder)
 
 
-def _from_shard(path: Path, picture: str) -> FeatureMap:
+def _from_shard(path: Path, image: str) -> FeatureMap:
     try:
         with safe_open(path, framework="pt") as file:
-            told = json.loads(file.metadata()[SHARD_KEY])[picture]
-            return FeatureMap(file.get_tensor(picture), told["image_hw"], told["stride"], told["meta"])
+            told = json.loads(file.metadata()[SHARD_KEY])[image]
+            return FeatureMap(file.get_tensor(image), told["image_hw"], told["stride"], told["meta"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path} is damaged or no shard of ours ({error}); extract again") from error

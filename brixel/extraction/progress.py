@@ -1,4 +1,4 @@
-"""A bar over the pictures of all processes, shown by the first."""
+"""A bar over the images of all processes, shown by the first."""
 
 import time
 from pathlib import Path
@@ -13,7 +13,7 @@ _EVERY_S = 5.0
 
 
 class Progress:
-    """Counts this process's pictures, and those of the others by the lines that their manifests grow by."""
+    """Counts this process's images, and those of the others by the lines that their manifests grow by."""
 
     def __init__(self, total: int, done: int, own: Path, share: Share) -> None:
         self._own, self._share = own, share
@@ -22,7 +22,7 @@ class Progress:
         self._next = time.monotonic() + _EVERY_S
 
     def add(self, count: int) -> None:
-        """So many more pictures are finished here."""
+        """So many more images are finished here."""
         self._bar.update(count)
         if self._share.processes > 1 and not self._bar.disable and time.monotonic() > self._next:
             self._bar.update(self._count_others())

@@ -1,4 +1,4 @@
-"""How maps are written: a file for each picture, or shards of many maps; every file whole or not at all."""
+"""How maps are written: a file for each image, or shards of many maps; every file whole or not at all."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from brixel.errors import BrixelError
-from brixel.extraction.manifest import Source, Written
+from brixel.extraction.manifest import SourceImage, Written
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.utils.atomic_files import atomic_path
 
@@ -23,10 +23,10 @@ SHARD_KEY = "maps"  # in a shard's metadata: JSON of what each map's own file wo
 class Output(Protocol):
     """Takes maps in order; tells of each file that is safely on disk."""
 
-    def check_name(self, picture: str) -> None:
-        """Raise BrixelError for a picture whose map could not be written under its name."""
+    def check_name(self, image: str) -> None:
+        """Raise BrixelError for an image whose map could not be written under its name."""
 
-    def add(self, source: Source, feature_map: FeatureMap) -> Written | None:
+    def add(self, source: SourceImage, feature_map: FeatureMap) -> Written | None:
         """Take a map; the file that was written for it, or None where it waits for others."""
 
     def finish(self) -> Written | None:
@@ -34,63 +34,63 @@ class Output(Protocol):
 
 
 class Files:
-    """A file for each picture, at the picture's own place and name with an ending added."""
+    """A file for each image, at the image's own place and name with an ending added."""
 
     def __init__(self, folder: Path, ending: str) -> None:
         self._folder, self._ending = folder, ending
         self.takes_parts = ending == ".npy"  # whether a map can be written as it is made
 
-    def check_name(self, picture: str) -> None:
+    def check_name(self, image: str) -> None:
         """Raise BrixelError for a name that is longer than file systems take."""
-        names = [path.name for path in _parts(self.path(picture))]
+        names = [path.name for path in _parts(self.path(image))]
         if len(os.fsencode(names[-1])) > _LONGEST:
             raise BrixelError(
-                f"the name of its map, {names[-1]}, is longer than {_LONGEST} bytes: give {picture} a shorter one"
+                f"the name of its map, {names[-1]}, is longer than {_LONGEST} bytes: give {image} a shorter one"
             )
 
-    def add(self, source: Source, feature_map: FeatureMap) -> Written:
+    def add(self, source: SourceImage, feature_map: FeatureMap) -> Written:
         """Write the map's file."""
         path = self.place(source)
         feature_map.save(path)
         return self.noted(source)
 
-    def place(self, source: Source) -> Path:
-        """Where a picture's map goes, in a folder that is there."""
-        path = self.path(source.picture)
+    def place(self, source: SourceImage) -> Path:
+        """Where an image's map goes, in a folder that is there."""
+        path = self.path(source.image)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def noted(self, source: Source) -> Written:
+    def noted(self, source: SourceImage) -> Written:
         """Bring a file that was written safely to disk."""
-        return _written(self._folder, self.path(source.picture), (source,))
+        return _written(self._folder, self.path(source.image), (source,))
 
-    def path(self, picture: str) -> Path:
-        """Where a picture's map goes."""
-        return self._folder / f"{picture}{self._ending}"
+    def path(self, image: str) -> Path:
+        """Where an image's map goes."""
+        return self._folder / f"{image}{self._ending}"
 
     def finish(self) -> None:
         """Nothing waits."""
 
 
 class Shards:
-    """Safetensors files of up to ``limit_bytes`` of maps, by the pictures' places; a larger map has one to itself."""
+    """Safetensors files of up to ``limit_bytes`` of maps, by the images' places; a larger map has one to itself."""
 
     def __init__(self, folder: Path, limit_bytes: int, rank: int, written: Iterable[Written] = ()) -> None:
         self._folder, self._limit_bytes, self._rank = folder, limit_bytes, rank
         # a shard that was written and not noted is written over
         names = [Path(each.file).stem.split("-") for each in written]
         self._number = max((int(name[2]) for name in names if int(name[1]) == rank), default=-1) + 1
-        self._waiting: list[tuple[Source, FeatureMap]] = []
+        self._waiting: list[tuple[SourceImage, FeatureMap]] = []
         self._bytes = 0
 
-    def check_name(self, picture: str) -> None:
+    def check_name(self, image: str) -> None:
         """Raise BrixelError for a name that is no text, which shards hold."""
         try:
-            picture.encode()
+            image.encode()
         except UnicodeEncodeError as error:
-            raise BrixelError(f"{picture!a} is no UTF-8, which a shard's names must be: rename it") from error
+            raise BrixelError(f"{image!a} is no UTF-8, which a shard's names must be: rename it") from error
 
-    def add(self, source: Source, feature_map: FeatureMap) -> Written | None:
+    def add(self, source: SourceImage, feature_map: FeatureMap) -> Written | None:
         """Take a map; where the shard would grow too large with it, the shard is written first."""
         full = bool(self._waiting) and self._bytes + feature_map.features.nbytes > self._limit_bytes
         written = self.finish() if full else None
@@ -104,10 +104,10 @@ class Shards:
             return None
         path = self._folder / f"maps-{self._rank}-{self._number:05d}.safetensors"
         told = {
-            source.picture: {"image_hw": each.image_hw, "stride": each.stride, "meta": dict(each.meta)}
+            source.image: {"image_hw": each.image_hw, "stride": each.stride, "meta": dict(each.meta)}
             for source, each in self._waiting
         }
-        tensors = {source.picture: each.features.contiguous() for source, each in self._waiting}
+        tensors = {source.image: each.features.contiguous() for source, each in self._waiting}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, {SHARD_KEY: json.dumps(told)})
         written = _written(self._folder, path, tuple(source for source, _ in self._waiting))
@@ -120,7 +120,7 @@ def converted(feature_map: FeatureMap, dtype: torch.dtype | None, **meta: str) -
     """The map in the dtype that is saved, and with more to tell; BrixelError where numbers are too large for that."""
     features = feature_map.features if dtype is None else feature_map.features.to(dtype)
     if dtype == torch.float16 and features.isinf().any() and not feature_map.features.isinf().any():
-        raise BrixelError(f"{meta.get('picture', 'a map')}: its features do not fit float16; save as bfloat16")
+        raise BrixelError(f"{meta.get('image', 'a map')}: its features do not fit float16; save as bfloat16")
     return dataclasses.replace(feature_map, features=features, meta={**feature_map.meta, **meta})
 
 
@@ -144,7 +144,7 @@ def _parts(path: Path) -> list[Path]:
     return [path, path.with_name(f"{path.name}.json")] if path.suffix == ".npy" else [path]
 
 
-def _written(folder: Path, path: Path, sources: tuple[Source, ...]) -> Written:
+def _written(folder: Path, path: Path, sources: tuple[SourceImage, ...]) -> Written:
     """Of a file, once it is safely on disk."""
     for part in _parts(path):
         with open(part, "rb+") as file:

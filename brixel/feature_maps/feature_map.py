@@ -1,9 +1,9 @@
-"""A dense feature map, where it lies on its picture, and how it is kept in a file.
+"""A dense feature map, where it lies on its image, and how it is kept in a file.
 
 Legend: D channels, Hf x Wf cells, N points.
-Picture coordinates are continuous (y, x) in pixels of the picture as the user gave it. The pixel in row r and
+Image coordinates are continuous (y, x) in pixels of the image as the user gave it. The pixel in row r and
 column c covers [r, r+1) x [c, c+1), its centre is (r+0.5, c+0.5). With ``stride`` = (stride_y, stride_x) the
-centre of cell (i, j) is ((i+0.5)*stride_y, (j+0.5)*stride_x). Cells cover the picture: the last one of a row
+centre of cell (i, j) is ((i+0.5)*stride_y, (j+0.5)*stride_x). Cells cover the image: the last one of a row
 or column may reach over the edge, it never lies wholly beyond.
 """
 
@@ -41,9 +41,9 @@ Number = TypeVar("Number", int, float)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureMap:
-    """Features of a picture's cells, with the geometry that ties cells to pixels; see the module's header.
+    """Features of an image's cells, with the geometry that ties cells to pixels; see the module's header.
 
-    ``features`` is (D, Hf, Wf), float16, bfloat16, float32 or float64. ``image_hw`` is the picture's height
+    ``features`` is (D, Hf, Wf), float16, bfloat16, float32 or float64. ``image_hw`` is the image's height
     and width in pixels, ``stride`` the (y, x) distance between neighbouring cells in those pixels, fractions
     allowed. ``meta`` is free-form provenance, kept in saved files and read-only here. Two maps are equal only
     if they are the same object. Raises BrixelError where the parts do not fit together.
@@ -94,10 +94,10 @@ class FeatureMap:
         return (features.float() if features.dtype == torch.bfloat16 else features).numpy()
 
     def at(self, points_yx: Tensor | npt.ArrayLike) -> Tensor:
-        """Features (N, D) at points (N, 2), (y, x) in pixels of the picture, bilinear between cell centres.
+        """Features (N, D) at points (N, 2), (y, x) in pixels of the image, bilinear between cell centres.
 
         Beyond the outermost centres the value is that of the border. Gradients flow to the features, not to
-        the points. Raises BrixelError for another shape, and for a point that is outside the picture or NaN.
+        the points. Raises BrixelError for another shape, and for a point that is outside the image or NaN.
         """
         points = _to_float64(points_yx)
         if points.ndim != 2 or points.shape[1] != 2:
@@ -107,7 +107,7 @@ class FeatureMap:
             first = int(inside.argmin())
             y, x = points[first].tolist()
             raise BrixelError(
-                f"point {first} is {(y, x)}, outside the picture: expected (y, x) from "
+                f"point {first} is {(y, x)}, outside the image: expected (y, x) from "
                 f"(0, 0) to {self.image_hw} pixels; drop or clamp such points"
             )
         last = np.array(self.grid_hw) - 1
@@ -122,14 +122,14 @@ class FeatureMap:
         return values.T.contiguous().to(self.features.dtype)  # (N, D)
 
     def resize(self, out_hw: tuple[int, int]) -> FeatureMap:
-        """The same picture in ``out_hw`` cells that cover it exactly, in the same dtype: (D, *out_hw).
+        """The same image in ``out_hw`` cells that cover it exactly, in the same dtype: (D, *out_hw).
 
         Bilinear between cell centres, as ``at``; along an axis that shrinks the filter widens (antialiasing).
         Raises BrixelError for a size that is not two positive whole numbers.
         """
         out = _positive_pair("out_hw", out_hw, operator.index)
         stride = (self.image_hw[0] / out[0], self.image_hw[1] / out[1])
-        # new cells per old cell: not out/Hf, since the last old cell may reach over the picture's edge
+        # new cells per old cell: not out/Hf, since the last old cell may reach over the image's edge
         scale_y, scale_x = self.stride[0] / stride[0], self.stride[1] / stride[1]
         shrinks = min(scale_y, scale_x) < 1
         op = torch.ops.aten._upsample_bilinear2d_aa if shrinks else torch.ops.aten.upsample_bilinear2d
@@ -231,7 +231,7 @@ def _check_cover(axis: str, cells: int, stride_px: float, image_px: int) -> None
     if image_px > end * (1 + ROUNDING) or begin >= image_px * (1 - ROUNDING):
         raise BrixelError(
             f"along {axis}, {cells} cells at a stride of {stride_px:g} do not fit {image_px} pixels: "
-            f"expected its edge in the last cell, from {begin:g} to {end:g}; give sizes of one picture"
+            f"expected its edge in the last cell, from {begin:g} to {end:g}; give sizes of one image"
         )
 
 

@@ -1,7 +1,10 @@
-"""Pictures for people: the photograph, the backbone's own map and the dense one side by side, in one set of colours."""
+"""Panels: an image and its feature maps side by side, as labelled tiles of one size.
+
+Legend: D channels, Hf x Wf cells of a map, H x W pixels of a tile.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,59 +12,94 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from brixel.errors import BrixelError
-from brixel.utils.atomic_files import atomic_path
+from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.pca import PcaBasis
+from brixel.utils.atomic_files import atomic_path, check_folder
 
-HEIGHT_PX = 384  # of one tile, about: cells are enlarged by whole numbers, so that their edges stay sharp
+HEIGHT_PX = 384  # of a tile, about; it is at most four times as wide
 MARGIN_PX = 12
 LABEL_PX = 22
 
+Colours = npt.NDArray[np.uint8]
+"""RGB values (H, W, 3)."""
 
-def stacked(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of tiles, below each other on white, each as high as its highest tile."""
+
+def tile_size(finest: FeatureMap) -> tuple[int, int]:
+    """Height and width in pixels at which the cells of ``finest`` are whole squares and the image ends the tile."""
+    zoom = max(1, round(min(HEIGHT_PX / finest.grid_hw[0], 4 * HEIGHT_PX / finest.grid_hw[1])))
+    height, width = (round(side / step * zoom) for side, step in zip(finest.image_hw, finest.stride, strict=True))
+    return height, width
+
+
+def image_tile(rgb: npt.NDArray[np.generic], size_hw: tuple[int, int], title: str) -> Image.Image:
+    """A tile that shows an image.
+
+    Args:
+        rgb: (3, H, W), uint8 or floats in [0, 1].
+        size_hw: The tile's height and width in pixels, without its label.
+        title: The label.
+    """
+    colours = rgb if rgb.dtype == np.uint8 else (rgb * 255).round().astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
+    return _labelled(np.asarray(image.resize((size_hw[1], size_hw[0]), Image.Resampling.LANCZOS)), title)
+
+
+def map_tiles(maps: Mapping[str, FeatureMap], size_hw: tuple[int, int]) -> list[Image.Image]:
+    """Tiles of several maps of one image, in the colours of one PCA basis, labelled with name and grid."""
+    basis = PcaBasis.fit([each.features for each in maps.values()])
+    return [cells_tile(each, each.pca(basis), size_hw, name) for name, each in maps.items()]
+
+
+def cells_tile(feature_map: FeatureMap, colours: Colours, size_hw: tuple[int, int], name: str) -> Image.Image:
+    """A tile that shows every cell of a map as a sharp square, cut where the image ends.
+
+    Args:
+        feature_map: The map, for its geometry.
+        colours: One colour per cell, (Hf, Wf, 3).
+        size_hw: The tile's height and width in pixels, without its label.
+        name: The label; the grid is added.
+    """
+    rows, columns = (
+        np.minimum(((np.arange(pixels) + 0.5) * side / pixels / step).astype(int), cells - 1)
+        for pixels, side, step, cells in zip(
+            size_hw, feature_map.image_hw, feature_map.stride, feature_map.grid_hw, strict=True
+        )
+    )
+    return _labelled(colours[rows[:, None], columns], "{} {} x {}".format(name, *feature_map.grid_hw))
+
+
+def build_panel(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of tiles below each other on white; a row is as high as its highest tile."""
+    heights = [max(tile.height for tile in row) for row in rows]
     width = max(sum(tile.width + MARGIN_PX for tile in row) for row in rows) + MARGIN_PX
-    panel = Image.new("RGB", (width, sum(_height(row) + MARGIN_PX for row in rows) + MARGIN_PX), "white")
+    panel = Image.new("RGB", (width, sum(height + MARGIN_PX for height in heights) + MARGIN_PX), "white")
     top = MARGIN_PX
-    for row in rows:
+    for row, height in zip(rows, heights, strict=True):
         left = MARGIN_PX
         for tile in row:
             panel.paste(tile, (left, top))
             left += tile.width + MARGIN_PX
-        top += _height(row) + MARGIN_PX
+        top += height + MARGIN_PX
     return panel
 
 
-def _height(row: Sequence[Image.Image]) -> int:
-    return max(tile.height for tile in row)
-
-
-def check_output(path: Path, images: Sequence[str | Path] = ()) -> None:
-    """Raise BrixelError where no picture can be written to ``path``, or it is one of ``images``; asked at the start."""
+def check_panel_path(path: Path, images: Sequence[str | Path] = ()) -> None:
+    """Raise BrixelError where no panel can be written to ``path``, or it is one of ``images``."""
     if any(path.resolve() == Path(image).resolve() for image in images):
-        raise BrixelError(f"{path} is itself a picture to be shown; give another name for the panel")
+        raise BrixelError(f"{path} is itself an image to be shown; give another name for the panel")
     check_folder(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise BrixelError(f"{path}: expected a name that ends in .png, .jpg or .webp")
 
 
-def check_folder(path: Path) -> None:
-    """Raise BrixelError where the folder to write ``path`` into is missing."""
-    if not path.parent.is_dir():
-        raise BrixelError(f"no folder {path.parent} to write {path.name} into")
-
-
-def save(panel: Image.Image, path: Path) -> None:
-    """Write a picture, whole or not at all; the ending chooses the format."""
-    check_output(path)
+def save_panel(panel: Image.Image, path: Path) -> None:
+    """Write a panel, whole or not at all; the ending chooses the format."""
+    check_panel_path(path)
     with atomic_path(path) as temporary:
         panel.save(temporary)
 
 
-def enlarge(colours: npt.NDArray[np.uint8], times: int) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) with every cell as a square of ``times`` x ``times`` pixels."""
-    return colours.repeat(times, axis=0).repeat(times, axis=1)
-
-
-def labelled(tile: npt.NDArray[np.uint8], text: str) -> Image.Image:
+def _labelled(tile: Colours, text: str) -> Image.Image:
     """A tile (H, W, 3) with a line of text above it."""
     font = ImageFont.load_default(14)
     width = max(tile.shape[1], math.ceil(font.getlength(text)))

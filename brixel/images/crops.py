@@ -1,6 +1,6 @@
-"""Square crops of pictures, for training and for comparing: what a teacher sees, and what its student sees of it.
+"""Square crops of images, for training and for comparing: what a teacher sees, and what its student sees of it.
 
-Shapes: H x W a picture, T the side of the teacher's crop, all in pixels.
+Shapes: H x W an image, T the side of the teacher's crop, all in pixels.
 """
 
 import math
@@ -19,11 +19,11 @@ DOWNSAMPLING = 4  # how much smaller the student's view is, along each side
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How square crops are cut from pictures; plain JSON values only.
+    """How square crops are cut from images; plain JSON values only.
 
-    ``teacher_px``: side of the teacher's crop, see :func:`check_teacher_px`. ``max_zoom``: the picture's short side
+    ``teacher_px``: side of the teacher's crop, see :func:`check_teacher_px`. ``max_zoom``: the image's short side
     becomes ``teacher_px`` times a random factor from 1 to this, yet no more than it is, if that is more. ``flip``:
-    mirror half of the crops. ``small``: what becomes of pictures with a short side below ``teacher_px``. ``random``:
+    mirror half of the crops. ``small``: what becomes of images with a short side below ``teacher_px``. ``random``:
     False for centre crops without zoom and flip, as in validation.
     """
 
@@ -54,9 +54,9 @@ def check_teacher_px(teacher_px: int, patch_px: int) -> None:
 
 
 def teacher_crop(planes: Tensor, settings: CropSettings, generator: torch.Generator) -> Tensor:
-    """A square crop of a picture, resized: (3, H, W) from `load_image` -> (3, T, T), float32 in [0, 1].
+    """A square crop of an image, resized: (3, H, W) from `load_image` -> (3, T, T), float32 in [0, 1].
 
-    As if the picture were resized to cover the crop and then cropped; but a region of whole pixels is cut first, and
+    As if the image were resized to cover the crop and then cropped; but a region of whole pixels is cut first, and
     only that is resized. The generator moves on by the same amount whatever the settings.
     """
     zoom, down, right, flip = torch.rand(4, generator=generator, dtype=torch.float64).tolist()

@@ -1,4 +1,4 @@
-"""Pictures from files and from Pillow: found out about, decoded, turned upright, brought to planes (3, H, W)."""
+"""Images from files and from Pillow: found out about, decoded, turned upright, brought to planes (3, H, W)."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from brixel.errors import ImageError
-from brixel.images.from_arrays import check_range, check_size, to_planes
+from brixel.images.from_arrays import check_range, check_size, to_rgb
 from brixel.images.patch_grid import MAX_PIXELS
 
 REDUCTIONS = (1, 2, 4, 8)
@@ -45,12 +45,12 @@ _BAND_PX = 256  # rows that are brought to planes at a time
 
 
 @contextmanager
-def opened_file(path: str) -> Iterator[Image.Image]:
-    """A picture's file, its head read. Raises `FileNotFoundError` or `ImageError`."""
+def open_image_file(path: str) -> Iterator[Image.Image]:
+    """An image's file, its head read. Raises `FileNotFoundError` or `ImageError`."""
     with _open_file(path) as file:
         with _pillow_errors(path):
-            picture = _identify(file, path)
-        yield picture
+            image = _identify(file, path)
+        yield image
 
 
 def jpeg_hw(image: Image.Image, name: str) -> tuple[int, int] | None:
@@ -67,7 +67,7 @@ def jpeg_hw(image: Image.Image, name: str) -> tuple[int, int] | None:
 def reduce(image: Image.Image, wanted_hw: tuple[int, int]) -> None:
     """Have a JPEG decoded at one of `REDUCTIONS` where far fewer pixels are wanted: `wanted_hw`, upright.
 
-    What is rounded up lies at the right and at the bottom. A picture that has yet to be turned is reduced only by what
+    What is rounded up lies at the right and at the bottom. An image that has yet to be turned is reduced only by what
     divides its sides.
     """
     turn = _turn(image)
@@ -88,7 +88,7 @@ def from_pil(image: Image.Image, name: str) -> Tensor:
         turn = _turn(image)
         upright = image if turn is None else image.transpose(turn)
         if upright.mode == "F":
-            return check_range(to_planes(np.asarray(upright)), name)
+            return check_range(to_rgb(np.asarray(upright)), name)
         if upright.mode.startswith("I"):
             return _from_deep_grey(upright, name)
         return _in_bands(upright)
@@ -96,21 +96,21 @@ def from_pil(image: Image.Image, name: str) -> Tensor:
 
 def _open_file(path: str) -> BinaryIO:
     if os.path.isdir(path):
-        raise ImageError(f"{path}: is a folder; give the pictures in it one by one")
+        raise ImageError(f"{path}: is a folder; give the images in it one by one")
     try:
         return open(path, "rb")
     except FileNotFoundError as error:
         url = "; a URL must be downloaded first" if "://" in path else ""
-        raise FileNotFoundError(errno.ENOENT, f"no such picture, check the path{url}", path) from error
+        raise FileNotFoundError(errno.ENOENT, f"no such image, check the path{url}", path) from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{path}: cannot be opened ({error}); check path and permissions") from error
 
 
 def _identify(file: BinaryIO, path: str) -> Image.Image:
-    """What `Image.open` does, less its warning for large pictures.
+    """What `Image.open` does, less its warning for large images.
 
     That warning comes below our limit, and could be silenced there only by changing the warning filters,
-    which belong to the whole process, for every picture read.
+    which belong to the whole process, for every image read.
     """
     start = file.read(16)
     if not start:
@@ -126,14 +126,14 @@ def _identify(file: BinaryIO, path: str) -> Image.Image:
             except (SyntaxError, IndexError, TypeError, struct.error):  # how readers say "not mine"
                 continue
     raise ImageError(
-        f"{path}: is not a picture that the installed Pillow can read, or its head is damaged; "
-        "give a PNG, JPEG, TIFF, WebP or other picture file"
+        f"{path}: is not an image that the installed Pillow can read, or its head is damaged; "
+        "give a PNG, JPEG, TIFF, WebP or other image file"
     )
 
 
 @contextmanager
 def _pillow_errors(name: str) -> Iterator[None]:
-    """Pillow's readers raise nearly anything on damaged data; say which picture it was."""
+    """Pillow's readers raise nearly anything on damaged data; say which image it was."""
     try:
         yield
     except (ImageError, MemoryError):
@@ -149,9 +149,9 @@ def _pillow_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def _no_size_warning(image: Image.Image) -> Iterator[None]:
-    """Some readers (TIFF) warn of a large picture while decoding it, too.
+    """Some readers (TIFF) warn of a large image while decoding it, too.
 
-    Warning filters are shared by all threads, so they are touched for such pictures only, one at a time.
+    Warning filters are shared by all threads, so they are touched for such images only, one at a time.
     """
     if image.width * image.height <= (Image.MAX_IMAGE_PIXELS or MAX_PIXELS):
         yield
@@ -162,15 +162,15 @@ def _no_size_warning(image: Image.Image) -> Iterator[None]:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the picture upright, where that is anything."""
+    """What makes the image upright, where that is anything."""
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # unreadable EXIF data: the picture as it is stored, which is what viewers show
+    except Exception:  # unreadable EXIF data: the image as it is stored, which is what viewers show
         return None
 
 
 def _in_bands(image: Image.Image) -> Tensor:
-    """A picture of any 8-bit mode as uint8 planes, some rows after others: what lies between is never whole."""
+    """An image of any 8-bit mode as uint8 planes, some rows after others: what lies between is never whole."""
     planes = torch.empty(3, image.height, image.width, dtype=torch.uint8)
     for top in range(0, image.height, _BAND_PX):
         band = image.crop((0, top, image.width, min(top + _BAND_PX, image.height)))
@@ -204,4 +204,4 @@ def _from_deep_grey(image: Image.Image, name: str) -> Tensor:
     transparent = image.info.get("transparency")  # of a PNG: the one grey that is see-through
     if transparent is not None:
         grey = np.where(grey == transparent, 65535, grey)
-    return to_planes(grey.astype(np.float32)).div_(65535)
+    return to_rgb(grey.astype(np.float32)).div_(65535)

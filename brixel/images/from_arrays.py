@@ -1,4 +1,4 @@
-"""Pictures as arrays and tensors: checked, and brought to planes (3, H, W), uint8 or float32 in [0, 1]."""
+"""Images as arrays and tensors: checked, and brought to planes (3, H, W), uint8 or float32 in [0, 1]."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ def from_array(array: np.ndarray[Any, Any]) -> Tensor:
         raise ImageError(f"{name}: expected (H, W, 3) or (H, W){_array_hint(array.shape)}")
     check_size(array.shape[:2], name)
     if native == np.uint8:
-        return to_planes(array)
+        return to_rgb(array)
     if native == np.uint16:
-        return to_planes(array.astype(np.float32)).div_(65535)
-    return check_range(to_planes(array), name)
+        return to_rgb(array.astype(np.float32)).div_(65535)
+    return check_range(to_rgb(array), name)
 
 
 def from_tensor(tensor: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def from_tensor(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.uint8 else check_range(tensor, name)
 
 
-def to_planes(array: np.ndarray[Any, Any]) -> Tensor:
+def to_rgb(array: np.ndarray[Any, Any]) -> Tensor:
     """(H, W, 3) or (H, W) as a tensor (3, H, W) that shares no memory with it."""
     planes = np.broadcast_to(array, (3, *array.shape)) if array.ndim == 2 else array.transpose(2, 0, 1)
     return torch.from_numpy(np.array(planes, dtype=array.dtype.newbyteorder("="), order="C"))
@@ -56,11 +56,11 @@ def to_planes(array: np.ndarray[Any, Any]) -> Tensor:
 def _array_hint(shape: tuple[int, ...]) -> str:
     match shape:
         case (_, _, _, _):
-            return "; of a batch give one picture at a time: array[0]"
+            return "; of a batch give one image at a time: array[0]"
         case (_, _, 4):
             return "; drop alpha: array[..., :3], or lay it over white: PIL.Image.fromarray(array)"
         case (_, _, 1):
-            return "; for a grey picture: array[..., 0]"
+            return "; for a grey image: array[..., 0]"
         case (1 | 3 | 4, _, _):
             return "; channels come last: array.transpose(1, 2, 0)"
     return ""
@@ -69,18 +69,18 @@ def _array_hint(shape: tuple[int, ...]) -> str:
 def _tensor_hint(shape: tuple[int, ...]) -> str:
     match shape:
         case (_, _, _, _):
-            return "; of a batch give one picture at a time: tensor[0]"
+            return "; of a batch give one image at a time: tensor[0]"
         case (4, _, _):
             return "; drop alpha: tensor[:3]"
         case (_, _) | (1, _, _):
-            return "; for a grey picture: tensor.expand(3, -1, -1)"
+            return "; for a grey image: tensor.expand(3, -1, -1)"
         case (_, _, 1 | 3 | 4):
             return "; channels come first: tensor.permute(2, 0, 1)"
     return ""
 
 
 def check_size(image_hw: tuple[int, ...], name: str) -> None:
-    """Raise ImageError for a picture that is empty or too large to be read."""
+    """Raise ImageError for an image that is empty or too large to be read."""
     height_px, width_px = image_hw
     if height_px == 0 or width_px == 0:
         raise ImageError(f"{name}: is empty, {height_px}x{width_px} pixels; give one with at least one pixel")
@@ -108,4 +108,4 @@ def _range_hint(low: float, high: float) -> str:
         return "if it is rounding or ringing, .clip(0, 1)"
     if low >= 0:
         return "divide by 255" if high <= 255 else "divide by the largest value there can be"
-    return "give the picture as it was before normalisation"
+    return "give the image as it was before normalisation"

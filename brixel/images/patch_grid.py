@@ -1,6 +1,6 @@
-"""How a picture is laid on a vision transformer's patch grid: sizes in whole pixels and cells, no model.
+"""How an image is laid on a vision transformer's patch grid: sizes in whole pixels and cells, no model.
 
-    picture as given  --resize, aspect kept-->  resized  --pad at bottom and right-->  padded, whole patches
+    image as given  --resize, aspect kept-->  resized  --pad at bottom and right-->  padded, whole patches
       image_hw                                  resized_hw                             padded_hw
 
 Every pair is (height, width). A feature map has `upscale` cells along each side of a patch.
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from brixel.errors import BrixelError, ImageError
 
 MAX_PIXELS = 178_956_970
-"""The largest picture that is read: where Pillow, as it comes, refuses to decode."""
+"""The largest image that is read: where Pillow, as it comes, refuses to decode."""
 
 MOST_ENLARGED = 64
-"""The longest picture that is enlarged, in short sides: one of 1 x 5000 px would become 256 x 1,280,000."""
+"""The longest image that is enlarged, in short sides: one of 1 x 5000 px would become 256 x 1,280,000."""
 
 NATIVE = "native"
-"""The `short_side_px` that keeps a picture's own size."""
+"""The `short_side_px` that keeps an image's own size."""
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """One picture on the patch grid, all sizes in pixels; made by `plan_geometry`."""
+class PatchGrid:
+    """One image on the patch grid, all sizes in pixels; made by `plan_patch_grid`."""
 
     image_hw: tuple[int, int]
     resized_hw: tuple[int, int]
@@ -37,12 +37,12 @@ class Geometry:
             assert padded_px % self.patch_px == 0, self
 
     def map_hw(self, upscale: int) -> tuple[int, int]:
-        """Cells that cover the resized picture, `upscale` to a patch's side; none is padding alone."""
+        """Cells that cover the resized image, `upscale` to a patch's side; none is padding alone."""
         height_px, width_px = self.resized_hw
         return _ceil_div(height_px * upscale, self.patch_px), _ceil_div(width_px * upscale, self.patch_px)
 
     def map_stride(self, upscale: int) -> tuple[float, float]:
-        """A cell's height and width in pixels of the picture as given.
+        """A cell's height and width in pixels of the image as given.
 
         They differ a little from each other where the long side was rounded.
         """
@@ -53,12 +53,12 @@ class Geometry:
         return height_px, width_px
 
 
-def plan_geometry(image_hw: tuple[int, int], patch_px: int, short_side_px: int | str) -> Geometry:
-    """Lay a picture of `image_hw` pixels on a grid of patches of `patch_px` pixels.
+def plan_patch_grid(image_hw: tuple[int, int], patch_px: int, short_side_px: int | str) -> PatchGrid:
+    """Lay an image of `image_hw` pixels on a grid of patches of `patch_px` pixels.
 
     Its short side becomes `short_side_px` exactly, its long side the nearest whole number that keeps the
     aspect (a half goes up); "native" keeps the size. Then it is padded to whole patches.
-    Raises `BrixelError` for any other `short_side_px`, and `ImageError` for a picture longer than `MOST_ENLARGED`
+    Raises `BrixelError` for any other `short_side_px`, and `ImageError` for an image longer than `MOST_ENLARGED`
     short sides that would be enlarged; at its own size, or made smaller, it may have any length. Whether there is
     memory for that size is not asked here.
     """
@@ -66,22 +66,22 @@ def plan_geometry(image_hw: tuple[int, int], patch_px: int, short_side_px: int |
     short_px, long_px = min(image_hw), max(image_hw)
     if max(resized_hw) > long_px > MOST_ENLARGED * short_px:
         raise ImageError(
-            f"a picture of {image_hw[0]}x{image_hw[1]} pixels (height x width) would be enlarged to "
+            f"an image of {image_hw[0]}x{image_hw[1]} pixels (height x width) would be enlarged to "
             f"{resized_hw[0]}x{resized_hw[1]}; expected a long side of at most {MOST_ENLARGED} short ones where it is "
             f"enlarged: cut it into shorter ones, or ask for a short_side_px of at most {short_px} or {NATIVE!r}"
         )
     padded_hw = _ceil_div(resized_hw[0], patch_px) * patch_px, _ceil_div(resized_hw[1], patch_px) * patch_px
-    return Geometry(image_hw, resized_hw, padded_hw, patch_px)
+    return PatchGrid(image_hw, resized_hw, padded_hw, patch_px)
 
 
 def _check_short_side(short_side_px: int | str) -> int | None:
-    """The short side in pixels, or None to keep the picture's size."""
+    """The short side in pixels, or None to keep the image's size."""
     if short_side_px == NATIVE:
         return None
     if isinstance(short_side_px, bool) or not isinstance(short_side_px, int) or short_side_px <= 0:
         raise BrixelError(
             f"short_side_px is {short_side_px!r}; expected a whole number of pixels above zero, such as 512, "
-            f"or {NATIVE!r} to keep the picture's own size"
+            f"or {NATIVE!r} to keep the image's own size"
         )
     return short_side_px
 

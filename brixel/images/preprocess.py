@@ -1,4 +1,4 @@
-"""A picture made ready for a model, and a map made of what the model gives: for those with a loop of their own."""
+"""An image made ready for a model, and a map made of what the model gives: for those with a loop of their own."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,27 +13,27 @@ from brixel.errors import BrixelError, ImageError, MemoryLimitError
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.host_copy import crop
 from brixel.images.decode import REDUCTIONS
-from brixel.images.load import ImageInput, opened
-from brixel.images.patch_grid import Geometry, plan_geometry
+from brixel.images.load import ImageInput, open_image
+from brixel.images.patch_grid import PatchGrid, plan_patch_grid
 
 _BICUBIC: dict[str, Any] = {"mode": "bicubic", "antialias": True, "align_corners": False}
 
 
 @dataclass(frozen=True)
-class Placement:
-    """How a picture lies on the patch grid, and what a map of it tells of how it was made."""
+class ImagePlacement:
+    """How an image lies on the patch grid, and what a map of it tells of how it was made."""
 
-    geometry: Geometry
+    geometry: PatchGrid
     meta: Mapping[str, str] = field(default_factory=dict)
 
     def feature_map(
         self, features: Tensor, *, meta: Mapping[str, str] | None = None, in_place: bool = False
     ) -> FeatureMap:
-        """The map of the picture, on the CPU, from the features (D, u h, u w) of its padded h x w patches.
+        """The map of the image, on the CPU, from the features (D, u h, u w) of its padded h x w patches.
 
         ``u`` cells to a patch's side: 4 of the dense map, 1 of the backbone's own. ``meta``: more to tell.
         ``in_place``: ``features`` are not needed any more, and may be cut without a second copy of them.
-        Raises BrixelError where the features are not those of this picture's size.
+        Raises BrixelError where the features are not those of this image's size.
         """
         geometry = self.geometry
         patches_hw = tuple(side // geometry.patch_px for side in geometry.padded_hw)
@@ -41,7 +41,7 @@ class Placement:
         if upscale < 1 or features.shape[1:] != (upscale * patches_hw[0], upscale * patches_hw[1]):
             raise BrixelError(
                 f"features have shape {tuple(features.shape)}; expected (D, 4h, 4w) for the {patches_hw[0]} x "
-                f"{patches_hw[1]} patches of this picture, without a batch's axis: give features[i]"
+                f"{patches_hw[1]} patches of this image, without a batch's axis: give features[i]"
             )
         height, width = geometry.map_hw(upscale)
         cells = crop(features, (height, width)) if in_place else features[:, :height, :width].detach().cpu().clone()
@@ -49,8 +49,8 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """What is done to every picture before a model: a small callable without the model, for workers of a DataLoader.
+class Preprocessor:
+    """What is done to every image before a model: a small callable without the model, for workers of a DataLoader.
 
     ``short_side_px``: pixels, or "native".
     """
@@ -63,34 +63,34 @@ class Preparation:
 
     def __call__(
         self, image: ImageInput, check: Callable[[tuple[int, int]], None] | None = None
-    ) -> tuple[Tensor, Placement]:
-        """Normalised pixels (3, H, W), float32, H and W whole patches, and how the picture lies on them.
+    ) -> tuple[Tensor, ImagePlacement]:
+        """Normalised pixels (3, H, W), float32, H and W whole patches, and how the image lies on them.
 
-        ``check`` may refuse that size before the pixels are made. Raises ImageError for a picture that cannot be used.
+        ``check`` may refuse that size before the pixels are made. Raises ImageError for an image that cannot be used.
         """
-        with opened(image) as picture:
+        with open_image(image) as source:
             try:
-                geometry = plan_geometry(picture.image_hw, self.patch_px, self.short_side_px)
+                geometry = plan_patch_grid(source.image_hw, self.patch_px, self.short_side_px)
                 if check is not None:
                     check(geometry.padded_hw)
             except (ImageError, MemoryLimitError) as error:  # which know of a size alone
                 if not isinstance(image, (str, os.PathLike)):
                     raise
                 raise type(error)(f"{os.fspath(image)}: {error}") from error
-            planes = picture.read(geometry.resized_hw)
-        del picture  # what Pillow decoded is free before the planes are worked on
+            planes = source.read(geometry.resized_hw)
+        del source  # what Pillow decoded is free before the planes are worked on
         height, width = geometry.resized_hw
-        placement = Placement(geometry, {**self.meta, "resized_hw": f"{height}x{width}"})
+        placement = ImagePlacement(geometry, {**self.meta, "resized_hw": f"{height}x{width}"})
         return preprocess(planes, geometry, self.mean, self.std), placement
 
 
-def preprocess(image: Tensor, geometry: Geometry, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Lay a picture on the patch grid: float32 (3, padded_h, padded_w), normalised.
+def preprocess(image: Tensor, geometry: PatchGrid, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Lay an image on the patch grid: float32 (3, padded_h, padded_w), normalised.
 
-    `image`: planes from `load_image`, or what `Picture.read` made of them for `geometry.resized_hw`. Resized by bicubic
+    `image`: planes from `load_image`, or what `Image.read` made of them for `geometry.resized_hw`. Resized by bicubic
     interpolation with antialiasing, clamped to [0, 1], normalised by `mean` and `std` (one number per channel),
     padded at the bottom and right by repeating the edge. One channel is worked on at a time, so that a large uint8
-    picture is not turned into floats as a whole; the numbers are the same.
+    image is not turned into floats as a whole; the numbers are the same.
     """
     reduction = _reduction(image, geometry)
     height_px, width_px = geometry.resized_hw
@@ -104,7 +104,7 @@ def preprocess(image: Tensor, geometry: Geometry, mean: Sequence[float], std: Se
     return padded
 
 
-def _resized(channel: Tensor, geometry: Geometry, reduction: int) -> Tensor:
+def _resized(channel: Tensor, geometry: PatchGrid, reduction: int) -> Tensor:
     """One channel (H, W), uint8 or float32, as float32 of `resized_hw`; a bicubic may overshoot [0, 1]."""
     plane = channel.float().div_(255) if channel.dtype == torch.uint8 else channel
     if plane.shape == geometry.resized_hw:
@@ -112,7 +112,7 @@ def _resized(channel: Tensor, geometry: Geometry, reduction: int) -> Tensor:
     plane, (height_px, width_px) = plane[None, None], geometry.resized_hw  # (1, 1, H, W)
     if reduction == 1:
         return F.interpolate(plane, (height_px, width_px), **_BICUBIC)[0, 0]
-    # the last pixels of a reduced picture may reach over its edge, so that the scale is not that of the shapes
+    # the last pixels of a reduced image may reach over its edge, so that the scale is not that of the shapes
     scale = [
         (1 + 1e-9) * reduction * wanted_px / image_px  # for rounding: a row too many can be cut, one too few not mended
         for wanted_px, image_px in zip(geometry.resized_hw, geometry.image_hw, strict=True)
@@ -120,7 +120,7 @@ def _resized(channel: Tensor, geometry: Geometry, reduction: int) -> Tensor:
     return F.interpolate(plane, scale_factor=scale, **_BICUBIC)[0, 0, :height_px, :width_px]
 
 
-def _reduction(image: Tensor, geometry: Geometry) -> int:
+def _reduction(image: Tensor, geometry: PatchGrid) -> int:
     """By how much a JPEG was reduced when it was decoded."""
     for reduction in REDUCTIONS:
         if image.shape == (3, *(-(-side_px // reduction) for side_px in geometry.image_hw)):

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 Tag = TypeVar("Tag")
-WINDOW = 4  # batches' worth of pictures among which those of one size are brought together
+WINDOW = 4  # batches' worth of images among which those of one size are brought together
 
 Result = Tensor | Exception
-"""What becomes of a picture: an error where it alone cannot be computed."""
+"""What becomes of an image: an error where it alone cannot be computed."""
 Forward = Callable[[Tensor], Sequence[Result] | Tensor]
 
 
 @dataclass
 class _Place(Generic[Tag]):
-    """A picture's place in the order, until its result is taken; what has no pixels passes through."""
+    """An image's place in the order, until its result is taken; what has no pixels passes through."""
 
     pixels: Tensor | None
     tag: Tag
@@ -34,11 +34,11 @@ def run_batches(
     window: Callable[[], int] = lambda: sys.maxsize,
     together: Callable[[tuple[int, int]], int] = lambda image_hw: sys.maxsize,
 ) -> Iterator[tuple[Result | None, Tag]]:
-    """Run ``forward`` over pictures, lazily and in order; yields one result for each, with its tag.
+    """Run ``forward`` over images, lazily and in order; yields one result for each, with its tag.
 
     ``items``: pixels (3, H, W) with anything that belongs to them; one without pixels comes out as it is, at its place.
-    Pictures of one size share a batch of at most ``batch_size`` and ``together((H, W))``, also where others lie between
-    them: at most ``WINDOW`` batches' worth of pictures and results are held, and no more than ``window()`` of them.
+    Images of one size share a batch of at most ``batch_size`` and ``together((H, W))``, also where others lie between
+    them: at most ``WINDOW`` batches' worth of images and results are held, and no more than ``window()`` of them.
     After a full batch no item is asked for before its results were taken, as far as the order lets them. Where
     ``items`` raises, the results of those before come first.
     """
@@ -90,7 +90,7 @@ def _run(forward: Forward, group: list[_Place[Tag]]) -> None:
     pixels = [place.pixels for place in group if place.pixels is not None]
     # no_grad rather than inference_mode: a probe may be trained on the results
     with torch.no_grad():
-        # one picture is not copied into a batch: it may be most of the memory
+        # one image is not copied into a batch: it may be most of the memory
         results = forward(pixels[0][None] if len(pixels) == 1 else torch.stack(pixels))
     for place, result in zip(group, results, strict=True):
         place.pixels, place.result = None, result

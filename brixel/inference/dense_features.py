@@ -1,4 +1,4 @@
-"""A student that takes pictures: any kind of them in, feature maps out, within a limit of memory."""
+"""A student that takes images: any kind of them in, feature maps out, within a limit of memory."""
 
 import itertools
 import os
@@ -14,23 +14,23 @@ from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.host_copy import to_host
 from brixel.feature_maps.memmap_writer import check_map_path, make_map_file
 from brixel.images.load import ImageInput
-from brixel.images.patch_grid import NATIVE, plan_geometry
-from brixel.images.preprocess import Placement, Preparation
+from brixel.images.patch_grid import NATIVE, plan_patch_grid
+from brixel.images.preprocess import ImagePlacement, Preprocessor
 from brixel.inference.batching import Result, run_batches
-from brixel.inference.memory.limited_forward import BoundedRun, check_host, is_out_of_memory
+from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host, is_out_of_memory
 from brixel.inference.memory.planner import Job, Plan
-from brixel.inference.prefetch import ahead
+from brixel.inference.prefetch import prefetch
 from brixel.model.config import BrixelConfig
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE, Upsampler
 from brixel.utils.devices import dtype_name
-from brixel.utils.eval_mode import evaluating
+from brixel.utils.eval_mode import evaluation_mode
 
 PathLike = str | os.PathLike[str]
 
 
 class DenseFeatures(Student):
-    """A student with the config that says what it is; as a module as its base, on pictures by the methods below."""
+    """A student with the config that says what it is; as a module as its base, on images by the methods below."""
 
     def __init__(self, backbone: Backbone, upsampler: Upsampler, config: BrixelConfig) -> None:
         super().__init__(backbone, upsampler, config.adapter.blocks)
@@ -63,7 +63,7 @@ class DenseFeatures(Student):
         """The weights' dtype, and so the maps'."""
         return next(self.adapter.parameters()).dtype
 
-    # ---------------------------------------------------------------- pictures
+    # ---------------------------------------------------------------- images
 
     def extract(
         self,
@@ -74,26 +74,26 @@ class DenseFeatures(Student):
         tiles: str = "auto",
         out: PathLike | None = None,
     ) -> FeatureMap:
-        """Dense features of one picture.
+        """Dense features of one image.
 
         ``image``: a path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W). ``short_side_px``: the size that
         its short side is brought to, aspect kept; None for the size the adapter was trained on, "native" for its own.
-        Then it is padded to whole patches, and the map cropped back to the picture.
+        Then it is padded to whole patches, and the map cropped back to the image.
         ``memory_limit``: bytes or text such as "4GiB" that bounds what is allocated on the model's device, weights
         included; None for what is free there, less a margin. ``tiles``: "auto" computes the map in blended tiles, an
         approximation, where nothing exact fits; or "never", or "always". ``out``: a `.npy` file, into which the map is
         written as it is made. See `docs/memory.md`.
-        Returns a :class:`FeatureMap` on the CPU, (D, Hf, Wf). Raises ImageError for a picture that cannot be used,
+        Returns a :class:`FeatureMap` on the CPU, (D, Hf, Wf). Raises ImageError for an image that cannot be used,
         MemoryLimitError for one that does not fit.
         """
-        run = BoundedRun(self, limit=memory_limit, tiles=tiles)
+        run = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
         if out is None:
             return next(_or_raise(self._stream(run, [image], short_side_px=short_side_px)))
         path = check_map_path(out)
         pixels, placement = self.preparation(short_side_px)(image, lambda hw: run.check(hw, to_file=True))
 
         def fill(cells: Tensor) -> Mapping[str, str]:
-            with evaluating(self):
+            with evaluation_mode(self):
                 return {**placement.meta, **_told(run.fill(pixels[None], cells))}
 
         geometry = placement.geometry
@@ -110,12 +110,12 @@ class DenseFeatures(Student):
         tiles: str = "auto",
         workers: int = 2,
     ) -> Iterator[FeatureMap]:
-        """Dense features of many pictures, lazily and in order; see :meth:`extract`.
+        """Dense features of many images, lazily and in order; see :meth:`extract`.
 
-        Pictures that come to one size share a batch of at most ``batch_size``, fewer where the limit has no room for
+        Images that come to one size share a batch of at most ``batch_size``, fewer where the limit has no room for
         all their maps, also where a few others lie between them. ``workers`` threads decode ahead, a batch and two
-        pictures each; 0 decodes when a picture's turn comes.
-        A picture that cannot be used raises ImageError after the maps of those before it, one that does not fit
+        images each; 0 decodes when an image's turn comes.
+        An image that cannot be used raises ImageError after the maps of those before it, one that does not fit
         MemoryLimitError.
         """
         return _or_raise(
@@ -139,25 +139,25 @@ class DenseFeatures(Student):
         tiles: str = "auto",
         workers: int = 2,
     ) -> Iterator[FeatureMap | Exception]:
-        """:meth:`stream` that goes on: of a picture that cannot be used, or does not fit, the error takes its place."""
-        run = BoundedRun(self, limit=memory_limit, tiles=tiles, batch=batch_size)
+        """:meth:`stream` that goes on: of an image that cannot be used, or does not fit, the error takes its place."""
+        run = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles, batch=batch_size)
         return self._stream(run, images, batch_size=batch_size, short_side_px=short_side_px, workers=workers)
 
-    def prepare(self, image: ImageInput, *, short_side_px: int | str | None = None) -> tuple[Tensor, Placement]:
-        """A picture made ready for a loop of your own: pixels (3, H, W), and how the picture lies on them.
+    def prepare(self, image: ImageInput, *, short_side_px: int | str | None = None) -> tuple[Tensor, ImagePlacement]:
+        """An image made ready for a loop of your own: pixels (3, H, W), and how the image lies on them.
 
-        ``model(pixels[None].to(model.device, model.dtype))[0]`` is the dense map (D, 4h, 4w) of the padded picture, of
+        ``model(pixels[None].to(model.device, model.dtype))[0]`` is the dense map (D, 4h, 4w) of the padded image, of
         which ``placement.feature_map`` makes a :class:`FeatureMap`; call it under ``torch.no_grad()`` unless you train:
         a gradient needs several times the memory. In workers of a DataLoader use :meth:`preparation`, which
-        does not carry the model. Raises ImageError for a picture that cannot be used.
+        does not carry the model. Raises ImageError for an image that cannot be used.
         """
         return self.preparation(short_side_px)(image)
 
-    def preparation(self, short_side_px: int | str | None = None) -> Preparation:
+    def preparation(self, short_side_px: int | str | None = None) -> Preprocessor:
         """What :meth:`prepare` does, as a small callable without the model."""
         vit = self.config.backbone.vit
         side = self.config.adapter.short_side_px if short_side_px is None else short_side_px
-        return Preparation(self.patch_px, side, vit.mean, vit.std, self._meta())
+        return Preprocessor(self.patch_px, side, vit.mean, vit.std, self._meta())
 
     def plan(
         self,
@@ -169,17 +169,17 @@ class DenseFeatures(Student):
         short_side_px: int | str | None = NATIVE,
         to_file: bool = False,
     ) -> Plan:
-        """How the maps of ``batch`` pictures of ``image_hw`` pixels would be computed, and the memory that takes.
+        """How the maps of ``batch`` images of ``image_hw`` pixels would be computed, and the memory that takes.
 
         Nothing is computed. Arguments as for :meth:`extract`; ``to_file``: as with ``out``. Raises MemoryLimitError
         where it cannot be done.
         """
-        geometry = plan_geometry(image_hw, self.patch_px, self.preparation(short_side_px).short_side_px)
-        run = BoundedRun(self, limit=memory_limit, tiles=tiles)
+        geometry = plan_patch_grid(image_hw, self.patch_px, self.preparation(short_side_px).short_side_px)
+        run = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
         return run.plan(Job(batch, geometry.padded_hw, to_file))
 
     def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
-        """The frozen backbone's own map of the picture, prepared as in :meth:`extract`: what brixel starts from."""
+        """The frozen backbone's own map of the image, prepared as in :meth:`extract`: what brixel starts from."""
 
         def forward(pixels: Tensor) -> list[Tensor]:
             return [to_host(each) for each in self.backbone_features(pixels.to(self.device, self.dtype))]
@@ -197,11 +197,11 @@ class DenseFeatures(Student):
     ) -> Iterator[FeatureMap | Exception]:
         _check_whole("batch_size", batch_size, 1)
         _check_whole("workers", workers, 0)
-        bounded = forward if isinstance(forward, BoundedRun) else None
+        bounded = forward if isinstance(forward, MemoryLimitedForward) else None
         check = check_host if bounded is None else bounded.check
         preparation = self.preparation(short_side_px)
 
-        def prepare(image: ImageInput) -> tuple[Tensor | None, Placement | Exception]:
+        def prepare(image: ImageInput) -> tuple[Tensor | None, ImagePlacement | Exception]:
             try:
                 return preparation(image, check)
             except (BrixelError, FileNotFoundError) as error:
@@ -221,10 +221,10 @@ class DenseFeatures(Student):
             return sys.maxsize if bounded is None else bounded.together(padded_hw)
 
         def run(pixels: Tensor) -> Sequence[Result]:
-            with evaluating(self):
+            with evaluation_mode(self):
                 return _each_or_error(forward, pixels)
 
-        def finish(features: Result | None, placement: Placement | Exception) -> FeatureMap | Exception:
+        def finish(features: Result | None, placement: ImagePlacement | Exception) -> FeatureMap | Exception:
             if isinstance(features, Exception):
                 return features
             if features is None or isinstance(placement, Exception):
@@ -233,7 +233,7 @@ class DenseFeatures(Student):
             tiles = "" if bounded is None else bounded.tiles_of(features)
             return placement.feature_map(features, meta=_told(tiles), in_place=True)
 
-        prepared = ahead(
+        prepared = prefetch(
             prepare,
             images,
             workers=workers,
@@ -253,20 +253,20 @@ class DenseFeatures(Student):
 
 
 def _in_memory(image: ImageInput) -> bool:
-    """Whether a picture is no file: its owner may fill the same array again, or seek to another frame."""
+    """Whether an image is no file: its owner may fill the same array again, or seek to another frame."""
     return not isinstance(image, (str, os.PathLike))
 
 
 def _not_made_ready(image: ImageInput) -> MemoryLimitError:
-    name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"one picture, a {type(image).__name__}"
+    name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"one image, a {type(image).__name__}"
     return MemoryLimitError(
         f"{name}: memory ran out while it was decoded and made ready; close other programs, let fewer workers decode "
-        "at a time, or make the picture smaller"
+        "at a time, or make the image smaller"
     )
 
 
 def _each_or_error(forward: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor) -> Sequence[Result]:
-    """The maps of a batch; where memory is too short for it, of each picture alone, or the error in its place."""
+    """The maps of a batch; where memory is too short for it, of each image alone, or the error in its place."""
     try:
         return forward(pixels)
     except MemoryLimitError as error:

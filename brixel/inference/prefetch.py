@@ -10,7 +10,7 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-def ahead(
+def prefetch(
     function: Callable[[Given], Made],
     items: Iterable[Given],
     *,

@@ -14,7 +14,7 @@ class AdapterConfig:
     """What distinguishes one adapter from another, beside the backbone's width.
 
     ``blocks``: the four blocks, from 0, whose outputs feed the extractors; the last must be the backbone's last.
-    ``residual_detour``: see `model.head.Head`. ``short_side_px``: short side of the pictures it was trained on.
+    ``residual_detour``: see `model.head.Head`. ``short_side_px``: short side of the images it was trained on.
     ``blend``: see `model.adapter.Adapter`.
     """
 

@@ -30,7 +30,7 @@ def pad_table(values: Tensor) -> Tensor:
 
 
 def empty_table(grid_hw: tuple[int, int], heads: int, channels: int, like: Tensor) -> Tensor:
-    """A padded table of zeros for one picture, (1, h + 3, w + 3, A, C), to be filled by :func:`inner_rows`."""
+    """A padded table of zeros for one image, (1, h + 3, w + 3, A, C), to be filled by :func:`inner_rows`."""
     height, width = (cells + _BEFORE + _BEHIND for cells in grid_hw)
     return like.new_zeros(1, height, width, heads, channels)
 
@@ -63,9 +63,9 @@ def _first_corners(points: Tensor, grid_hw: tuple[int, int], heads: int) -> tupl
     left, top = x.floor(), y.floor()
     row_cells, column_cells = width + _BEFORE + _BEHIND, height + _BEFORE + _BEHIND
     cells = (top.to(torch.int32) + _BEFORE) * row_cells + left.to(torch.int32) + _BEFORE  # B N A P
-    pictures = torch.arange(points.shape[0], dtype=torch.int32, device=points.device)[:, None, None, None]
+    images = torch.arange(points.shape[0], dtype=torch.int32, device=points.device)[:, None, None, None]
     head = torch.arange(heads, dtype=torch.int32, device=points.device)[:, None]
-    rows = (cells + pictures * (row_cells * column_cells)) * heads + head
+    rows = (cells + images * (row_cells * column_cells)) * heads + head
     return rows, torch.stack([x - left, y - top], dim=-1)
 
 

@@ -21,6 +21,7 @@ RELEASE = MappingProxyType(
 )  # fmt: skip
 PRESETS = MappingProxyType({"default": MappingProxyType({}), "release": RELEASE})
 # settings that change nothing about the result, and so may differ when a run is taken up again
+RENAMED = {"val_pictures": "val_images"}  # settings of version 0.1, as its files have them
 INCIDENTAL = frozenset({"out", "workers", "log_every", "save_every", "device", "cache_dir", "about"})
 
 
@@ -35,7 +36,7 @@ class TrainConfig:
     go through the teacher once, into ``cache_dir`` (below ``out`` where None); 0 runs the teacher in every step.
     ``schedule``: "cosine" warms up, then falls to zero; "release" takes a tenth of ``lr`` for the first third.
     ``ema``: decay of the averaged weights that are validated and kept; 0 for none. ``l1``, ``edge``, ``spectral``,
-    ``true_rings``: see :class:`brixel.train.LossWeights`. ``about``: what the pictures are, for the model's card.
+    ``true_rings``: see :class:`brixel.train.LossWeights`. ``about``: what the images are, for the model's card.
     """
 
     backbone: str
@@ -65,7 +66,7 @@ class TrainConfig:
     edge: float = 1.0
     spectral: float = 0.1
     true_rings: bool = True
-    val_pictures: int = 24
+    val_images: int = 24
     val_every: int = 200
     save_every: int = 100
     log_every: int = 10
@@ -83,7 +84,7 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise BrixelError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in (
-            *("fit", "cache", "warmup", "lr", "weight_decay", "clip_norm", "workers", "val_pictures", "seed"),
+            *("fit", "cache", "warmup", "lr", "weight_decay", "clip_norm", "workers", "val_images", "seed"),
             *("l1", "edge", "spectral"),
         ):
             if getattr(self, name) < 0:
@@ -98,7 +99,7 @@ class TrainConfig:
         if not self.l1 + self.edge + self.spectral:
             raise BrixelError("l1, edge and spectral are all 0; expected at least one above")
         if not self.images:
-            raise BrixelError("images is empty; expected at least one folder of pictures")
+            raise BrixelError("images is empty; expected at least one folder of images")
         for name in ("backbone", "out", "images", "val"):
             if "" in (getattr(self, name), *getattr(self, name)):
                 raise BrixelError(f"{name} is {getattr(self, name)!r}; expected a path, '.' for the current folder")
@@ -119,6 +120,7 @@ def make_config(settings: dict[str, Any], *, preset: str = "default") -> TrainCo
     """A configuration from settings by name, over those of a preset ("default", "release")."""
     if preset not in PRESETS:
         raise BrixelError(f"unknown preset {preset!r}; {did_you_mean(preset, PRESETS)}")
+    settings = {RENAMED.get(name, name): value for name, value in settings.items()}
     known = [field.name for field, _ in fields()]
     for name in settings:
         if name not in known:

@@ -1,9 +1,9 @@
-"""Training pictures: folders in, pairs of normalised crops out, each a pure function of the seed and its position.
+"""Training images: folders in, pairs of normalised crops out, each a pure function of the seed and its position.
 
-A run reads positions 0, 1, 2, ... A position says which epoch it is in, which picture it takes and how that is cropped,
+A run reads positions 0, 1, 2, ... A position says which epoch it is in, which image it takes and how that is cropped,
 so neither workers nor ranks nor restarts change what is read. Method: arXiv 2511.05168, `docs/method.md`.
 
-Shapes: B batch, H x W a picture, T the side of the teacher's crop, all in pixels.
+Shapes: B batch, H x W an image, T the side of the teacher's crop, all in pixels.
 """
 
 import functools
@@ -19,83 +19,83 @@ from torch.utils.data import Dataset, Sampler
 
 from brixel.errors import BrixelError, ImageError
 from brixel.images.crops import CropSettings, normalised, student_view, teacher_crop
-from brixel.images.find_images import find_pictures
+from brixel.images.find_images import find_images
 from brixel.images.load import load_image
 
 
-def find_training_pictures(folders: Sequence[Path]) -> list[Path]:
-    """The pictures in folders and all folders below, each once; sorted within a folder, folders in the order given.
+def find_training_images(folders: Sequence[Path]) -> list[Path]:
+    """The images in folders and all folders below, each once; sorted within a folder, folders in the order given.
 
     Names that start with a dot are passed over, of files and of folders. Raises BrixelError for a folder that does not
-    exist, is a file, or holds no picture.
+    exist, is a file, or holds no image.
     """
     found: dict[str, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise BrixelError(f"{folder} is {'a file' if folder.exists() else 'missing'}; expected a folder")
-        found |= {os.path.abspath(path): path for path, _ in find_pictures([folder])}
+        found |= {os.path.abspath(path): path for path, _ in find_images([folder])}
     return list(found.values())
 
 
 class Crop(NamedTuple):
-    """Normalised ``teacher`` (3, T, T) and ``student`` (3, T/4, T/4); paths of their picture, and of unusable ones."""
+    """Normalised ``teacher`` (3, T, T) and ``student`` (3, T/4, T/4); paths of their image, and of unusable ones."""
 
     teacher: Tensor
     student: Tensor
-    picture: str
+    image: str
     skipped: tuple[str, ...]
 
 
 class CropBatch(NamedTuple):
-    """Crops together: ``teacher`` (B, 3, T, T), ``student`` (B, 3, T/4, T/4), their pictures, and all skipped."""
+    """Crops together: ``teacher`` (B, 3, T, T), ``student`` (B, 3, T/4, T/4), their images, and all skipped."""
 
     teacher: Tensor
     student: Tensor
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     skipped: tuple[str, ...]
 
 
 def collate(crops: Sequence[Crop]) -> CropBatch:
     """Crops as one batch, for a DataLoader."""
-    teachers, students, pictures, skipped = zip(*crops, strict=True)
-    return CropBatch(torch.stack(teachers), torch.stack(students), pictures, sum(skipped, ()))
+    teachers, students, images, skipped = zip(*crops, strict=True)
+    return CropBatch(torch.stack(teachers), torch.stack(students), images, sum(skipped, ()))
 
 
 class CropDataset(Dataset[Crop]):
     """Crops by position; any position from 0 up, so it has no end: to iterate, give a sampler of positions.
 
-    Each epoch, of as many positions as there are pictures, goes through all of them in an order of its own. A picture
-    that cannot be used is named in ``skipped`` and the next of that order stands in for it; where no picture can be
+    Each epoch, of as many positions as there are images, goes through all of them in an order of its own. An image
+    that cannot be used is named in ``skipped`` and the next of that order stands in for it; where no image can be
     used, BrixelError names some with the reason. ``mean`` and ``std``: per channel, for RGB in [0, 1].
     """
 
     def __init__(
-        self, pictures: Sequence[Path], settings: CropSettings, *, mean: Sequence[float], std: Sequence[float]
+        self, images: Sequence[Path], settings: CropSettings, *, mean: Sequence[float], std: Sequence[float]
     ) -> None:
-        if not pictures:
-            raise BrixelError("no training pictures; expected at least one")
-        self.pictures, self.settings = tuple(pictures), settings
+        if not images:
+            raise BrixelError("no training images; expected at least one")
+        self.images, self.settings = tuple(images), settings
         self.mean, self.std = tuple(mean), tuple(std)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, position: int) -> Crop:
         assert position >= 0, position
         failures: dict[str, str] = {}
         for attempt in range(len(self)):
-            picture = self.pictures[shuffled(position, len(self), self.settings.seed, ahead=attempt)]
+            image = self.images[shuffled(position, len(self), self.settings.seed, ahead=attempt)]
             try:
-                planes = load_image(picture)  # 3 H W
+                planes = load_image(image)  # 3 H W
                 if self.settings.small == "skip" and min(planes.shape[1:]) < self.settings.teacher_px:
-                    raise ImageError(f"{picture}: smaller than teacher_px={self.settings.teacher_px}")
+                    raise ImageError(f"{image}: smaller than teacher_px={self.settings.teacher_px}")
             except (ImageError, FileNotFoundError) as error:
-                failures[str(picture)] = str(error)
+                failures[str(image)] = str(error)
                 continue
             crop = teacher_crop(planes, self.settings, _generator("crop", self.settings.seed, position))
-            return Crop(self._normalised(crop), self._normalised(student_view(crop)), str(picture), tuple(failures))
+            return Crop(self._normalised(crop), self._normalised(student_view(crop)), str(image), tuple(failures))
         some = "; ".join(list(failures.values())[:3])
-        raise BrixelError(f"none of the {len(self)} training pictures can be used; the first of them: {some}")
+        raise BrixelError(f"none of the {len(self)} training images can be used; the first of them: {some}")
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         return normalised(pixels, self.mean, self.std)

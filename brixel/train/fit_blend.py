@@ -2,7 +2,7 @@
 
 What a linear map can do takes gradient descent hundreds of steps and this a few seconds. Each cell of the low grid is
 asked for the mean of the teacher's cells below it. The answer is drawn a little towards the backbone's last map as it
-is (ridge regression), as pictures are few and their cells alike. From then on the blend stays as it is.
+is (ridge regression), as images are few and their cells alike. From then on the blend stays as it is.
 
 Shapes: B batch, D width, h x w the low grid, M = 4 D + 1 inputs: the channels of four maps and a constant.
 """

@@ -34,7 +34,7 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of pixels (B, 3, S, S) and teacher maps (B, D, 4h, 4w) on the device; ``config.accumulate`` to a step.
 
-    ``skipped`` takes up the names of pictures that could not be used.
+    ``skipped`` takes up the names of images that could not be used.
     """
     sampler = PositionSampler(
         start_step=start_step,

@@ -1,23 +1,21 @@
-"""A run's progress as pictures: a curve of its metrics, a panel of the student's maps beside the teacher's."""
+"""A run's progress as images: a curve of its metrics, a panel of the student's maps beside the teacher's."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from brixel.brixel_features import BrixelFeatures
-from brixel.feature_maps.panel import enlarge, labelled, save, stacked
-from brixel.feature_maps.pca import PcaBasis
+from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.panel import build_panel, image_tile, map_tiles, save_panel, tile_size
 from brixel.train.teacher_cache import TeacherCache
 
 CURVE_PX = (320, 800)  # of one diagram
 _MARGIN_PX = 48
-_TILE_PX = 256
 _PANEL_ROWS = 3
 
 
@@ -37,10 +35,10 @@ def draw_curve(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         return
     last = max(step for lines in drawn for _, spots in lines.values() for step, _ in spots) or 1
     height, width = CURVE_PX
-    picture = Image.new("RGB", (width, height * len(drawn)), "white")
+    image = Image.new("RGB", (width, height * len(drawn)), "white")
     for number, lines in enumerate(drawn):
-        picture.paste(_diagram(lines, last), (0, number * height))
-    save(picture, path)
+        image.paste(_diagram(lines, last), (0, number * height))
+    save_panel(image, path)
 
 
 _Lines = dict[str, tuple[str, list[tuple[int, float]]]]  # colour, and (step, value), by name
@@ -56,8 +54,8 @@ def _finite(lines: _Lines) -> _Lines:
 def _diagram(lines: _Lines, last: int) -> Image.Image:
     """Lines over steps 0 to ``last``; the axis reaches from the lowest value to the highest."""
     height, width = CURVE_PX
-    picture = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
     values = [value for _, spots in lines.values() for _, value in spots]
     low, span = min(values), max(values) - min(values)
     if not span:
@@ -79,17 +77,7 @@ def _diagram(lines: _Lines, last: int) -> Image.Image:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
         draw.text((_MARGIN_PX + 12, 8 + 16 * row), name, fill=colour, font=font)
     draw.text((width - 130, height - 30), f"step {last}", fill="black", font=font)
-    return picture
-
-
-def draw_panel(path: Path, pictures: Sequence[np.ndarray[Any, Any]], maps: Sequence[Mapping[str, Tensor]]) -> None:
-    """A row per picture (uint8, H x W x 3): itself, then its maps (D, H, W) in one PCA basis, by name."""
-    rows = []
-    for picture, by_name in zip(pictures, maps, strict=True):
-        basis = PcaBasis.fit(list(by_name.values()))
-        tiles = {"student's picture": picture, **{name: basis.project(each) for name, each in by_name.items()}}
-        rows.append([labelled(enlarge(tile, max(1, _TILE_PX // tile.shape[0])), name) for name, tile in tiles.items()])
-    save(stacked(rows), path)
+    return image
 
 
 @torch.no_grad()
@@ -97,11 +85,18 @@ def draw_crops(path: Path, model: BrixelFeatures, crops: TeacherCache, device: t
     """The panel of the first crops: the backbone's own map, the student's and the teacher's."""
     vit = model.config.backbone.vit
     mean, std = (torch.tensor(each)[:, None, None] for each in (vit.mean, vit.std))
-    pictures, maps = [], []
+    rows = []
     for index in range(min(_PANEL_ROWS, len(crops))):
         pixels, teacher = crops[index]
         batch = pixels[None].to(device)
-        low, student = model.backbone_features(batch)[0].cpu(), model(batch)[0].cpu()
-        pictures.append(((pixels * std + mean).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
-        maps.append({"backbone": low, "student": student, "teacher": teacher})
-    draw_panel(path, pictures, maps)
+        features = {"backbone": model.backbone_features(batch)[0].cpu(), "student": model(batch)[0].cpu()}
+        maps = {name: _feature_map(each, pixels) for name, each in {**features, "teacher": teacher}.items()}
+        size_hw = tile_size(maps["teacher"])
+        rgb = (pixels * std + mean).clamp(0, 1).numpy()
+        rows.append([image_tile(rgb, size_hw, "student's image"), *map_tiles(maps, size_hw)])
+    save_panel(build_panel(rows), path)
+
+
+def _feature_map(features: Tensor, pixels: Tensor) -> FeatureMap:
+    image_hw, grid_hw = (pixels.shape[1], pixels.shape[2]), features.shape[1:]
+    return FeatureMap(features, image_hw, (image_hw[0] / grid_hw[0], image_hw[1] / grid_hw[1]))

@@ -37,7 +37,7 @@ class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
     """A complete cache: item i is crop i's student view (3, S, S), normalised, and teacher features (D, h, w), float32.
 
     Opened by folder; made by :meth:`build_or_open`, which also checks what it was made of. ``skipped``: paths of the
-    pictures that could not be used. Raises BrixelError where the folder holds no complete cache.
+    images that could not be used. Raises BrixelError where the folder holds no complete cache.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -78,7 +78,7 @@ class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
 
         The crops are positions 0 ... ``count`` - 1 of ``dataset``. ``teacher``: (B, 3, T, T), normalised, on the CPU ->
         (B, D, h, w) on any device; ``teacher_id``: what tells it from other teachers, as plain JSON values.
-        ``workers``: processes that read pictures. ``progress``: called with crops done and ``count``.
+        ``workers``: processes that read images. ``progress``: called with crops done and ``count``.
         Raises BrixelError where the folder holds something else (and leaves it), where the disk is too small or full,
         and for features that are not finite.
         """
@@ -105,11 +105,11 @@ def _fingerprint(dataset: CropDataset, count: int, teacher_id: Any, dtype: torch
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES or count < 1:
         raise BrixelError(f"a teacher cache of {count} crops in {name}; expected 1 or more, in {' or '.join(_DTYPES)}")
-    pictures = [os.path.abspath(path) for path in dataset.pictures]
-    root = os.path.commonpath([os.path.dirname(path) for path in pictures])  # pictures may move together
-    sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in pictures]
+    images = [os.path.abspath(path) for path in dataset.images]
+    root = os.path.commonpath([os.path.dirname(path) for path in images])  # images may move together
+    sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in images]
     digest = hashlib.sha256()
-    for path, size in zip(pictures, sizes, strict=True):
+    for path, size in zip(images, sizes, strict=True):
         digest.update(os.fsencode(Path(path).relative_to(root).as_posix()) + b"\0%d\n" % size)
     listed = {"number": len(sizes), "bytes": sum(sizes), "names_and_sizes": digest.hexdigest()}
     crops = {**asdict(dataset.settings), "mean": dataset.mean, "std": dataset.std}
@@ -118,7 +118,7 @@ def _fingerprint(dataset: CropDataset, count: int, teacher_id: Any, dtype: torch
 
 
 def _standing(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, list[str]]:
-    """Crops done and pictures skipped so far; an error where the folder holds something else."""
+    """Crops done and images skipped so far; an error where the folder holds something else."""
     if not (folder / HEADER).exists():
         if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
             raise BrixelError(f"{folder} is there and no teacher cache: name a new or an empty folder")
@@ -142,10 +142,10 @@ def _checked(features: Tensor, batch: CropBatch, first: int, dtype: torch.dtype)
     if features.ndim != 4 or len(features) != len(batch.teacher):
         raise BrixelError(f"the teacher gave {tuple(features.shape)}; expected ({len(batch.teacher)}, D, h, w)")
     kept = features.detach().to("cpu", dtype)
-    for place, picture in enumerate(batch.pictures):
+    for place, image in enumerate(batch.images):
         if not kept[place].isfinite().all():
             fault = f"do not fit {dtype}: take bfloat16" if features[place].isfinite().all() else "are not finite"
-            raise BrixelError(f"the teacher's features of crop {first + place}, from {picture}, {fault}")
+            raise BrixelError(f"the teacher's features of crop {first + place}, from {image}, {fault}")
     return kept
 
 
@@ -195,7 +195,7 @@ def _mapped(path: Path, shape: Sequence[int]) -> "np.memmap[Any, np.dtype[np.int
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], int, list[str]]:
-    """Header, crops done, pictures skipped."""
+    """Header, crops done, images skipped."""
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         done = json.loads((folder / DONE).read_text(encoding="utf-8")) if (folder / DONE).exists() else _NOTHING_DONE

@@ -27,7 +27,7 @@ from brixel.images.crops import CropSettings
 from brixel.model.losses import total_loss
 from brixel.train.checkpoint import Average, Progress, load_state, save_state
 from brixel.train.config import TrainConfig, write_settings
-from brixel.train.data import CropDataset, find_training_pictures
+from brixel.train.data import CropDataset, find_training_images
 from brixel.train.distributed import World, joined, mean_over_all, synchronised, wait_for_all
 from brixel.train.fit_blend import fit_blend, is_fresh
 from brixel.train.loader import batches
@@ -50,7 +50,7 @@ def distill(
 
     Started again with the same settings, a run goes on where its last state was written. Under `torchrun` every process
     calls this. ``model``: what to train, in place of a fresh adapter on ``config.backbone``. ``teacher``: (B, 3, T, T),
-    normalised as for the backbone -> (B, D, T/p, T/p), in place of the backbone itself on the large picture.
+    normalised as for the backbone -> (B, D, T/p, T/p), in place of the backbone itself on the large image.
     Raises BrixelError for settings that do not go together, a run with other settings in ``out``, a loss that is not
     finite (the last good state is kept).
     """
@@ -80,7 +80,7 @@ class Run:
         self.buffers: list[Tensor] = []  # the running statistics of before this step
         self.plain: dict[str, float] = {}  # what interpolation gives on the held-out crops, once it was measured
         self.skipped: set[str] = set()
-        self.pictures = 0  # found to train on
+        self.image_count = 0  # found to train on
 
     # ---------------------------------------------------------------- the run
 
@@ -95,15 +95,15 @@ class Run:
         bar = tqdm(
             total=self.config.steps, initial=self.progress.step, unit="step", disable=None if self.world.leads else True
         )
-        started, pictures = time.perf_counter(), 0
+        started, images = time.perf_counter(), 0
         passes = self._passes(source)
         while self.progress.step < self.config.steps:
             loss, parts = self.step(wrapped, passes)
             self.progress.step += 1
-            pictures += self.config.batch_size * self.config.accumulate * self.world.size
-            rate = pictures / (time.perf_counter() - started)
+            images += self.config.batch_size * self.config.accumulate * self.world.size
+            rate = images / (time.perf_counter() - started)
             bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", pictures_s=f"{rate:.1f}")
+            bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{rate:.1f}")
             if metrics is not None:
                 self._write(metrics, held_out, loss, parts, rate)
         bar.close()
@@ -204,17 +204,17 @@ class Run:
         self._save()
         raise BrixelError(
             f"step {self.progress.step}: {reason}; training stops here. The state before this step is kept in "
-            f"{self.out / STATE}; look at the pictures of this batch, or try a smaller lr with another --out"
+            f"{self.out / STATE}; look at the images of this batch, or try a smaller lr with another --out"
         )
 
-    # ---------------------------------------------------------------- pictures
+    # ---------------------------------------------------------------- images
 
     def dataset(self, folders: Sequence[str], *, random: bool) -> CropDataset:
-        """The crops of the pictures in ``folders``, drawn for training or, where not ``random``, cut for validation."""
+        """The crops of the images in ``folders``, drawn for training or, where not ``random``, cut for validation."""
         config, vit = self.config, self.model.config.backbone.vit
         settings = CropSettings(self.teacher_px, config.max_zoom, config.flip, config.small, config.seed, random)
-        pictures = find_training_pictures([Path(folder) for folder in folders])
-        return CropDataset(pictures, settings, mean=vit.mean, std=vit.std)
+        images = find_training_images([Path(folder) for folder in folders])
+        return CropDataset(images, settings, mean=vit.mean, std=vit.std)
 
     def _cached(self, dataset: CropDataset, count: int, folder: Path) -> TeacherCache:
         """A cache that the leading process builds and all open."""
@@ -239,16 +239,16 @@ class Run:
 
     def _source(self) -> CropDataset | TeacherCache:
         dataset = self.dataset(self.config.images, random=True)
-        self.pictures = len(dataset)
+        self.image_count = len(dataset)
         if not self.config.cache:
             return dataset
         return self._cached(dataset, self.config.cache, Path(self.config.cache_dir or self.out / "cache"))
 
     def _held_out(self) -> TeacherCache | None:
-        if not self.config.val or not self.config.val_pictures:
+        if not self.config.val or not self.config.val_images:
             return None
         dataset = self.dataset(self.config.val, random=False)
-        return self._cached(dataset, min(len(dataset), self.config.val_pictures), self.out / "val")
+        return self._cached(dataset, min(len(dataset), self.config.val_images), self.out / "val")
 
     # ---------------------------------------------------------------- what is written
 
@@ -263,7 +263,7 @@ class Run:
             metrics.add({"step": step, "loss": loss, **parts, "lr": lr, "pictures_per_s": round(rate, 2)})
             if not sys.stderr.isatty():
                 left = (config.steps - step) * config.batch_size * config.accumulate * self.world.size / rate
-                told = f"step {step}/{config.steps} loss {loss:.4f}, {rate:.1f} pictures/s, {left:.0f} s left"
+                told = f"step {step}/{config.steps} loss {loss:.4f}, {rate:.1f} images/s, {left:.0f} s left"
                 print(told, file=sys.stderr, flush=True)
         if step % config.val_every == 0 or last:
             self._validate(metrics, held_out)
@@ -289,7 +289,7 @@ class Run:
     def _facts(self, record: dict[str, float], held_out: TeacherCache | None) -> dict[str, str]:
         return training_facts(
             self.config,
-            pictures=self.pictures,
+            images=self.image_count,
             held_out=len(held_out) if held_out is not None else 0,
             teacher_px=self.teacher_px,
             processes=self.world.size,
@@ -304,7 +304,7 @@ class Run:
     def _say_skipped(self) -> None:
         if self.skipped and self.world.leads:
             some = ", ".join(sorted(self.skipped)[:5])
-            print(f"brixel: {len(self.skipped)} pictures could not be used: {some}", file=sys.stderr)
+            print(f"brixel: {len(self.skipped)} images could not be used: {some}", file=sys.stderr)
 
 
 def _advance(bar: "tqdm[Any]", done: int) -> None:

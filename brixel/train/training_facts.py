@@ -7,13 +7,13 @@ import torch
 
 from brixel.model.upsampler import UPSCALE
 from brixel.train.config import TrainConfig
-from brixel.utils.devices import machine
+from brixel.utils.devices import describe_machine
 
 
 def training_facts(
     config: TrainConfig,
     *,
-    pictures: int,
+    images: int,
     held_out: int,
     teacher_px: int,
     processes: int,
@@ -24,7 +24,7 @@ def training_facts(
     batch = config.batch_size * config.accumulate * processes
     pixels = f"{teacher_px} px for the teacher, {teacher_px // UPSCALE} px for the student"
     facts = {
-        "pictures": f"{pictures}{f', {config.about}' if config.about else ''}; crops of {pixels}",
+        "images": f"{images}{f', {config.about}' if config.about else ''}; crops of {pixels}",
         "steps": f"{figures['step']:.0f} of {config.steps}, {batch} crops each; {config.optimizer}, rate {config.lr:g}",
         "loss": f"{config.l1:g} L1 + {config.edge:g} edge + {config.spectral:g} spectral",
     }
@@ -33,4 +33,4 @@ def training_facts(
         for name, text in (("cosine", "cosine to the teacher"), ("l1", "L1 to the teacher")):
             plain = ", ".join(f"{mode} {figures[f'{mode}_{name}']:.4f}" for mode in ("bilinear", "bicubic"))
             facts[f"{text}, {title}"] = f"{figures[name]:.4f}; {plain}"
-    return facts | {"made with": f"brixel {version('brixel')}; {machine(device)}"}
+    return facts | {"made with": f"brixel {version('brixel')}; {describe_machine(device)}"}

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from brixel.errors import BrixelError
+
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part(\..*)?")  # names of files that are being written
 
 
@@ -35,3 +37,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text as UTF-8, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_folder(path: Path) -> None:
+    """Raise BrixelError where the folder to write ``path`` into is missing."""
+    if not path.parent.is_dir():
+        raise BrixelError(f"no folder {path.parent} to write {path.name} into")

@@ -48,7 +48,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return chosen
 
 
-def machine(device: torch.device) -> str:
+def describe_machine(device: torch.device) -> str:
     """What figures were taken on, and when: the device, threads, versions, date."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return (

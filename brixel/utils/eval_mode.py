@@ -10,7 +10,7 @@ _MODES = threading.Lock()  # of all models: a lock of its own would keep a model
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, and each part's own mode again after; nothing is touched where all are in it already."""
     with _MODES:  # another thread may be here, with the modes changed for a while
         training = [part for part in module.modules() if part.training]

@@ -29,7 +29,7 @@ def parse_bytes(amount: int | str) -> int:
     )
 
 
-def bytes_text(count: int, *, up: bool = True) -> str:
+def format_bytes(count: int, *, up: bool = True) -> str:
     """Such as "512 MiB", "3.25 GiB": rounded up, as what is needed; or down, as what there is."""
     in_gib = count >= 2**30
     parts = count * 100 if in_gib else count  # hundredths of a GiB, whole MiB

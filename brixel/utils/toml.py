@@ -1,6 +1,6 @@
 """TOML files: settings of a training run, suites of evaluations."""
 
-import importlib
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +9,9 @@ from brixel.errors import BrixelError
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The content of a TOML file. Raises BrixelError, which calls it ``what``, where it cannot be read."""
-    loads = _reader().loads
     try:
-        return loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BrixelError(f"no {what} at {path}: {error.strerror}") from error
     except ValueError as error:
         raise BrixelError(f"{path} is no TOML in UTF-8: {error}") from error
-
-
-def _reader() -> Any:
-    """Python's own from 3.11 on, else the package it came from."""
-    for name in ("tomllib", "tomli"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
-    raise BrixelError("reading TOML needs 'tomli' on Python 3.10: pip install 'brixel[train]' or 'brixel[evaluate]'")

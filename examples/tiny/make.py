@@ -27,12 +27,12 @@ from brixel.images.crops import CropSettings
 from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
 from brixel.model.upsampler import Upsampler
 from brixel.train import TrainConfig, distill
-from brixel.train.data import CropDataset, collate, find_training_pictures
+from brixel.train.data import CropDataset, collate, find_training_images
 
 TINY = BRIXEL_TINY.vit
 TEACHER_PX = 448
-SHORT_SIDE_PX = 256  # that pictures are brought to, although the adapter was trained at 128: outlines gain by it
-GRIDS = (8, 16, 32)  # patches on a side: of the pictures that a student sees, and of those that its teacher sees
+SHORT_SIDE_PX = 256  # that images are brought to, although the adapter was trained at 128: outlines gain by it
+GRIDS = (8, 16, 32)  # patches on a side: of the images that a student sees, and of those that its teacher sees
 BATCH = 8  # crops that the teacher sees at once
 TOKENS = 4096  # of a step, whatever the grid
 TURN = (8, 16, 16, 32)  # the grids of the steps, in turn
@@ -69,7 +69,7 @@ def main() -> None:
 def dataset(teacher: BrixelFeatures, folders: list[Path], *, random: bool) -> CropDataset:
     settings = CropSettings(TEACHER_PX, max_zoom=1.5, random=random)
     vit = teacher.config.backbone.vit
-    return CropDataset(find_training_pictures(folders), settings, mean=vit.mean, std=vit.std)
+    return CropDataset(find_training_images(folders), settings, mean=vit.mean, std=vit.std)
 
 
 class Crops:

@@ -60,7 +60,7 @@ def measure(wide: ViT, batches: list[Tensor]) -> tuple[list[Moments], list[Momen
 def sliced(wide: ViT, config: ViTConfig, batches: list[Tensor]) -> tuple[ViT, Tensor]:
     """The narrow model, and the projection (d, D) of the wide one's features that its own features stand for.
 
-    ``batches``: normalised pictures (B, 3, H, W) to measure on. The projection is close to a rotation onto d of D axes.
+    ``batches``: normalised images (B, 3, H, W) to measure on. The projection is close to a rotation onto d of D axes.
     """
     streams, hidden = measure(wide, batches)
     basis = _basis(sum(each.mean[:-1, :-1] for each in streams), wide.norm.weight, config.width)  # D d
@@ -96,8 +96,8 @@ def _gain(moments: Tensor, basis: Tensor) -> float:
 
 def _embed(narrow: ViT, wide: ViT, basis: Tensor) -> None:
     small, large = wide.patch_px, narrow.patch_px
-    picture = torch.eye(small * small).view(-1, 1, small, small)
-    enlarged = F.interpolate(picture, (large, large), mode="bicubic", align_corners=False).flatten(1)  # small^2 large^2
+    image = torch.eye(small * small).view(-1, 1, small, small)
+    enlarged = F.interpolate(image, (large, large), mode="bicubic", align_corners=False).flatten(1)  # small^2 large^2
     kernels = wide.patch_embed.weight.flatten(2) @ torch.linalg.pinv(enlarged).T  # as in FlexiViT (arXiv 2212.08013)
     narrow.patch_embed.weight.copy_(torch.einsum("ok,oci->kci", basis, kernels).unflatten(2, (large, large)))
     positions = wide.positions[0]

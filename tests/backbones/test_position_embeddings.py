@@ -172,8 +172,8 @@ def test_antialiased_rule_is_pillows_resize(grid_hw: tuple[int, int], mode: str)
     positions = random_positions(37, width=2)
     found = interpolate_positions(positions, grid_hw, antialias=True, scale_offset=0.0, mode=mode)
     for channel, resized in zip(positions[0], found[0], strict=True):
-        picture = Image.fromarray(channel.numpy()).resize((grid_hw[1], grid_hw[0]), Image.Resampling[mode.upper()])
-        np.testing.assert_allclose(resized.numpy(), np.asarray(picture), rtol=0, atol=5e-5)  # as above
+        image = Image.fromarray(channel.numpy()).resize((grid_hw[1], grid_hw[0]), Image.Resampling[mode.upper()])
+        np.testing.assert_allclose(resized.numpy(), np.asarray(image), rtol=0, atol=5e-5)  # as above
 
 
 @pytest.mark.parametrize(("antialias", "offset"), [(False, 0.1), (False, 0.0), (True, 0.0)])

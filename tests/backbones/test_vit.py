@@ -112,7 +112,7 @@ def tiny(references: dict[str, Reference]) -> ViT:
     return load_backbone(references["dinov2-registers"][1]).vit
 
 
-def pictures(patch_px: int, grid_hw: tuple[int, int], seed: int = 0) -> Tensor:
+def images(patch_px: int, grid_hw: tuple[int, int], seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, grid_hw[0] * patch_px, grid_hw[1] * patch_px, generator=generator)
 
@@ -137,7 +137,7 @@ def test_every_block_as_transformers_computes_it(
 ) -> None:
     model, folder = references[name]
     vit = load_backbone(folder).vit
-    pixels = pictures(vit.patch_px, grid_hw)
+    pixels = images(vit.patch_px, grid_hw)
     expected = reference_maps(model, pixels, grid_hw)
     found = vit.block_maps(pixels, range(DEPTH))
     for ours, theirs in zip(found, expected, strict=True):
@@ -206,7 +206,7 @@ def test_another_base_of_the_rotary_positions(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     vit = load_backbone(tmp_path).vit
     assert vit.config.rope_theta == 20
-    pixels = pictures(16, (3, 5))
+    pixels = images(16, (3, 5))
     torch.testing.assert_close(
         vit.block_maps(pixels, [DEPTH - 1])[0], reference_maps(model, pixels, (3, 5))[-1], rtol=0, atol=1e-5
     )
@@ -228,7 +228,7 @@ def test_bfloat16_stays_near_float32(references: dict[str, Reference]) -> None:
     folder = references["dinov3"][1]
     vit = load_backbone(folder, dtype=torch.bfloat16).vit
     assert {each.dtype for each in vit.parameters()} == {torch.bfloat16}
-    pixels = pictures(16, (4, 4))
+    pixels = images(16, (4, 4))
     found = vit.block_maps(pixels.bfloat16(), [DEPTH - 1])[0]
     expected = load_backbone(folder).vit.block_maps(pixels, [DEPTH - 1])[0]
     assert found.dtype == torch.bfloat16
@@ -240,7 +240,7 @@ def test_bfloat16_stays_near_float32(references: dict[str, Reference]) -> None:
 
 @pytest.mark.parametrize("blocks", [[2, 0], [1, 1], [0, 2, 1, 2], [2]])
 def test_blocks_in_the_order_asked(tiny: ViT, blocks: list[int]) -> None:
-    pixels = pictures(14, (3, 4))
+    pixels = images(14, (3, 4))
     every = tiny.block_maps(pixels, [0, 1, 2])
     found = tiny.block_maps(pixels, blocks)
     assert len(found) == len(blocks)
@@ -254,14 +254,14 @@ def test_no_block_after_the_last_is_computed(tiny: ViT, blocks: list[int], compu
         block.register_forward_hook(lambda *_, index=index: ran.append(index))
         for index, block in enumerate(tiny.blocks)
     ]
-    tiny.block_maps(pictures(14, (2, 2)), blocks)
+    tiny.block_maps(images(14, (2, 2)), blocks)
     for hook in hooks:
         hook.remove()
     assert ran == computed
 
 
-def test_each_picture_for_itself(tiny: ViT) -> None:
-    pixels = pictures(14, (3, 4))
+def test_each_image_for_itself(tiny: ViT) -> None:
+    pixels = images(14, (3, 4))
     together = tiny.block_maps(pixels, [2])[0]
     for index in range(2):
         alone = tiny.block_maps(pixels[index : index + 1], [2])[0]
@@ -269,7 +269,7 @@ def test_each_picture_for_itself(tiny: ViT) -> None:
 
 
 def test_channels_come_last_in_memory(tiny: ViT) -> None:
-    assert tiny.block_maps(pictures(14, (3, 4)), [2])[0].permute(0, 2, 3, 1).is_contiguous()
+    assert tiny.block_maps(images(14, (3, 4)), [2])[0].permute(0, 2, 3, 1).is_contiguous()
 
 
 # ---- refused ----
@@ -278,7 +278,7 @@ def test_channels_come_last_in_memory(tiny: ViT) -> None:
 @pytest.mark.parametrize("blocks", [[], [3], [-1], [0, 7]])
 def test_blocks_that_are_not_there(tiny: ViT, blocks: list[int]) -> None:
     with pytest.raises(BrixelError, match="expected indices from 0 to 2"):
-        tiny.block_maps(pictures(14, (2, 2)), blocks)
+        tiny.block_maps(images(14, (2, 2)), blocks)
 
 
 @pytest.mark.parametrize("hw", [(28, 30), (15, 28), (0, 28), (13, 13)])

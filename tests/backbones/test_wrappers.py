@@ -180,7 +180,7 @@ def test_a_timm_style_model_is_the_same_as_its_twin(pixels):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_a_users_own(picture):
+def test_a_users_own(image_path):
     own = Own().train()
     model = BrixelFeatures.from_backbone(own, short_side_px=32)
     assert model.backbone is own
@@ -188,7 +188,7 @@ def test_a_users_own(picture):
     assert not any(parameter.requires_grad for parameter in own.parameters())
     assert any(parameter.requires_grad for parameter in model.parameters())
     assert (model.embed_dim, model.patch_px, model.device.type, model.dtype) == (WIDTH, PATCH, "cpu", torch.float32)
-    features = model.extract(picture)
+    features = model.extract(image_path)
     assert features.features.shape == (WIDTH, 16, 24)
     assert features.meta["backbone"] == "Own of width 64, depth 4, patch 8"
 
@@ -283,7 +283,7 @@ def raising(pixels, blocks):
             r"\(1, 3, 8, 16\) and blocks \[0, 1, 2, 3\] raised KeyError: 'positions'",
         ),
         (lambda: TimmStyle(dynamic_img_size=False), "one size; give dynamic_img_size=True to timm.create_model"),
-        (lambda: transformers_model("ViT"), "ViTModel does not say how its pictures are normalised; give mean="),
+        (lambda: transformers_model("ViT"), "ViTModel does not say how its images are normalised; give mean="),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message):

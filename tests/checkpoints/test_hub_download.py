@@ -83,7 +83,7 @@ def left_behind():
 # -------------------------------------------------------------------- fetching
 
 
-def test_a_model_comes_from_the_hub(hub, saved, picture, tmp_path):
+def test_a_model_comes_from_the_hub(hub, saved, image_path, tmp_path):
     repo = hub.add(MODEL, {**saved[0], "README.md": b"not needed", "training.pth": b"not needed"})
     model = load(MODEL)
     assert hub.got() == ["config.json", "adapter.safetensors", "backbone.safetensors"]
@@ -92,11 +92,11 @@ def test_a_model_comes_from_the_hub(hub, saved, picture, tmp_path):
         (tmp_path / name).write_bytes(content)
     made = load(tmp_path)
     assert all(torch.equal(value, made.state_dict()[key]) for key, value in model.state_dict().items())
-    model.extract(picture).save(tmp_path / "map.safetensors")
+    model.extract(image_path).save(tmp_path / "map.safetensors")
     assert FeatureMap.load(tmp_path / "map.safetensors").meta["commits"] == f"{MODEL}@{repo.commit}"
     model.save_pretrained(tmp_path / "again")
     assert read_config(tmp_path / "again" / "config.json").commits == {MODEL: repo.commit}
-    assert "commits" not in made.extract(picture).meta
+    assert "commits" not in made.extract(image_path).meta
 
 
 def test_a_second_load_asks_once_and_fetches_nothing(hub, saved):
@@ -206,7 +206,7 @@ def test_paths_come_before_repositories(hub, saved, tmp_path, monkeypatch):
 # -------------------------------------------------------------------- backbones
 
 
-def test_a_backbone_with_its_preprocessing(hub, backbone_files, picture):
+def test_a_backbone_with_its_preprocessing(hub, backbone_files, image_path):
     stated = json.dumps({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}).encode()
     extras = {"pytorch_model.bin": b"not needed", "onnx/model.onnx": b"not needed", "weights.pth": b"not needed"}
     repo = hub.add(BACKBONE, {**backbone_files, **extras, "preprocessor_config.json": stated})
@@ -214,7 +214,7 @@ def test_a_backbone_with_its_preprocessing(hub, backbone_files, picture):
     assert hub.got() == ["config.json", "preprocessor_config.json", "model.safetensors"]
     assert model.config.backbone.vit.mean == (0.5, 0.5, 0.5)
     assert model.config.backbone.sources == (BACKBONE,)
-    assert model.extract(picture, short_side_px=28).meta["commits"] == f"{BACKBONE}@{repo.commit}"
+    assert model.extract(image_path, short_side_px=28).meta["commits"] == f"{BACKBONE}@{repo.commit}"
 
 
 def test_a_sharded_backbone(hub, backbone_folder, backbone_files):
@@ -621,7 +621,7 @@ def test_shards_stay_in_their_folder(hub, backbone_files, name):
 # -------------------------------------------------------------------- command line, processes, threads
 
 
-def test_the_command_line_takes_names(hub, saved, backbone_files, picture, tmp_path, capsys):
+def test_the_command_line_takes_names(hub, saved, backbone_files, image_path, tmp_path, capsys):
     commit = hub.add(MODEL, saved[0]).commit
     hub.add("us/part", saved[1])
     hub.add(BACKBONE, backbone_files)
@@ -633,19 +633,19 @@ def test_the_command_line_takes_names(hub, saved, backbone_files, picture, tmp_p
     assert main(["info", "us/part"]) == 0
     assert f"{GATED}, else {FREE}" in capsys.readouterr().out
     for options in (["--model", MODEL], ["--backbone", BACKBONE, "--short-side", "28"]):
-        assert main(["show", str(picture), *options, "-o", str(tmp_path / "panel.png")]) == 0
+        assert main(["show", str(image_path), *options, "-o", str(tmp_path / "panel.png")]) == 0
     capsys.readouterr()
-    assert main(["show", str(picture), "--model", "us/nothing", "-o", str(tmp_path / "other.png")]) == 2
+    assert main(["show", str(image_path), "--model", "us/nothing", "-o", str(tmp_path / "other.png")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("brixel: error: no repository us/nothing at http://127.0.0.1")
     assert error.count("\n") == 1
 
 
-def test_threads_share_a_model(hub, saved, picture):
+def test_threads_share_a_model(hub, saved, image_path):
     hub.add(MODEL, saved[0])
     with ThreadPoolExecutor(4) as pool:
         models = list(pool.map(lambda _: load(MODEL), range(4)))
-        maps = list(pool.map(lambda _: models[0].extract(picture).features, range(8)))
+        maps = list(pool.map(lambda _: models[0].extract(image_path).features, range(8)))
     for each in maps:
         torch.testing.assert_close(each, maps[0], rtol=1e-5, atol=1e-5)
     assert left_behind() == []

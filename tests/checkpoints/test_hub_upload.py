@@ -72,7 +72,7 @@ def test_the_requests_of_a_push(hub, model):
         f"/api/models/{OURS}/preupload/main",
         f"/api/models/{OURS}/commit/main",
     ]
-    assert len([path for verb, _, path in hub.requests if verb == "PUT"]) == 2  # the weights and the picture
+    assert len([path for verb, _, path in hub.requests if verb == "PUT"]) == 2  # the weights and the image
 
 
 def test_with_its_backbone_and_then_without(hub, backbone_folder, model):
@@ -227,11 +227,11 @@ def test_the_front_matter_is_yaml(model):
         assert head.get("license") == expected
 
 
-def test_the_snippet_of_a_saved_card_runs(model, picture, tmp_path, monkeypatch):
+def test_the_snippet_of_a_saved_card_runs(model, image_path, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "dense", include_backbone=True)
     snippet = (tmp_path / "dense" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
-    exec(snippet.replace('"photo.jpg"', repr(str(picture))), {})
+    exec(snippet.replace('"photo.jpg"', repr(str(image_path))), {})
 
 
 def test_the_licence_is_copied(hub, model):

@@ -23,7 +23,7 @@ from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints import load_backbone as loading
 from brixel.checkpoints.load_backbone import load_backbone
-from brixel.checkpoints.weight_files import fit, read_tensors, write_tensors
+from brixel.checkpoints.weight_files import load_into, read_tensors, write_tensors
 from brixel.errors import BrixelError, CheckpointError
 
 State = dict[str, Tensor]
@@ -205,7 +205,7 @@ CONTAINERS: dict[str, Callable[[State, Path], Path]] = {
 }
 
 
-def pictures(grid_hw: tuple[int, int] = (3, 3)) -> Tensor:
+def images(grid_hw: tuple[int, int] = (3, 3)) -> Tensor:
     size = (2, 3, grid_hw[0] * PATCH, grid_hw[1] * PATCH)
     return torch.randn(size, generator=torch.Generator().manual_seed(1))
 
@@ -215,7 +215,7 @@ def assert_same(vit: ViT, other: ViT, but: tuple[str, ...] = ()) -> None:
     ours, theirs = vit.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == sorted(but)
-    for found, expected in zip(vit.block_maps(pictures(), [0, 1]), other.block_maps(pictures(), [0, 1]), strict=True):
+    for found, expected in zip(vit.block_maps(images(), [0, 1]), other.block_maps(images(), [0, 1]), strict=True):
         assert torch.equal(found, expected)
 
 
@@ -352,7 +352,7 @@ def test_rotary_rounding_is_the_files(periods: Tensor | None, rounding: str, tmp
 def test_rotary_rounding_is_felt(tmp_path: Path) -> None:
     meta = meta_state("dinov3")
     rounded = meta | {"rope_embed.periods": exact_periods().bfloat16().float()}
-    maps = [load_backbone(as_pth(each, tmp_path)).vit.block_maps(pictures((5, 7)), [1])[0] for each in (meta, rounded)]
+    maps = [load_backbone(as_pth(each, tmp_path)).vit.block_maps(images((5, 7)), [1])[0] for each in (meta, rounded)]
     assert 1e-5 < (maps[0] - maps[1]).abs().max() < 0.1
 
 
@@ -634,7 +634,7 @@ def pair_state() -> State:
 
 def test_fit_assigns_and_casts_numbers_with_a_point_alone() -> None:
     state = pair_state()
-    module = fit(Pair, state, torch.bfloat16, what="a file does not fit a pair")
+    module = load_into(Pair, state, torch.bfloat16, what="a file does not fit a pair")
     assert torch.equal(module.linear.weight, state["linear.weight"].bfloat16())
     assert module.count.dtype == torch.long
     assert module.count == 5
@@ -648,7 +648,7 @@ def test_fit_says_everything_at_once() -> None:
         r"1 of another shape: linear.weight \(2, 2\), model has \(3, 2\); 1 not known: other$"
     )
     with pytest.raises(CheckpointError, match=message):
-        fit(Pair, state, torch.float32, what="here")
+        load_into(Pair, state, torch.float32, what="here")
 
 
 def test_written_tensors_are_read_back(tmp_path: Path) -> None:

@@ -33,24 +33,27 @@ def run(*arguments):
     return main([str(each) for each in arguments])
 
 
-def test_show_with_a_model(model_folder, picture, tmp_path, capsys):
-    assert run("show", picture, picture, "--model", model_folder, "--device", "cpu", "-o", tmp_path / "panel.png") == 0
+def test_show_with_a_model(model_folder, image_path, tmp_path, capsys):
+    assert (
+        run("show", image_path, image_path, "--model", model_folder, "--device", "cpu", "-o", tmp_path / "panel.png")
+        == 0
+    )
     assert capsys.readouterr().out.strip() == str(tmp_path / "panel.png")
     with Image.open(tmp_path / "panel.png") as panel:
         assert panel.height > 2 * 384
 
 
-def test_show_with_a_backbone_alone_says_that_the_adapter_is_fresh(backbone_folder, picture, tmp_path, capsys):
+def test_show_with_a_backbone_alone_says_that_the_adapter_is_fresh(backbone_folder, image_path, tmp_path, capsys):
     output = tmp_path / "panel.png"
-    assert run("show", picture, "--backbone", backbone_folder, "--short-side", 28, "-o", output) == 0
+    assert run("show", image_path, "--backbone", backbone_folder, "--short-side", 28, "-o", output) == 0
     assert "a fresh adapter" in capsys.readouterr().err
     assert output.exists()
 
 
-def test_extract_reports_unreadable_files_and_exits_with_one(model_folder, picture, tmp_path, capsys, caplog):
+def test_extract_reports_unreadable_files_and_exits_with_one(model_folder, image_path, tmp_path, capsys, caplog):
     (tmp_path / "in").mkdir()
-    Image.open(picture).save(tmp_path / "in" / "good.png")
-    (tmp_path / "in" / "bad.png").write_text("no picture")
+    Image.open(image_path).save(tmp_path / "in" / "good.png")
+    (tmp_path / "in" / "bad.png").write_text("no image")
     arguments = ("extract", tmp_path / "in", "--model", model_folder, "-o", tmp_path / "out")
     assert run(*arguments) == 1
     captured = capsys.readouterr()
@@ -65,10 +68,10 @@ def test_extract_reports_unreadable_files_and_exits_with_one(model_folder, pictu
     assert "1 written" in capsys.readouterr().out
 
 
-def test_extract_into_shards_goes_on_and_is_verified(model_folder, picture, tmp_path, capsys):
+def test_extract_into_shards_goes_on_and_is_verified(model_folder, image_path, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.png"):
-        Image.open(picture).save(tmp_path / "in" / name)
+        Image.open(image_path).save(tmp_path / "in" / name)
     out = tmp_path / "out"
     arguments = ("extract", tmp_path / "in", "--model", model_folder, "-o", out, "--shard-gib", "0.001")
     assert run(*arguments, "--save-dtype", "float16", "--batch-size", 2, "--workers", 0) == 0
@@ -84,19 +87,19 @@ def test_extract_into_shards_goes_on_and_is_verified(model_folder, picture, tmp_
     assert captured.out.startswith("1 files are not what the manifest says: delete them")
     assert "maps-0-00000.safetensors: changed or damaged" in captured.err
     assert run("extract", "-o", out) == 2
-    assert "no PATH: give pictures and folders of them" in capsys.readouterr().err
+    assert "no PATH: give images and folders of them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--shard-gib", "0"), ("--shard-gib", "much"), ("--workers", "-1")])
-def test_extract_refuses_numbers_that_are_none(picture, tmp_path, option, value, capsys):
+def test_extract_refuses_numbers_that_are_none(image_path, tmp_path, option, value, capsys):
     with pytest.raises(SystemExit):
-        run("extract", picture, "-o", tmp_path, option, value)
+        run("extract", image_path, "-o", tmp_path, option, value)
     assert "expected" in capsys.readouterr().err
 
 
-def test_extract_as_npy_in_another_dtype_and_size(model_folder, picture, tmp_path):
+def test_extract_as_npy_in_another_dtype_and_size(model_folder, image_path, tmp_path):
     options = ("--format", "npy", "--dtype", "bfloat16", "--short-side", "native", "--batch-size", 2)
-    assert run("extract", picture, "--model", model_folder, "-o", tmp_path / "out", *options) == 0
+    assert run("extract", image_path, "--model", model_folder, "-o", tmp_path / "out", *options) == 0
     assert np.load(tmp_path / "out" / "waves.png.npy").shape == (64, 18, 26)
 
 
@@ -118,13 +121,13 @@ def test_info_needs_no_weights(model_folder, backbone_folder, tmp_path, capsys):
     assert "adapter and head 0.3" in told
 
 
-def test_show_never_writes_over_its_picture(model_folder, picture, tmp_path, capsys):
+def test_show_never_writes_over_its_image(model_folder, image_path, tmp_path, capsys):
     mine = tmp_path / "mine.png"
-    mine.write_bytes(picture.read_bytes())
+    mine.write_bytes(image_path.read_bytes())
     assert run("show", mine, "--model", model_folder, "-o", tmp_path / "x" / ".." / "mine.png") == 2
     assert run("show", mine, "--model", model_folder, "-o", mine) == 2
-    assert "is itself a picture to be shown" in capsys.readouterr().err
-    assert mine.read_bytes() == picture.read_bytes()
+    assert "is itself an image to be shown" in capsys.readouterr().err
+    assert mine.read_bytes() == image_path.read_bytes()
 
 
 @pytest.mark.slow
@@ -137,12 +140,12 @@ def test_a_reader_that_closes_early_is_no_error(model_folder):
     assert done.stderr == b""
 
 
-def test_unforeseen_errors_are_one_line_too(picture, monkeypatch, capsys):
+def test_unforeseen_errors_are_one_line_too(image_path, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(brixel.BrixelFeatures, "from_pretrained", fail)
-    assert run("show", picture, "--model", "x") == 2
+    assert run("show", image_path, "--model", "x") == 2
     assert capsys.readouterr().err == "brixel: error: RuntimeError: CUDA out of memory. Tried to allocate\n"
 
 
@@ -172,7 +175,7 @@ def test_version(capsys):
         (("show", "PICTURE", "--model", "MODEL", "--dtype", "fp8"), "unknown dtype 'fp8'"),
         (("show", "PICTURE", "--model", "MODEL", "--architecture", "dinov2-vits14"), "--architecture goes with"),
         (("show", "PICTURE", "--backbone", "BACKBONE", "--architecture", "dinov2-vits"), "mean 'dinov2-vits14'"),
-        (("extract", "missing", "--model", "MODEL", "-o", "out"), "no picture or folder at missing"),
+        (("extract", "missing", "--model", "MODEL", "-o", "out"), "no image or folder at missing"),
         (("extract", "PICTURE", "--model", "MODEL", "-o", "PICTURE"), "waves.png"),
         (("convert", "missing.pth", "--backbone", "BACKBONE", "-o", "out"), "no adapter at 'missing.pth'"),
         (("convert", "PICTURE", "--backbone", "BACKBONE", "-o", "out"), "expected a weight file"),
@@ -180,9 +183,11 @@ def test_version(capsys):
         (("benchmark", "--architectures", "dinov3-vits"), "unknown backbone architecture 'dinov3-vits'"),
     ],
 )
-def test_errors_are_one_line(model_folder, backbone_folder, picture, tmp_path, monkeypatch, capsys, arguments, message):
+def test_errors_are_one_line(
+    model_folder, backbone_folder, image_path, tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.chdir(tmp_path)
-    places = {"PICTURE": picture, "MODEL": model_folder, "BACKBONE": backbone_folder}
+    places = {"PICTURE": image_path, "MODEL": model_folder, "BACKBONE": backbone_folder}
     for name, place in places.items():
         arguments = [each.replace(name, str(place)) for each in arguments]
     assert run(*arguments) == 2
@@ -199,17 +204,17 @@ def test_wrong_options_are_refused_before_anything_is_loaded(wrong, capsys):
     assert wrong[0] in capsys.readouterr().err
 
 
-def test_debug_shows_the_traceback(picture):
+def test_debug_shows_the_traceback(image_path):
     with pytest.raises(brixel.BrixelError, match="no model"):
-        run("show", picture, "--model", "nowhere", "--debug")
+        run("show", image_path, "--model", "nowhere", "--debug")
 
 
-def test_interruption_is_quiet(picture, monkeypatch, capsys):
+def test_interruption_is_quiet(image_path, monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(brixel.BrixelFeatures, "from_pretrained", interrupt)
-    assert run("show", picture, "--model", "x") == 130
+    assert run("show", image_path, "--model", "x") == 130
     assert "interrupted" in capsys.readouterr().err
 
 

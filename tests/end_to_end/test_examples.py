@@ -26,23 +26,23 @@ def run(tmp_path, monkeypatch, capsys):
     return script
 
 
-def test_quickstart(run, backbone_folder, picture, tmp_path):
-    printed = run("quickstart.py", picture, backbone_folder)
+def test_quickstart(run, backbone_folder, image_path, tmp_path):
+    printed = run("quickstart.py", image_path, backbone_folder)
     assert "FeatureMap((64, 64, 96)" in printed
     assert (tmp_path / "features.safetensors").stat().st_size > 64 * 64 * 96 * 4
     with Image.open(tmp_path / "features.png") as made:
         assert made.size == (90, 60)
 
 
-def test_similarity_without_a_window(run, backbone_folder, picture, tmp_path):
-    run("similarity.py", picture, 30, 40, backbone_folder)
+def test_similarity_without_a_window(run, backbone_folder, image_path, tmp_path):
+    run("similarity.py", image_path, 30, 40, backbone_folder)
     with Image.open(tmp_path / "heat.png") as made:
         assert made.size == (90, 60)
 
 
-def test_without_a_folder_they_take_the_bundled_model(run, picture, tmp_path):
-    assert "FeatureMap((192, 64, 96)" in run("quickstart.py", picture)
-    run("similarity.py", picture, 30, 40)
+def test_without_a_folder_they_take_the_bundled_model(run, image_path, tmp_path):
+    assert "FeatureMap((192, 64, 96)" in run("quickstart.py", image_path)
+    run("similarity.py", image_path, 30, 40)
     assert (tmp_path / "heat.png").exists()
 
 

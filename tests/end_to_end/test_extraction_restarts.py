@@ -1,4 +1,4 @@
-"""Runs taken up again after what users do to folders, and pictures that one run cannot take."""
+"""Runs taken up again after what users do to folders, and images that one run cannot take."""
 
 import errno
 import os
@@ -17,8 +17,8 @@ from brixel.extraction.distributed import Share
 from brixel.extraction.manifest import Manifest, current
 from brixel.extraction.map_folder import verify
 from brixel.extraction.pending_images import finished_elsewhere
-from brixel.images.find_images import find_pictures
-from brixel.inference.memory.limited_forward import BoundedRun
+from brixel.images.find_images import find_images
+from brixel.inference.memory.limited_forward import MemoryLimitedForward
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +36,18 @@ def folder(tmp_path):
 
 
 def extract(model, folder, out, **options):
-    return extract_files(model, find_pictures([folder]), out, **options)
+    return extract_files(model, find_images([folder]), out, **options)
 
 
 @pytest.mark.parametrize("options", [{}, {"shard_bytes": 1}])
-def test_a_picture_that_was_put_back_is_done_again(model, folder, tmp_path, caplog, options):
+def test_an_image_that_was_put_back_is_done_again(model, folder, tmp_path, caplog, options):
     out, first = tmp_path / "out", tmp_path / "first.png"
     extract(model, folder, out, **options)
     before = MapFolder(out)["0.png"].features
     shutil.copy2(folder / "0.png", first)
     Image.new("RGB", (28, 56), "white").save(folder / "0.png")
     assert extract(model, folder, out, **options).written == 1
-    assert "1 pictures are others than those whose maps are in" in caplog.text
+    assert "1 images are others than those whose maps are in" in caplog.text
     shutil.copy2(first, folder / "0.png")  # with its old time of change
     assert extract(model, folder, out, **options).written == 1
     assert MapFolder(out)["0.png"].features.equal(before)
@@ -103,14 +103,14 @@ def test_a_name_that_is_no_text_goes_into_a_file_and_into_no_shard(model, folder
 def test_maps_too_large_for_memory_are_made_in_their_files(model, folder, tmp_path, monkeypatch):
     Image.new("RGB", (84, 56), "red").save(folder / "1.png")
     expected = model.extract(folder / "1.png", short_side_px="native")
-    check = BoundedRun.check
+    check = MemoryLimitedForward.check
 
     def stingy(run, image_hw, **options):
         if image_hw == (56, 84) and not options.get("to_file"):
             raise MemoryLimitError("too large")
         check(run, image_hw, **options)
 
-    monkeypatch.setattr(BoundedRun, "check", stingy)
+    monkeypatch.setattr(MemoryLimitedForward, "check", stingy)
     report = extract(model, folder, tmp_path / "out", ending=".npy", short_side_px="native")
     assert (report.written, report.failures) == (4, [])
     made = FeatureMap.load(tmp_path / "out" / "1.png.npy")
@@ -134,14 +134,14 @@ def test_shards_are_smaller_where_the_limit_is(model, folder, tmp_path):
 
 
 def test_other_processes_work_counts_in_the_bar(model, folder, tmp_path, monkeypatch):
-    pictures, out = find_pictures([folder]), tmp_path / "out"
+    images, out = find_images([folder]), tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    written = extract_files(model, pictures, out).written
+    written = extract_files(model, images, out).written
     share = Share(0, 2)
     with Manifest(out, {}, Share(0, 1), overwrite=True) as manifest:
         manifest.written = manifest_module.read_manifests(out)
-        assert finished_elsewhere(pictures, manifest, share) == written == len(current(manifest.written))
+        assert finished_elsewhere(images, manifest, share) == written == len(current(manifest.written))
 
 
 def test_a_file_system_without_locks_is_warned_of(model, folder, tmp_path, monkeypatch, caplog):
@@ -156,11 +156,11 @@ def test_a_file_system_without_locks_is_warned_of(model, folder, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_corrupt_picture_does_not_stop_the_other_processes(model, folder, tmp_path):
+def test_a_corrupt_image_does_not_stop_the_other_processes(model, folder, tmp_path):
     """With `torchrun` itself."""
     for index in range(4, 24):
         shutil.copy(folder / "0.png", folder / f"{index}.png")
-    (folder / "junk.png").write_bytes(b"no picture")
+    (folder / "junk.png").write_bytes(b"no image")
     model.save_pretrained(tmp_path / "model", include_backbone=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "brixel"]
     arguments = ["extract", folder, "-o", tmp_path / "out", "--model", tmp_path / "model", "--device", "cpu"]

@@ -9,7 +9,7 @@ from PIL import Image
 from brixel import BrixelFeatures, MapFolder
 from brixel.extraction import extract_files
 from brixel.extraction.map_folder import verify
-from brixel.images.find_images import find_pictures
+from brixel.images.find_images import find_images
 
 COUNT = 12
 
@@ -29,7 +29,7 @@ def test_an_interruption_finishes_what_is_in_hand_and_a_restart_the_rest(
 
     def extract():
         options = {"batch_size": 4, "shard_bytes": 10**9}
-        return extract_files(model, find_pictures([tmp_path]), tmp_path / "out", **options)
+        return extract_files(model, find_images([tmp_path]), tmp_path / "out", **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(model, "forward", interrupted)

@@ -59,7 +59,7 @@ def test_show_and_extract(tmp_path):
 
 
 def test_neighbours_are_more_alike_than_strangers(model):
-    """On both axes, in every photograph: the map lies on the picture the right way round."""
+    """On both axes, in every photograph: the map lies on the image the right way round."""
     for photo in photos(4):
         features = F.normalize(model.extract_backbone(photo).features, dim=0)
         beside = (features[:, :, 1:] * features[:, :, :-1]).sum(0).mean()

@@ -15,9 +15,9 @@ import brixel.train
 from brixel import BrixelFeatures, FeatureMap, MapFolder
 from brixel.extraction import extract_files
 from brixel.images.crops import CropSettings
-from brixel.images.find_images import find_pictures
+from brixel.images.find_images import find_images
 from brixel.train.config import make_config, read_settings
-from brixel.train.data import CropDataset, find_training_pictures
+from brixel.train.data import CropDataset, find_training_images
 from brixel.train.teacher_cache import TeacherCache
 
 SAMPLES = ROOT / "tests" / "samples" / "v0_1"
@@ -73,7 +73,7 @@ def test_a_folder_of_maps_is_read_and_nothing_is_done_again(model, samples, fold
     assert sorted(maps) == ["0.png", "1.png", "2.png"]
     assert maps["0.png"].features.equal(FeatureMap.load("map.safetensors").features.half())
     before = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    summary = extract_files(model, find_pictures([Path("images")]), Path(folder), save_dtype=torch.float16, **options)
+    summary = extract_files(model, find_images([Path("images")]), Path(folder), save_dtype=torch.float16, **options)
     assert (summary.written, summary.skipped, summary.failures) == (0, 3, [])
     assert {name: (Path(folder) / name).read_bytes() for name in before} == before
 
@@ -81,7 +81,7 @@ def test_a_folder_of_maps_is_read_and_nothing_is_done_again(model, samples, fold
 def test_a_teacher_cache_is_opened_as_the_same(model, samples):
     vit = model.config.backbone.vit
     settings = CropSettings(112, 1.5, True, "upsample", 3, True)
-    dataset = CropDataset(find_training_pictures([Path("images")]), settings, mean=vit.mean, std=vit.std)
+    dataset = CropDataset(find_training_images([Path("images")]), settings, mean=vit.mean, std=vit.std)
 
     def teacher(pixels):
         raise AssertionError("nothing is left to compute")

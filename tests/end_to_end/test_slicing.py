@@ -38,45 +38,45 @@ def wide():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     made = torch.Generator().manual_seed(1)
     return [torch.randn(8, 3, 56, 56, generator=made) for _ in range(4)]
 
 
-def nearness(slicing, wide, pictures, **changes):
+def nearness(slicing, wide, images, **changes):
     """Cosine of the narrow model's cells, less their mean, to the projected ones of the wide model."""
-    narrow, projection = slicing.sliced(wide, dataclasses.replace(WIDE, **changes), pictures)
+    narrow, projection = slicing.sliced(wide, dataclasses.replace(WIDE, **changes), images)
     with torch.no_grad():
-        found = narrow.block_maps(pictures[0], [2])[0]
-        wanted = torch.einsum("ed,bdhw->behw", projection, wide.block_maps(pictures[0], [2])[0])
+        found = narrow.block_maps(images[0], [2])[0]
+        wanted = torch.einsum("ed,bdhw->behw", projection, wide.block_maps(images[0], [2])[0])
     found, wanted = (each - each.mean((0, 2, 3), keepdim=True) for each in (found, wanted))
     return float(F.cosine_similarity(found, wanted, dim=1).mean())
 
 
-def test_with_nothing_cut_off_nothing_changes(slicing, wide, pictures):
-    assert nearness(slicing, wide, pictures) > 0.999
+def test_with_nothing_cut_off_nothing_changes(slicing, wide, images):
+    assert nearness(slicing, wide, images) > 0.999
 
 
-def test_the_projection_is_nearly_a_rotation(slicing, wide, pictures):
-    _, projection = slicing.sliced(wide, dataclasses.replace(WIDE, width=32), pictures)
+def test_the_projection_is_nearly_a_rotation(slicing, wide, images):
+    _, projection = slicing.sliced(wide, dataclasses.replace(WIDE, width=32), images)
     assert projection.shape == (32, 64)
     sizes = torch.linalg.svdvals(projection)
     assert sizes[-1] < 1e-3 * sizes[0]  # one of 32 channels is the mean of the others
     assert 0.5 < sizes[-2] < sizes[0] < 2
 
 
-def test_less_width_and_fewer_units_are_worse_but_not_nothing(slicing, wide, pictures):
-    whole, narrower = (nearness(slicing, wide, pictures, width=width) for width in (64, 48))
-    fewer = nearness(slicing, wide, pictures, ffn_width=96)
+def test_less_width_and_fewer_units_are_worse_but_not_nothing(slicing, wide, images):
+    whole, narrower = (nearness(slicing, wide, images, width=width) for width in (64, 48))
+    fewer = nearness(slicing, wide, images, ffn_width=96)
     assert whole > narrower > 0.5
     assert whole > fewer > 0.8
 
 
-def test_a_larger_patch_sees_the_same_in_an_enlarged_picture(slicing, wide, pictures):
-    narrow, _ = slicing.sliced(wide, dataclasses.replace(WIDE, patch_px=16), pictures)
+def test_a_larger_patch_sees_the_same_in_an_enlarged_image(slicing, wide, images):
+    narrow, _ = slicing.sliced(wide, dataclasses.replace(WIDE, patch_px=16), images)
     made = torch.Generator().manual_seed(2)
-    small = torch.randn(2, 3, 14, 14, generator=made)  # one patch: the picture's and the patch's edges are the same
+    small = torch.randn(2, 3, 14, 14, generator=made)  # one patch: the image's and the patch's edges are the same
     large = F.interpolate(small, (16, 16), mode="bicubic", align_corners=False)
-    same, _ = slicing.sliced(wide, WIDE, pictures)
+    same, _ = slicing.sliced(wide, WIDE, images)
     with torch.no_grad():
         torch.testing.assert_close(narrow.patch_embed(large), same.patch_embed(small), rtol=1e-3, atol=1e-3)

@@ -11,7 +11,7 @@ from PIL import Image
 from brixel import BrixelError, BrixelFeatures
 from brixel.evaluate import feature_cache as feature_store
 from brixel.evaluate.feature_cache import centre_crop, features_of
-from brixel.evaluate.feature_sources import Source, cost_of, features_by_name, sources_of
+from brixel.evaluate.feature_sources import FeatureSource, cost_of, features_by_name, sources_of
 from brixel.images.crops import normalised, student_view
 
 
@@ -62,31 +62,33 @@ def test_what_is_no_source_is_refused(model):
     with pytest.raises(BrixelError, match="unknown source 'bilinar'; did you mean 'bilinear'"):
         sources_of(model, ["bilinar"])
     with pytest.raises(BrixelError, match="scale of source 'x' is 2; expected 1"):
-        Source("x", mean_colour, 8, scale=2)
+        FeatureSource("x", mean_colour, 8, scale=2)
     with pytest.raises(BrixelError, match="resize is 'cubic'"):
-        Source("x", mean_colour, 8, resize="cubic")
+        FeatureSource("x", mean_colour, 8, resize="cubic")
     with pytest.raises(BrixelError, match=r"'x' gave a tensor \(1, 3\); expected a tensor \(1, D, h, w\)"):
-        Source("x", lambda pixels: pixels.mean((2, 3)), 8).features(torch.rand(1, 3, 32, 32))
+        FeatureSource("x", lambda pixels: pixels.mean((2, 3)), 8).features(torch.rand(1, 3, 32, 32))
     with pytest.raises(BrixelError, match="'x' gave ndarray; expected a tensor"):
-        Source("x", lambda pixels: pixels.numpy(), 8).features(torch.rand(1, 3, 32, 32))  # type: ignore[arg-type]
+        FeatureSource("x", lambda pixels: pixels.numpy(), 8).features(torch.rand(1, 3, 32, 32))  # type: ignore[arg-type]
     with pytest.raises(BrixelError, match="'x' gave features that are not finite"):
-        Source("x", lambda pixels: pixels / 0, 8).features(torch.rand(1, 3, 32, 32))
+        FeatureSource("x", lambda pixels: pixels / 0, 8).features(torch.rand(1, 3, 32, 32))
     with pytest.raises(BrixelError, match="two sources are named 'x'"):
-        features_by_name([Source("x", mean_colour, 8), Source("x", mean_colour, 4)], torch.rand(1, 3, 32, 32))
+        features_by_name(
+            [FeatureSource("x", mean_colour, 8), FeatureSource("x", mean_colour, 4)], torch.rand(1, 3, 32, 32)
+        )
     with pytest.raises(BrixelError, match="multiple of 32"):
-        Source("x", mean_colour, 8).features(torch.rand(1, 3, 40, 40))
+        FeatureSource("x", mean_colour, 8).features(torch.rand(1, 3, 40, 40))
 
 
 def test_costs_are_counted_on_what_a_source_sees():
     layer = torch.nn.Conv2d(3, 4, 8, stride=8, bias=False)
     for scale, cells in ((1, 1), (4, 16)):
-        cost = cost_of(Source("x", layer, 8, scale=scale), 32, rounds=1)
+        cost = cost_of(FeatureSource("x", layer, 8, scale=scale), 32, rounds=1)
         assert cost["gflop"] == pytest.approx(2 * 4 * 3 * 64 * cells / 1e9)
         assert cost["ms"] > 0
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     paths = [tmp_path / f"{index}.png" for index in range(3)]
     for index, path in enumerate(paths):
         colours = np.random.default_rng(index).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -94,33 +96,33 @@ def pictures(tmp_path):
     return paths
 
 
-def test_kept_features_are_read_again_and_serve_several_sources(pictures, tmp_path):
+def test_kept_features_are_read_again_and_serve_several_sources(images, tmp_path):
     calls = []
 
     def counted(pixels):
         calls.append(len(pixels))
         return mean_colour(pixels)
 
-    sources = [Source(mode, counted, 8, resize=mode, identity="colour") for mode in ("nearest", "bilinear")]
+    sources = [FeatureSource(mode, counted, 8, resize=mode, identity="colour") for mode in ("nearest", "bilinear")]
     for source in sources:
-        kept = features_of(source, pictures, 64, tmp_path / "cache")
+        kept = features_of(source, images, 64, tmp_path / "cache")
         assert kept.batch([2, 0]).shape == (2, 3, 8, 8)
-        direct = torch.stack([source.features(centre_crop(path, 64)[None])[0] for path in pictures])
+        direct = torch.stack([source.features(centre_crop(path, 64)[None])[0] for path in images])
         assert torch.allclose(kept.batch([0, 1, 2]), direct, atol=2e-3)  # float16
     assert len(calls) == 3 + 2 * 3
-    pictures[0].write_bytes(pictures[1].read_bytes())  # another picture under the same name
-    again = features_of(sources[0], pictures, 64, tmp_path / "cache")
+    images[0].write_bytes(images[1].read_bytes())  # another image under the same name
+    again = features_of(sources[0], images, 64, tmp_path / "cache")
     assert torch.equal(again[0], again[1])
     assert len(calls) == 9
 
 
-def test_without_an_identity_nothing_is_written(pictures, tmp_path):
-    kept = features_of(Source("mine", mean_colour, 8), pictures, 64, tmp_path / "cache")
+def test_without_an_identity_nothing_is_written(images, tmp_path):
+    kept = features_of(FeatureSource("mine", mean_colour, 8), images, 64, tmp_path / "cache")
     assert len(kept) == 3
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_run_that_was_killed_goes_on(pictures, tmp_path):
+def test_a_run_that_was_killed_goes_on(images, tmp_path):
     done = []
 
     def dies(pixels):
@@ -130,14 +132,14 @@ def test_a_run_that_was_killed_goes_on(pictures, tmp_path):
         return mean_colour(pixels)
 
     with pytest.raises(KeyboardInterrupt):
-        features_of(Source("x", dies, 8, identity="x"), pictures, 64, tmp_path / "cache")
+        features_of(FeatureSource("x", dies, 8, identity="x"), images, 64, tmp_path / "cache")
     done[1:] = []  # room for one more
-    assert len(features_of(Source("x", dies, 8, identity="x"), pictures, 64, tmp_path / "cache")) == 3
+    assert len(features_of(FeatureSource("x", dies, 8, identity="x"), images, 64, tmp_path / "cache")) == 3
 
 
-def test_features_that_float16_cannot_hold_are_refused(pictures):
+def test_features_that_float16_cannot_hold_are_refused(images):
     with pytest.raises(BrixelError, match=r"'x' on .*0\.png are not finite, or too large"):
-        features_of(Source("x", lambda pixels: mean_colour(pixels) + 1e6, 8), pictures, 64)
+        features_of(FeatureSource("x", lambda pixels: mean_colour(pixels) + 1e6, 8), images, 64)
 
 
 def counted(calls):
@@ -151,40 +153,40 @@ def counted(calls):
 MAP_BYTES = 2 * 3 * 2 * 2  # of a crop of 64 px: float16, three channels, 2 x 2 cells
 
 
-def test_maps_for_which_memory_is_too_small_are_refused_at_the_first(pictures, monkeypatch):
+def test_maps_for_which_memory_is_too_small_are_refused_at_the_first(images, monkeypatch):
     calls = []
     monkeypatch.setattr(feature_store, "free_bytes", lambda device: 3 * MAP_BYTES)
     with pytest.raises(BrixelError, match=r"^3 maps of source 'x' at 64 px need 1 MiB of memory, .*--cache.*--limit"):
-        features_of(Source("x", counted(calls), 8), pictures, 64)
+        features_of(FeatureSource("x", counted(calls), 8), images, 64)
     assert len(calls) == 1
     for free in (4 * MAP_BYTES, None):  # a tenth is left to others; not every system tells
         monkeypatch.setattr(feature_store, "free_bytes", lambda device, free=free: free)
-        assert len(features_of(Source("x", mean_colour, 8), pictures, 64)) == 3
+        assert len(features_of(FeatureSource("x", mean_colour, 8), images, 64)) == 3
 
 
-def test_a_disk_must_hold_what_is_not_there_yet(pictures, tmp_path, monkeypatch):
+def test_a_disk_must_hold_what_is_not_there_yet(images, tmp_path, monkeypatch):
     calls, free = [], [10 * MAP_BYTES]
     monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, free[0]))
-    source = Source("x", counted(calls), 8, identity="x")
-    features_of(source, pictures[:1], 64, tmp_path / "cache")
+    source = FeatureSource("x", counted(calls), 8, identity="x")
+    features_of(source, images[:1], 64, tmp_path / "cache")
     free[0] = 2 * MAP_BYTES - 1
     with pytest.raises(
         BrixelError, match=r"^2 maps of source 'x' at 64 px need 1 MiB in .*cache.*larger disk \(--cache"
     ):
-        features_of(source, pictures, 64, tmp_path / "cache")
+        features_of(source, images, 64, tmp_path / "cache")
     assert len(calls) == 2
     free[0] += 1
-    features_of(source, pictures, 64, tmp_path / "cache")
+    features_of(source, images, 64, tmp_path / "cache")
     free[0] = 0
-    assert len(features_of(source, pictures, 64, tmp_path / "cache")) == 3  # all are there
+    assert len(features_of(source, images, 64, tmp_path / "cache")) == 3  # all are there
     assert len(calls) == 4
 
 
-def test_maps_that_are_not_kept_are_computed_when_they_are_asked_for(pictures):
+def test_maps_that_are_not_kept_are_computed_when_they_are_asked_for(images):
     calls = []
-    kept, other = features_of(Source("x", counted(calls), 8), pictures, 64, keep=1).split(1)
+    kept, other = features_of(FeatureSource("x", counted(calls), 8), images, 64, keep=1).split(1)
     assert (len(kept), len(other), len(calls)) == (1, 2, 1)
-    direct = [Source("x", mean_colour, 8).features(centre_crop(path, 64)[None])[0] for path in pictures]
+    direct = [FeatureSource("x", mean_colour, 8).features(centre_crop(path, 64)[None])[0] for path in images]
     for _ in range(2):
         assert torch.equal(kept[0], direct[0].half().float())
         assert torch.equal(other[1], direct[2].half().float())

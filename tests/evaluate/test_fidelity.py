@@ -11,7 +11,7 @@ from PIL import Image
 from brixel import BrixelError, BrixelFeatures
 from brixel.cli.app import main
 from brixel.errors import ImageError
-from brixel.evaluate.feature_sources import Source, sources_of
+from brixel.evaluate.feature_sources import FeatureSource, sources_of
 from brixel.evaluate.fidelity import compare, fidelity, teacher_edges
 from brixel.evaluate.report import Report
 from brixel.model.losses import edge_loss, principal_directions, spectral_loss
@@ -30,7 +30,7 @@ def model(backbone_folder):
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
-    """Two pictures of 112 x 112 px: crops of that size are the pictures themselves."""
+    """Two images of 112 x 112 px: crops of that size are the images themselves."""
     folder, numbers = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)
     paths = [folder / f"{index}.png" for index in range(2)]
     for path in paths:
@@ -40,7 +40,7 @@ def squares(tmp_path_factory):
 
 
 def twin(model, path):
-    """Student, bilinear and bicubic of one picture: L1 and cosine, each cell by itself."""
+    """Student, bilinear and bicubic of one image: L1 and cosine, each cell by itself."""
     pixels = torch.from_numpy(np.asarray(Image.open(path)).astype(np.float32) / 255).permute(2, 0, 1)[None]
     small = F.interpolate(pixels, (28, 28), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -85,7 +85,7 @@ def by_name(report, side):
     return {row["source"]: row for row in report.rows if row["teacher_px"] == side}
 
 
-def test_figures_are_means_over_pictures_of_means_over_cells(model, squares):
+def test_figures_are_means_over_images_of_means_over_cells(model, squares):
     report = fidelity(model, squares, [112])
     both = [twin(model, path) for path in squares]
     rows = by_name(report, 112)
@@ -95,7 +95,7 @@ def test_figures_are_means_over_pictures_of_means_over_cells(model, squares):
             pair = [first, both[1][name][kind]]
             assert row[kind] == pytest.approx(np.mean(pair), rel=1e-4, abs=1e-5)
             assert report.details["112"][name][kind] == pytest.approx(pair, rel=1e-4, abs=1e-5)
-            low, high = row[f"{kind}_interval"]  # of two pictures: the one, the other, or half of both
+            low, high = row[f"{kind}_interval"]  # of two images: the one, the other, or half of both
             assert (low, high) == pytest.approx((min(pair), max(pair)), rel=1e-4, abs=1e-5)
 
 
@@ -115,13 +115,15 @@ def test_the_backbone_runs_once_for_all_interpolations(model, squares):
         called.append(tuple(pixels.shape))
         return one.maps(pixels)
 
-    sources = [Source(name, counted, 14, resize=name, identity="same") for name in ("nearest", "bilinear", "bicubic")]
+    sources = [
+        FeatureSource(name, counted, 14, resize=name, identity="same") for name in ("nearest", "bilinear", "bicubic")
+    ]
     compare(sources, sources_of(model, ["teacher"])[0], squares, [112], model="any")
     assert called == [(1, 3, 28, 28)] * 2
 
 
 def test_maps_of_another_grid_are_refused(model, squares):
-    source = Source("small", model.backbone_features, 14)
+    source = FeatureSource("small", model.backbone_features, 14)
     with pytest.raises(BrixelError, match=r"'small' gave \(1, 64, 2, 2\), the teacher \(1, 64, 8, 8\)"):
         compare([source], sources_of(model, ["teacher"])[0], squares, [112], model="any")
 
@@ -142,11 +144,11 @@ def test_a_fresh_student_is_bilinear(backbone_folder, squares):
 
 
 def test_what_cannot_be_compared_is_refused(model, squares, tmp_path):
-    with pytest.raises(BrixelError, match="no pictures"):
+    with pytest.raises(BrixelError, match="no images"):
         fidelity(model, [], [112])
     with pytest.raises(BrixelError, match="teacher_px is 100; expected a multiple of 56"):
         fidelity(model, squares, [112, 100])
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"bad\.png"):
         fidelity(model, [*squares, tmp_path / "bad.png"], [112])
 
@@ -159,7 +161,7 @@ def test_the_report_tells_how_much_of_the_error_is_gone(model, squares):
     assert ours["removed"] == pytest.approx(removed)
     assert f"| 28 | 112 | bilinear | {plain['l1']:.4f} | {plain['cosine']:.4f} | - | - |" in text
     assert f"| {ours['cosine']:.4f} | {removed:.1%} | {ours['removed_interval'][0]:.1%} to" in text
-    assert "2 pictures, centre crops" in text
+    assert "2 images, centre crops" in text
     assert "    brixel evaluate fidelity" in text
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from brixel import BrixelError
-from brixel.evaluate.feature_sources import Source
+from brixel.evaluate.feature_sources import FeatureSource
 from brixel.evaluate.matching import distances, matching, moved, random_homography, warped
 
 
 def coordinates(pixels):
-    """Features that tell a place: unit vectors that turn with x and with y (a picture of x and y)."""
+    """Features that tell a place: unit vectors that turn with x and with y (an image of x and y)."""
     x, y = pixels[:, :1], pixels[:, 1:2]
     return torch.cat([x.cos(), x.sin(), y.cos(), y.sin()], 1)
 
@@ -30,7 +30,7 @@ def test_homographies_keep_the_second_view_inside_the_first():
         assert 0 <= found.min() <= found.max() <= 1
 
 
-def test_the_warped_picture_shows_what_lies_where_the_points_say(ramp):
+def test_the_warped_image_shows_what_lies_where_the_points_say(ramp):
     homography = random_homography(torch.Generator().manual_seed(1))
     view = warped(ramp, homography)
     at = torch.tensor([[10.5 / 32, 20.5 / 32]])  # the centre of the pixel in row 20, column 10
@@ -49,10 +49,10 @@ def test_constant_features_find_nothing(ramp, tmp_path):
     from PIL import Image
 
     Image.new("RGB", (40, 40), "green").save(tmp_path / "a.png")
-    source = Source("nothing", lambda pixels: torch.ones(len(pixels), 3, 8, 8), 8, scale=4)
+    source = FeatureSource("nothing", lambda pixels: torch.ones(len(pixels), 3, 8, 8), 8, scale=4)
     report = matching([source], [tmp_path / "a.png"], [32], model="none")
     assert report.rows[0]["pck_0.1"] < 0.1
-    assert report.rows[0]["picture_px"] == 32
+    assert report.rows[0]["image_px"] == 32
     assert report.rows == matching([source], [tmp_path / "a.png"], [32], model="none").rows
-    with pytest.raises(BrixelError, match="no pictures"):
+    with pytest.raises(BrixelError, match="no images"):
         matching([source], [], [32], model="none")

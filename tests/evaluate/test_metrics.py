@@ -108,7 +108,7 @@ def test_bootstrap_intervals():
 
 
 def test_shares_in_a_mean_iou_average_to_it_and_move_as_it_does():
-    """The second class is in one picture only, the third in none: no sample may drop or gain a class."""
+    """The second class is in one image only, the third in none: no sample may drop or gain a class."""
     either = torch.tensor([[40.0, 0, 0]] * 9 + [[40.0, 10, 0]])
     both = either * torch.linspace(0.5, 0.95, 10)[:, None]
     rows = torch.stack([both, either], 1)
@@ -117,7 +117,7 @@ def test_shares_in_a_mean_iou_average_to_it_and_move_as_it_does():
     low, high = interval(terms)
     assert low < float(whole) < high
     weights = torch.full((10,), 1.0, dtype=torch.float64)
-    weights[3] += 1e-6  # a little more of one picture: the derivative, of which there is this much in its term
+    weights[3] += 1e-6  # a little more of one image: the derivative, of which there is this much in its term
     moved = metrics.mean_iou((weights[:, None, None] * rows).sum(0)) - whole
     assert float(moved) / 1e-6 * 10 == pytest.approx(float(terms[3] - whole), rel=1e-4)
 

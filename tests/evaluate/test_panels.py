@@ -5,7 +5,7 @@ from PIL import Image
 
 from brixel import BrixelError
 from brixel.cli.app import main
-from brixel.evaluate.feature_sources import Source
+from brixel.evaluate.feature_sources import FeatureSource
 from brixel.evaluate.panels import panel_of
 from brixel.feature_maps.panel import HEIGHT_PX, LABEL_PX, MARGIN_PX
 
@@ -23,9 +23,9 @@ def tile(panel, row, column):
     return np.asarray(panel)[top : top + HEIGHT_PX, left : left + HEIGHT_PX]
 
 
-def test_likeness_to_a_point_is_that_of_the_source(picture):
-    sources = [Source("mine", halves, patch_px=8), Source("same", halves, patch_px=8)]
-    panel = panel_of(sources, [picture], 32, (4.0, 20.0))
+def test_likeness_to_a_point_is_that_of_the_source(image_path):
+    sources = [FeatureSource("mine", halves, patch_px=8), FeatureSource("same", halves, patch_px=8)]
+    panel = panel_of(sources, [image_path], 32, (4.0, 20.0))
     assert panel.height == 2 * (HEIGHT_PX + LABEL_PX + MARGIN_PX) + MARGIN_PX
     for column in (1, 2):
         likeness = tile(panel, 1, column)
@@ -36,20 +36,20 @@ def test_likeness_to_a_point_is_that_of_the_source(picture):
         assert (colours[0, 0] == colours[-1, 0]).all()
 
 
-def test_a_point_outside_or_no_picture(picture):
-    source = Source("mine", halves, patch_px=8)
+def test_a_point_outside_or_no_image(image_path):
+    source = FeatureSource("mine", halves, patch_px=8)
     with pytest.raises(BrixelError, match=r"the point is \(4, 32\); expected row and column from 0 to below 32"):
-        panel_of([source], [picture], 32, (4, 32))
-    with pytest.raises(BrixelError, match="no pictures to show"):
+        panel_of([source], [image_path], 32, (4, 32))
+    with pytest.raises(BrixelError, match="no images to show"):
         panel_of([source], [], 32)
 
 
-def test_the_command_writes_a_picture(backbone_folder, picture, tmp_path, capsys):
+def test_the_command_writes_an_image(backbone_folder, image_path, tmp_path, capsys):
     out = tmp_path / "panel.png"
     arguments = [
         "evaluate",
         "panel",
-        str(picture),
+        str(image_path),
         "--backbone",
         str(backbone_folder),
         "--device",

@@ -20,8 +20,8 @@ from brixel.evaluate.tasks import Task
 def suite(tmp_path, backbone_folder):
     """Two runs of one model, three parts."""
     colours = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
-    (tmp_path / "pictures").mkdir()
-    Image.fromarray(colours).save(tmp_path / "pictures" / "a.png")
+    (tmp_path / "images").mkdir()
+    Image.fromarray(colours).save(tmp_path / "images" / "a.png")
     path = tmp_path / "suite.toml"
     path.write_text(
         f"""
@@ -30,12 +30,12 @@ def suite(tmp_path, backbone_folder):
         backbone = "{backbone_folder}"
         [[run]]
         task = "fidelity"
-        images = ["{tmp_path / "pictures"}"]
+        images = ["{tmp_path / "images"}"]
         teacher_px = [56, 112]
         [[run]]
         task = "matching"
         models = ["tiny"]
-        images = ["{tmp_path / "pictures"}"]
+        images = ["{tmp_path / "images"}"]
         teacher_px = [112]
         sources = ["bilinear", "student"]
         """
@@ -74,12 +74,12 @@ def test_a_suite_that_was_killed_goes_on(suite, tmp_path):
 
 def test_all_mistakes_are_told_before_anything_is_run(suite, tmp_path):
     text = suite.read_text().replace(
-        f'images = ["{tmp_path / "pictures"}"]\n        teacher_px = [56', 'images = ["gone"]\n        teacher_px = [57'
+        f'images = ["{tmp_path / "images"}"]\n        teacher_px = [56', 'images = ["gone"]\n        teacher_px = [57'
     )
     suite.write_text(text.replace('"student"]', '"studnt"]'))
     with pytest.raises(
         BrixelError,
-        match="(?s)nothing was run.*no picture or folder at gone.*source 'studnt'.*model 'tiny': teacher_px is 57",
+        match="(?s)nothing was run.*no image or folder at gone.*source 'studnt'.*model 'tiny': teacher_px is 57",
     ):
         run_suite(
             read_suite(suite),
@@ -132,12 +132,12 @@ def test_other_data_is_another_table(suite, tmp_path):
     (tmp_path / "others").mkdir()
     Image.new("RGB", (70, 60), "red").save(tmp_path / "others" / "a.png")
     text = suite.read_text().replace('task = "matching"', 'task = "fidelity"')
-    last = text.rindex(str(tmp_path / "pictures"))
-    suite.write_text(text[:last] + str(tmp_path / "others") + text[last + len(str(tmp_path / "pictures")) :])
+    last = text.rindex(str(tmp_path / "images"))
+    suite.write_text(text[:last] + str(tmp_path / "others") + text[last + len(str(tmp_path / "images")) :])
     assert main(["evaluate", "suite", str(suite), "-o", str(tmp_path / "out"), "--device", "cpu"]) == 0
     first, second = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
-    assert first["recipe"].startswith(f"{tmp_path / 'pictures'}: 1 pictures")
-    assert second["recipe"].startswith(f"{tmp_path / 'others'}: 1 pictures")
+    assert first["recipe"].startswith(f"{tmp_path / 'images'}: 1 images")
+    assert second["recipe"].startswith(f"{tmp_path / 'others'}: 1 images")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     for name in ("fidelity.png", "fidelity-2.png"):
         assert f"]({name})" in text
@@ -148,7 +148,7 @@ def test_other_data_is_another_table(suite, tmp_path):
 def test_the_plot_has_a_spot_for_every_row():
     """In the colour of its source, higher for more, with whiskers; the teacher at the size of its student."""
     rows = [
-        {"model": "m", "picture_px": px, "source": source, "rmse": rmse, "interval": [rmse - 0.1, rmse + 0.1]}
+        {"model": "m", "image_px": px, "source": source, "rmse": rmse, "interval": [rmse - 0.1, rmse + 0.1]}
         for px, source, rmse in (
             (112, "bilinear", 1.0),
             (112, "student", 2.0),
@@ -223,7 +223,7 @@ def test_mistakes_in_a_suite_are_named(suite, old, new, message):
 def test_one_value_stands_for_a_list_of_one(suite):
     before = read_suite(suite)
     text = suite.read_text().replace("[112]", "112").replace('["tiny"]', '"tiny"').replace('images = ["', 'images = "')
-    suite.write_text(text.replace('pictures"]', 'pictures"'))
+    suite.write_text(text.replace('images"]', 'images"'))
     assert read_suite(suite) == before
 
 
@@ -261,6 +261,6 @@ def test_parts_of_several_days_share_a_table():
 
 
 def test_days_in_names_of_data_are_left_as_they_are():
-    recipes = ["photos-2024-05-01: 3 pictures; 2026-11-23.", "photos-2024-05-02: 3 pictures; 2026-11-22."]
+    recipes = ["photos-2024-05-01: 3 images; 2026-11-23.", "photos-2024-05-02: 3 images; 2026-11-22."]
     found = [each.recipe for each in merged([Report("depth", "Depth", {}, [], recipe) for recipe in recipes])]
     assert found == recipes

@@ -127,7 +127,7 @@ def test_copies(duplicate) -> None:
         (
             {"image_hw": (5, 6)},
             "along y, 2 cells at a stride of 2 do not fit 5 pixels: expected its edge in the "
-            "last cell, from 2 to 4; give sizes of one picture",
+            "last cell, from 2 to 4; give sizes of one image",
         ),
         ({"image_hw": (4, 4)}, "along x, 3 cells at a stride of 2 do not fit 4 pixels: .* from 4 to 6"),
     ],
@@ -234,7 +234,7 @@ def test_at_lets_gradients_through() -> None:
         (None, r"points have shape \(\); expected"),
         (
             [[1, 1], [1, 1], [-0.5, 1], [99, 1]],
-            r"point 2 is \(-0.5, 1.0\), outside the picture: expected \(y, x\) from \(0, 0\) to \(43, 51\) "
+            r"point 2 is \(-0.5, 1.0\), outside the image: expected \(y, x\) from \(0, 0\) to \(43, 51\) "
             "pixels; drop or clamp such points",
         ),
         ([[43.001, 1]], r"point 0 is \(43.001, 1.0\), outside"),
@@ -385,10 +385,10 @@ def test_similarity_of_zero_vectors_is_zero() -> None:
     assert (fm.similarity((3, 3)) == 0).tolist() == [[True, False], [False, False]]
 
 
-def test_similarity_needs_one_point_in_the_picture() -> None:
+def test_similarity_needs_one_point_in_the_image() -> None:
     with pytest.raises(BrixelError, match=r"the point has shape \(1, 2\); expected \(2,\), its y and x"):
         random_map().similarity([(1, 1)])
-    with pytest.raises(BrixelError, match=r"point 0 is \(44.0, 1.0\), outside the picture"):
+    with pytest.raises(BrixelError, match=r"point 0 is \(44.0, 1.0\), outside the image"):
         random_map().similarity((44, 1))
 
 

@@ -46,9 +46,9 @@ def test_fit_agrees_with_svd(sizes: list[tuple[int, int]]) -> None:
 def test_project_cell_by_cell() -> None:
     features = random_map(6, 8, 9)
     basis = PcaBasis.fit([features])
-    picture = basis.project(features)
-    assert picture.shape == (8, 9, 3)
-    assert picture.dtype == np.uint8
+    image = basis.project(features)
+    assert image.shape == (8, 9, 3)
+    assert image.dtype == np.uint8
     for row in range(8):
         for column in range(9):
             cell = features[:, row, column].double().numpy() - basis.mean.double().numpy()
@@ -56,9 +56,9 @@ def test_project_cell_by_cell() -> None:
                 low, high = float(basis.low[colour]), float(basis.high[colour])
                 position = float(cell @ basis.components[colour].double().numpy())
                 expected = 255 * min(max((position - low) / (high - low), 0), 1)
-                assert abs(int(picture[row, column, colour]) - expected) <= 0.5 + 1e-3
-    assert picture.min() == 0
-    assert picture.max() == 255
+                assert abs(int(image[row, column, colour]) - expected) <= 0.5 + 1e-3
+    assert image.min() == 0
+    assert image.max() == 255
 
 
 def test_one_basis_gives_one_colour_to_one_feature() -> None:
@@ -126,16 +126,16 @@ def test_fewer_than_three_channels_leave_grey_colours(d: int) -> None:
     basis = PcaBasis.fit([features])
     assert basis.components.shape == (3, d)
     assert (basis.components[d:] == 0).all()
-    picture = basis.project(features)
-    assert (picture[..., d:] == 128).all()
-    assert all(len(np.unique(picture[..., colour])) > 10 for colour in range(d))
+    image = basis.project(features)
+    assert (image[..., d:] == 128).all()
+    assert all(len(np.unique(image[..., colour])) > 10 for colour in range(d))
 
 
 def test_a_map_of_one_direction_has_one_colour() -> None:
     features = random_map(1, 12, 12) * torch.tensor([0.3, -1.7, 0.9, 0.1])[:, None, None] + 5
-    picture = PcaBasis.fit([features]).project(features)
-    assert len(np.unique(picture[..., 0])) > 50
-    assert (picture[..., 1:] == 128).all()
+    image = PcaBasis.fit([features]).project(features)
+    assert len(np.unique(image[..., 0])) > 50
+    assert (image[..., 1:] == 128).all()
 
 
 def test_one_cell_is_grey() -> None:

@@ -1,4 +1,4 @@
-"""Pictures in: drawn with NumPy, written by Pillow or by hand, and compared with pixels known beforehand."""
+"""Images in: drawn with NumPy, written by Pillow or by hand, and compared with pixels known beforehand."""
 
 import io
 import struct
@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from brixel.errors import ImageError
-from brixel.images.load import load_image, opened
-from brixel.images.patch_grid import MAX_PIXELS, plan_geometry
+from brixel.images.load import load_image, open_image
+from brixel.images.patch_grid import MAX_PIXELS, plan_patch_grid
 from brixel.images.preprocess import preprocess
 
 Array = np.ndarray[Any, Any]
@@ -231,7 +231,7 @@ def test_deep_files_out_of_range(tmp_path: Path, values: Array, message: str) ->
 
 # Orientation and animation
 
-TURNED: dict[int, Callable[[Array], Array]] = {  # how a picture stored with this EXIF value is to be shown
+TURNED: dict[int, Callable[[Array], Array]] = {  # how an image stored with this EXIF value is to be shown
     1: lambda stored: stored,
     2: lambda stored: stored[:, ::-1],
     3: lambda stored: stored[::-1, ::-1],
@@ -391,14 +391,14 @@ def zeros(shape: tuple[int, ...], dtype: str = "uint8") -> Array:
         (zeros((3, 8, 9)), r"expected \(H, W, 3\) or \(H, W\); channels come last: array\.transpose\(1, 2, 0\)"),
         (zeros((1, 8, 9)), "channels come last"),
         (zeros((8, 9, 4)), r"drop alpha: array\[\.\.\., :3\], or lay it over white: PIL\.Image\.fromarray"),
-        (zeros((8, 9, 1)), r"for a grey picture: array\[\.\.\., 0\]"),
-        (zeros((2, 8, 9, 3)), r"of a batch give one picture at a time: array\[0\]"),
+        (zeros((8, 9, 1)), r"for a grey image: array\[\.\.\., 0\]"),
+        (zeros((2, 8, 9, 3)), r"of a batch give one image at a time: array\[0\]"),
         (zeros((8, 9, 5)), r"shape \(8, 9, 5\) and dtype uint8: expected \(H, W, 3\) or \(H, W\)$"),
         (zeros((8,)), r"shape \(8,\) and dtype uint8: expected"),
         (zeros((20_000, 10_000, 3)), "has 20000x10000 pixels .*, and the limit is 178,956,970; make it smaller"),
         (np.array([[0.0, 255.0]]), r"values go from 0 to 255; floats must lie in \[0, 1\]: divide by 255"),
         (np.array([[0.0, 4095.0]]), "values go from 0 to 4095; .*: divide by the largest value there can be"),
-        (np.array([[-2.1, 2.6]]), "values go from -2.1 to 2.6; .*: give the picture as it was before normalisation"),
+        (np.array([[-2.1, 2.6]]), "values go from -2.1 to 2.6; .*: give the image as it was before normalisation"),
         (np.array([[-0.1, 1.1]]), r"values go from -0.1 to 1.1; .*: if it is rounding or ringing, \.clip\(0, 1\)"),
         (np.array([[0.5, np.nan]]), "values go from nan to nan; .*: replace NaN and infinite values"),
         (np.array([[0.5, np.inf]], "float32"), "values go from 0.5 to inf; .*: replace NaN and infinite values"),
@@ -422,10 +422,10 @@ def blank(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
         (blank(3, 8, 9, dtype=torch.int64), r"torch.int64: expected .*0\.\.255: tensor\.to\(torch\.uint8\)"),
         (blank(3, 8, 9, dtype=torch.complex64), "torch.complex64: expected"),
         (blank(8, 9, 3), r"expected \(3, H, W\); channels come first: tensor\.permute\(2, 0, 1\)"),
-        (blank(8, 9), r"for a grey picture: tensor\.expand\(3, -1, -1\)"),
-        (blank(1, 8, 9), r"for a grey picture: tensor\.expand\(3, -1, -1\)"),
+        (blank(8, 9), r"for a grey image: tensor\.expand\(3, -1, -1\)"),
+        (blank(1, 8, 9), r"for a grey image: tensor\.expand\(3, -1, -1\)"),
         (blank(4, 8, 9), r"drop alpha: tensor\[:3\]"),
-        (blank(1, 3, 8, 9), r"of a batch give one picture at a time: tensor\[0\]"),
+        (blank(1, 3, 8, 9), r"of a batch give one image at a time: tensor\[0\]"),
         (blank(5, 8, 9), r"expected \(3, H, W\)$"),
         (blank(3, 0, 9), "is empty, 0x9 pixels"),
         (blank(3, 20_000, 10_000), "has 20000x10000 pixels .*limit is 178,956,970"),
@@ -452,7 +452,7 @@ def test_what_the_hints_say_works() -> None:
 @pytest.mark.parametrize(
     ("thing", "message"),
     [
-        ([NOISE], r"one picture cannot be a list; give a path, a PIL image, an array \(H, W, 3\) or a tensor \(3,"),
+        ([NOISE], r"one image cannot be a list; give a path, a PIL image, an array \(H, W, 3\) or a tensor \(3,"),
         (b"\x89PNG", r"cannot be a bytes; .*for the bytes of a file PIL\.Image\.open\(io\.BytesIO\(data\)\)"),
         (None, "cannot be a NoneType"),
         (7, "cannot be a int"),
@@ -464,19 +464,19 @@ def test_other_objects_refused(thing: object, message: str) -> None:
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such picture, check the path: '.*nowhere\.png'") as raised:
+    with pytest.raises(FileNotFoundError, match=r"no such image, check the path: '.*nowhere\.png'") as raised:
         load_image(tmp_path / "nowhere.png")
     assert raised.value.filename == str(tmp_path / "nowhere.png")
     with pytest.raises(FileNotFoundError, match="a URL must be downloaded first: 'https://"):
         load_image("https://example.org/cat.jpg")
 
 
-def test_paths_that_hold_no_picture(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="is a folder; give the pictures in it one by one"):
+def test_paths_that_hold_no_image(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="is a folder; give the images in it one by one"):
         load_image(tmp_path)
     for name, content in (("notes.txt", b"these are notes\n"), ("notes.jpg", b"not a JPEG"), ("a.png", b"\x89PNG\r\n")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ImageError, match=f"{name}: is not a picture that the installed Pillow can read, or its"):
+        with pytest.raises(ImageError, match=f"{name}: is not an image that the installed Pillow can read, or its"):
             load_image(tmp_path / name)
     (tmp_path / "empty.png").touch()
     with pytest.raises(ImageError, match=r"empty\.png: is an empty file; fetch or export it again"):
@@ -554,7 +554,7 @@ def test_more_than_pillow_was_set_to_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert isinstance(raised.value.__cause__, Image.DecompressionBombError)
 
 
-def test_ordinary_pictures_leave_the_warning_machinery_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ordinary_images_leave_the_warning_machinery_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(NOISE).save(tmp_path / "plain.tiff")
     monkeypatch.setattr(warnings, "catch_warnings", None)
     check(load_image(tmp_path / "plain.tiff"), NOISE)
@@ -617,7 +617,7 @@ def test_preprocess_equals_the_plain_way(
     """All three channels at once; the edges repeated by NumPy. Not a bit differs."""
     image = draw(image_hw, dtype)
     before = image.clone()
-    geometry = plan_geometry(image_hw, patch_px, short_side_px)
+    geometry = plan_patch_grid(image_hw, patch_px, short_side_px)
     result = preprocess(image, geometry, MEAN, STD)
 
     plain = image.float() / 255 if dtype == torch.uint8 else image
@@ -636,7 +636,7 @@ def test_preprocess_equals_the_plain_way(
 
 @pytest.mark.parametrize(("image_hw", "short_side_px"), [((61, 83), 24), ((83, 61), 45), ((20, 31), 64)])
 def test_resize_agrees_with_pillow(image_hw: tuple[int, int], short_side_px: int) -> None:
-    geometry = plan_geometry(image_hw, 16, short_side_px)
+    geometry = plan_patch_grid(image_hw, 16, short_side_px)
     height_px, width_px = geometry.resized_hw
     image = draw(image_hw, torch.uint8)
     ours = preprocess(image, geometry, (0, 0, 0), (1, 1, 1))[:, :height_px, :width_px].numpy()
@@ -652,7 +652,7 @@ def test_resize_agrees_with_pillow_on_bytes() -> None:
     Pillow rounds after each axis as well: half a level twice, the first weighed by a bicubic's 1.25.
     """
     image = draw((83, 61), torch.uint8) // 2 + 64
-    ours = preprocess(image, plan_geometry((83, 61), 15, 45), (0, 0, 0), (1, 1, 1))[:, :61].numpy()
+    ours = preprocess(image, plan_patch_grid((83, 61), 15, 45), (0, 0, 0), (1, 1, 1))[:, :61].numpy()
     for channel in range(3):
         twin = Image.fromarray(image[channel].numpy()).resize((45, 61), Image.Resampling.BICUBIC)
         assert np.abs(ours[channel] * 255 - np.asarray(twin)).max() < 1.2
@@ -660,7 +660,7 @@ def test_resize_agrees_with_pillow_on_bytes() -> None:
 
 def test_preprocess_takes_any_layout() -> None:
     image = draw((20, 30), torch.uint8)
-    geometry = plan_geometry((20, 30), 14, 17)
+    geometry = plan_patch_grid((20, 30), 14, 17)
     channels_last = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     expanded = image[:1].expand(3, -1, -1)
     assert torch.equal(preprocess(channels_last, geometry, MEAN, STD), preprocess(image, geometry, MEAN, STD))
@@ -669,17 +669,17 @@ def test_preprocess_takes_any_layout() -> None:
 
 
 def test_preprocess_clamps_the_overshoot() -> None:
-    """A bicubic rings at a hard edge; a picture's values do not leave [0, 1]."""
+    """A bicubic rings at a hard edge; an image's values do not leave [0, 1]."""
     image = torch.zeros(3, 32, 32)
     image[:, :, 16:] = 1
-    result = preprocess(image, plan_geometry((32, 32), 16, 64), (0, 0, 0), (1, 1, 1))
+    result = preprocess(image, plan_patch_grid((32, 32), 16, 64), (0, 0, 0), (1, 1, 1))
     assert result.min() == 0
     assert result.max() == 1
 
 
-def test_preprocess_wants_the_planned_picture() -> None:
-    with pytest.raises(AssertionError, match=r"\(3, 8, 9\) does not fit Geometry\(image_hw=\(9, 8\)"):
-        preprocess(torch.rand(3, 8, 9), plan_geometry((9, 8), 16, "native"), MEAN, STD)
+def test_preprocess_wants_the_planned_image() -> None:
+    with pytest.raises(AssertionError, match=r"\(3, 8, 9\) does not fit PatchGrid\(image_hw=\(9, 8\)"):
+        preprocess(torch.rand(3, 8, 9), plan_patch_grid((9, 8), 16, "native"), MEAN, STD)
 
 
 # ---------------------------------------------------------------- JPEG files of which far fewer pixels are wanted
@@ -716,10 +716,10 @@ def test_a_large_jpeg_is_decoded_smaller(
     photograph(*image_hw).save(path, quality=92, exif=exif)
     whole = load_image(path)
     upright_hw = image_hw if orientation < 5 else image_hw[::-1]
-    geometry = plan_geometry(upright_hw, 16, short_side_px)
-    with opened(path) as picture:
-        assert picture.image_hw == upright_hw
-        planes = picture.read(geometry.resized_hw)
+    geometry = plan_patch_grid(upright_hw, 16, short_side_px)
+    with open_image(path) as image:
+        assert image.image_hw == upright_hw
+        planes = image.read(geometry.resized_hw)
     assert planes.shape == (3, *(-(-side // reduction) for side in upright_hw))
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
     error = 255 * (preprocess(planes, geometry, **plain) - preprocess(whole, geometry, **plain))
@@ -734,14 +734,14 @@ def test_a_reduced_jpeg_is_not_moved(tmp_path: Path) -> None:
     y, x = np.mgrid[:1001, :1001]
     spot = 255 * np.exp(-((x - 930) ** 2 + (y - 930) ** 2) / (2 * 30**2))
     Image.fromarray(spot.astype("uint8")).save(tmp_path / "spot.jpg", quality=95)
-    geometry = plan_geometry((1001, 1001), 1, 40)
+    geometry = plan_patch_grid((1001, 1001), 1, 40)
 
     def place(planes: Tensor) -> float:
         light = preprocess(planes, geometry, (0, 0, 0), (1, 1, 1))[0, 30:, 30:].sum(0)
         return float((light * torch.arange(len(light))).sum() / light.sum())
 
-    with opened(tmp_path / "spot.jpg") as picture:
-        reduced = picture.read(geometry.resized_hw)
+    with open_image(tmp_path / "spot.jpg") as image:
+        reduced = image.read(geometry.resized_hw)
     assert reduced.shape == (3, 126, 126)
     assert abs(place(reduced) - place(load_image(tmp_path / "spot.jpg"))) < 0.01
 
@@ -749,28 +749,28 @@ def test_a_reduced_jpeg_is_not_moved(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_other_modes_of_jpeg_are_reduced_too(tmp_path: Path, mode: str) -> None:
     photograph(800, 800).convert(mode).save(tmp_path / "large.jpg")
-    with opened(tmp_path / "large.jpg") as picture:
-        assert picture.read((64, 64)).shape == (3, 200, 200)
+    with open_image(tmp_path / "large.jpg") as image:
+        assert image.read((64, 64)).shape == (3, 200, 200)
 
 
 def test_a_jpeg_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     photograph(300, 300).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
-    with opened(tmp_path / "cut.jpg") as picture:
-        assert picture.image_hw == (300, 300)  # what does not fit into memory is told by now
+    with open_image(tmp_path / "cut.jpg") as image:
+        assert image.image_hw == (300, 300)  # what does not fit into memory is told by now
         with pytest.raises(ImageError, match=r"cut.jpg: cannot be decoded"):
-            picture.read((300, 300))
+            image.read((300, 300))
 
 
-def test_pictures_that_are_no_jpeg_files_are_read_whole(tmp_path: Path) -> None:
+def test_images_that_are_no_jpeg_files_are_read_whole(tmp_path: Path) -> None:
     photograph(800, 800).save(tmp_path / "large.png")
     for image in (tmp_path / "large.png", photograph(800, 800), np.asarray(photograph(800, 800))):
-        with opened(image) as picture:
-            assert picture.read((64, 64)).shape == (3, 800, 800)
+        with open_image(image) as source:
+            assert source.read((64, 64)).shape == (3, 800, 800)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1"])
-def test_tall_pictures_are_brought_to_planes_some_rows_after_others(mode: str) -> None:
+def test_tall_images_are_brought_to_planes_some_rows_after_others(mode: str) -> None:
     image = photograph(700, 9).convert(mode)
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.fromarray(np.arange(700 * 9, dtype="uint8").reshape(700, 9)))

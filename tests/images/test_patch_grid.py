@@ -1,4 +1,4 @@
-"""Sizes on the patch grid: a table worked out by hand, and invariants over many random pictures."""
+"""Sizes on the patch grid: a table worked out by hand, and invariants over many random images."""
 
 import dataclasses
 import random
@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from brixel.errors import BrixelError, ImageError
-from brixel.images.patch_grid import MOST_ENLARGED, Geometry, plan_geometry
+from brixel.images.patch_grid import MOST_ENLARGED, PatchGrid, plan_patch_grid
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_plan(
     resized_hw: tuple[int, int],
     padded_hw: tuple[int, int],
 ) -> None:
-    planned = plan_geometry(image_hw, patch_px, short_side_px)
-    assert planned == Geometry(image_hw, resized_hw, padded_hw, patch_px)
+    planned = plan_patch_grid(image_hw, patch_px, short_side_px)
+    assert planned == PatchGrid(image_hw, resized_hw, padded_hw, patch_px)
 
 
 @pytest.mark.parametrize(
@@ -47,17 +47,17 @@ def test_plan(
     ],
 )
 def test_map_cells(resized_px: int, patch_px: int, upscale: int, cells: int) -> None:
-    geometry = plan_geometry((resized_px, resized_px), patch_px, "native")
+    geometry = plan_patch_grid((resized_px, resized_px), patch_px, "native")
     assert geometry.map_hw(upscale) == (cells, cells)
 
 
-def test_map_stride_is_in_pixels_of_the_picture_as_given() -> None:
-    geometry = plan_geometry((1024, 2048), 14, 512)  # halved
-    assert geometry.map_stride(4) == (7.0, 7.0)  # 3.5 px of the resized picture
-    assert plan_geometry((480, 640), 16, "native").map_stride(4) == (4.0, 4.0)
+def test_map_stride_is_in_pixels_of_the_image_as_given() -> None:
+    geometry = plan_patch_grid((1024, 2048), 14, 512)  # halved
+    assert geometry.map_stride(4) == (7.0, 7.0)  # 3.5 px of the resized image
+    assert plan_patch_grid((480, 640), 16, "native").map_stride(4) == (4.0, 4.0)
 
 
-def test_invariants_over_random_pictures() -> None:
+def test_invariants_over_random_images() -> None:
     rng = random.Random(0)
     for _ in range(3000):
         image_hw = rng.randint(1, 3000), rng.randint(1, 3000)  # within the limit as they are
@@ -65,13 +65,13 @@ def test_invariants_over_random_pictures() -> None:
         short_px, long_px = sorted(image_hw)
         most_px = 1200 if long_px <= MOST_ENLARGED * short_px else short_px  # a line is not enlarged
         short_side_px = rng.choice([0, rng.randint(1, most_px)]) or "native"
-        geometry = plan_geometry(image_hw, patch_px, short_side_px)
+        geometry = plan_patch_grid(image_hw, patch_px, short_side_px)
         _check_resized(geometry, short_side_px)
         for upscale in (1, 4):
             _check_map(geometry, upscale)
 
 
-def _check_resized(geometry: Geometry, short_side_px: int | str) -> None:
+def _check_resized(geometry: PatchGrid, short_side_px: int | str) -> None:
     if short_side_px == "native":
         assert geometry.resized_hw == geometry.image_hw
     else:
@@ -85,8 +85,8 @@ def _check_resized(geometry: Geometry, short_side_px: int | str) -> None:
         assert padded == min(n for n in range(resized, resized + geometry.patch_px) if n % geometry.patch_px == 0)
 
 
-def _check_map(geometry: Geometry, upscale: int) -> None:
-    """The cells cover the picture as given, and one fewer would not."""
+def _check_map(geometry: PatchGrid, upscale: int) -> None:
+    """The cells cover the image as given, and one fewer would not."""
     axes = zip(
         geometry.image_hw, geometry.padded_hw, geometry.map_hw(upscale), geometry.map_stride(upscale), strict=True
     )
@@ -100,25 +100,25 @@ def _check_map(geometry: Geometry, upscale: int) -> None:
 def test_a_line_is_not_enlarged(image_hw: tuple[int, int]) -> None:
     message = rf"{image_hw[0]}x{image_hw[1]} pixels .* a long side of at most 64 .* a short_side_px of at most"
     with pytest.raises(ImageError, match=message):
-        plan_geometry(image_hw, 16, 256)
+        plan_patch_grid(image_hw, 16, 256)
     for short_side_px in ("native", min(image_hw)):
-        assert plan_geometry(image_hw, 16, short_side_px).resized_hw == image_hw
+        assert plan_patch_grid(image_hw, 16, short_side_px).resized_hw == image_hw
 
 
 def test_a_long_panorama_is_enlarged_and_a_longer_one_made_smaller() -> None:
-    assert plan_geometry((10, 640), 16, 256).resized_hw == (256, 16384)
-    assert plan_geometry((1000, 200_000), 16, 256).resized_hw == (256, 51200)
+    assert plan_patch_grid((10, 640), 16, 256).resized_hw == (256, 16384)
+    assert plan_patch_grid((1000, 200_000), 16, 256).resized_hw == (256, 51200)
 
 
 @pytest.mark.parametrize("short_side_px", [0, -16, True, False, 3.5, 512.0, "Native", "512", "", None])
 def test_short_side_must_be_a_positive_int_or_native(short_side_px: object) -> None:
     with pytest.raises(BrixelError, match=r"short_side_px is .*; expected a whole number .* or 'native'") as raised:
-        plan_geometry((10, 10), 16, short_side_px)  # type: ignore[arg-type]
+        plan_patch_grid((10, 10), 16, short_side_px)  # type: ignore[arg-type]
     assert repr(short_side_px) in str(raised.value)
 
 
 def test_a_geometry_is_frozen_and_checks_itself() -> None:
-    geometry = plan_geometry((480, 640), 16, 256)
+    geometry = plan_patch_grid((480, 640), 16, 256)
     with pytest.raises(dataclasses.FrozenInstanceError):
         geometry.patch_px = 14  # type: ignore[misc]
     for wrong in ({"padded_hw": (256, 341)}, {"padded_hw": (272, 352)}, {"image_hw": (0, 3)}, {"patch_px": 0}):

@@ -19,7 +19,7 @@ def model(backbone_folder):
     return BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
 
 
-class Pictures(Dataset):
+class Images(Dataset):
     def __init__(self, paths, prepare):
         self.paths, self.prepare = paths, prepare
 
@@ -35,11 +35,11 @@ def as_it_is(batch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loop_over_a_data_loader(model, picture, tmp_path, workers):
-    with Image.open(picture) as image:
+def test_a_loop_over_a_data_loader(model, image_path, tmp_path, workers):
+    with Image.open(image_path) as image:
         image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "other.png")
-    paths = [picture, tmp_path / "other.png", picture]
-    loader = DataLoader(Pictures(paths, model.preparation()), batch_size=3, num_workers=workers, collate_fn=as_it_is)
+    paths = [image_path, tmp_path / "other.png", image_path]
+    loader = DataLoader(Images(paths, model.preparation()), batch_size=3, num_workers=workers, collate_fn=as_it_is)
     maps = []
     for batch in loader:
         with torch.no_grad():
@@ -51,18 +51,18 @@ def test_a_loop_over_a_data_loader(model, picture, tmp_path, workers):
         assert (ours.image_hw, ours.stride, ours.meta) == (expected.image_hw, expected.stride, expected.meta)
 
 
-def test_one_picture(model, picture):
-    pixels, placement = model.prepare(picture, short_side_px="native")
+def test_one_image(model, image_path):
+    pixels, placement = model.prepare(image_path, short_side_px="native")
     assert pixels.shape == (3, 70, 98)
     with torch.no_grad():
         dense, coarse = model(pixels[None])[0], model.backbone_features(pixels[None])[0]
     before = dense.clone()
     ours = placement.feature_map(dense, meta={"by": "me"})
-    torch.testing.assert_close(ours.features, model.extract(picture, short_side_px="native").features)
+    torch.testing.assert_close(ours.features, model.extract(image_path, short_side_px="native").features)
     assert ours.meta["by"] == "me"
     ours.features.zero_()
     assert torch.equal(dense, before)
-    expected = model.extract_backbone(picture, short_side_px="native").features
+    expected = model.extract_backbone(image_path, short_side_px="native").features
     torch.testing.assert_close(placement.feature_map(coarse).features, expected)
 
 
@@ -71,35 +71,35 @@ def test_what_is_sent_to_workers_is_small(model):
 
 
 @pytest.mark.parametrize("shape", [(64, 20, 28), (1, 64, 20, 29), (64, 21, 28), (64, 4, 6), (64,)])
-def test_features_of_another_picture_are_refused(model, picture, shape):
-    _, placement = model.prepare(picture, short_side_px="native")
+def test_features_of_another_image_are_refused(model, image_path, shape):
+    _, placement = model.prepare(image_path, short_side_px="native")
     if shape == (64, 20, 28):
         assert placement.feature_map(torch.zeros(shape)).grid_hw == (18, 26)
         return
-    with pytest.raises(BrixelError, match=r"expected \(D, 4h, 4w\) for the 5 x 7 patches of this picture"):
+    with pytest.raises(BrixelError, match=r"expected \(D, 4h, 4w\) for the 5 x 7 patches of this image"):
         placement.feature_map(torch.zeros(shape))
 
 
-def test_a_picture_that_cannot_be_used(model, tmp_path):
-    (tmp_path / "some.png").write_text("no picture")
+def test_an_image_that_cannot_be_used(model, tmp_path):
+    (tmp_path / "some.png").write_text("no image")
     with pytest.raises(ImageError, match="some.png"):
         model.prepare(tmp_path / "some.png")
 
 
-def test_a_line_and_a_picture_that_does_not_fit_are_told_by_name(model, picture, tmp_path):
+def test_a_line_and_an_image_that_does_not_fit_are_told_by_name(model, image_path, tmp_path):
     Image.new("RGB", (5000, 1)).save(tmp_path / "line.png")
-    line, found = model.stream_all([tmp_path / "line.png", picture])
+    line, found = model.stream_all([tmp_path / "line.png", image_path])
     assert isinstance(line, ImageError)
-    assert str(line).startswith(f"{tmp_path / 'line.png'}: a picture of 1x5000 pixels")
+    assert str(line).startswith(f"{tmp_path / 'line.png'}: an image of 1x5000 pixels")
     assert found.features.ndim == 3
-    with pytest.raises(MemoryLimitError, match=r"line\.png: a picture of .* needs"):
+    with pytest.raises(MemoryLimitError, match=r"line\.png: an image of .* needs"):
         model.extract(tmp_path / "line.png", short_side_px="native", memory_limit="1MiB")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_that_goes_on_over_what_cannot_be_used(model, picture, tmp_path, workers):
-    (tmp_path / "bad.png").write_text("no picture")
-    images = [picture, tmp_path / "bad.png", picture, tmp_path / "gone.png"]
+def test_a_stream_that_goes_on_over_what_cannot_be_used(model, image_path, tmp_path, workers):
+    (tmp_path / "bad.png").write_text("no image")
+    images = [image_path, tmp_path / "bad.png", image_path, tmp_path / "gone.png"]
     results = list(model.stream_all(images, batch_size=2, workers=workers))
     assert [type(each).__name__ for each in results] == ["FeatureMap", "ImageError", "FeatureMap", "FileNotFoundError"]
     torch.testing.assert_close(results[0].features, results[2].features)
@@ -113,7 +113,7 @@ def test_a_stream_that_goes_on_over_what_cannot_be_used(model, picture, tmp_path
 @pytest.mark.parametrize(
     "lack", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
 )
-def test_memory_that_runs_out_while_decoding_is_that_picture_s_error(model, picture, monkeypatch, lack, workers):
+def test_memory_that_runs_out_while_decoding_is_that_image_s_error(model, image_path, monkeypatch, lack, workers):
     genuine = preparation.preprocess
 
     def preprocess(planes, *rest):
@@ -122,17 +122,17 @@ def test_memory_that_runs_out_while_decoding_is_that_picture_s_error(model, pict
         return genuine(planes, *rest)
 
     monkeypatch.setattr(preparation, "preprocess", preprocess)
-    images = [picture, np.zeros((50, 60, 3), np.uint8), picture]
+    images = [image_path, np.zeros((50, 60, 3), np.uint8), image_path]
     first, failed, last = model.stream_all(images, batch_size=2, workers=workers)
     assert isinstance(failed, MemoryLimitError)
-    assert str(failed).startswith("one picture, a ndarray: memory ran out while it was decoded")
+    assert str(failed).startswith("one image, a ndarray: memory ran out while it was decoded")
     torch.testing.assert_close(first.features, last.features)
 
 
-def test_other_errors_while_decoding_end_the_run(model, picture, monkeypatch):
+def test_other_errors_while_decoding_end_the_run(model, image_path, monkeypatch):
     monkeypatch.setattr(preparation, "preprocess", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        next(model.stream_all([picture]))
+        next(model.stream_all([image_path]))
 
 
 @pytest.mark.parametrize("given", [-1, 1.5, True, "2"])
@@ -141,7 +141,7 @@ def test_numbers_that_are_none(model, given):
         model.stream([], workers=given)
 
 
-def test_a_buffer_that_is_filled_again_for_each_picture_streams_right(model):
+def test_a_buffer_that_is_filled_again_for_each_image_streams_right(model):
     """What its owner may change is prepared when it is taken, however far the stream reads ahead."""
 
     def frames():
@@ -156,7 +156,7 @@ def test_a_buffer_that_is_filled_again_for_each_picture_streams_right(model):
 
 
 def test_the_frames_of_an_animation_stream_right(model, tmp_path):
-    """Of a PIL picture the frame that it stands at when it is given."""
+    """Of a PIL image the frame that it stands at when it is given."""
     frames = [Image.fromarray(np.full((28, 28, 3), level, np.uint8)) for level in (0, 100, 200)]
     frames[0].save(tmp_path / "film.tiff", save_all=True, append_images=frames[1:])
 
@@ -171,7 +171,7 @@ def test_the_frames_of_an_animation_stream_right(model, tmp_path):
 
 
 def test_what_pillow_decoded_is_free_before_the_planes_are_worked_on(tmp_path, monkeypatch):
-    Image.new("RGB", (90, 70)).save(tmp_path / "picture.jpg")
+    Image.new("RGB", (90, 70)).save(tmp_path / "image.jpg")
     opened_files, free = [], []
     identify, preprocess = decoding._identify, preparation.preprocess
 
@@ -186,5 +186,5 @@ def test_what_pillow_decoded_is_free_before_the_planes_are_worked_on(tmp_path, m
 
     monkeypatch.setattr(decoding, "_identify", identified)
     monkeypatch.setattr(preparation, "preprocess", preprocessed)
-    preparation.Preparation(16, 32, (0, 0, 0), (1, 1, 1))(tmp_path / "picture.jpg")
+    preparation.Preprocessor(16, 32, (0, 0, 0), (1, 1, 1))(tmp_path / "image.jpg")
     assert free == [True]

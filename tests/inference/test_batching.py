@@ -4,7 +4,7 @@ import torch
 from brixel.inference.batching import run_batches
 
 
-def pictures(*sizes):
+def images(*sizes):
     return [(torch.full((3, height, height), float(index)), index) for index, height in enumerate(sizes)]
 
 
@@ -22,16 +22,16 @@ def recorder(calls):
         ((4, 4, 4, 4, 4), 2, [(2, 3, 4, 4), (2, 3, 4, 4), (1, 3, 4, 4)]),
         ((4, 4, 5, 4), 8, [(3, 3, 4, 4), (1, 3, 5, 5)]),
         ((4, 5, 4, 5, 5), 2, [(2, 3, 4, 4), (2, 3, 5, 5), (1, 3, 5, 5)]),
-        # the first waits no longer than eight pictures for another of its size
+        # the first waits no longer than eight images for another of its size
         ((4, 5, 5, 5, 5, 5, 5, 5, 4), 2, [(2, 3, 5, 5)] * 3 + [(1, 3, 4, 4), (1, 3, 5, 5), (1, 3, 4, 4)]),
         ((4, 5, 4), 1, [(1, 3, 4, 4), (1, 3, 5, 5), (1, 3, 4, 4)]),
         ((4,), 3, [(1, 3, 4, 4)]),
         ((), 3, []),
     ],
 )
-def test_pictures_of_one_size_share_a_batch_and_order_is_kept(sizes, batch_size, batches):
+def test_images_of_one_size_share_a_batch_and_order_is_kept(sizes, batch_size, batches):
     calls = []
-    results = list(run_batches(recorder(calls), pictures(*sizes), batch_size=batch_size))
+    results = list(run_batches(recorder(calls), images(*sizes), batch_size=batch_size))
     assert calls == batches
     assert [tag for _, tag in results] == list(range(len(sizes)))
     for result, tag in results:
@@ -40,7 +40,7 @@ def test_pictures_of_one_size_share_a_batch_and_order_is_kept(sizes, batch_size,
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_what_has_no_pixels_passes_at_its_place(batch_size):
-    items = [(None, "first"), *pictures(4, 5), (None, "fourth"), *pictures(4), (None, "last")]
+    items = [(None, "first"), *images(4, 5), (None, "fourth"), *images(4), (None, "last")]
     results = list(run_batches(recorder([]), items, batch_size=batch_size))
     assert [tag for _, tag in results] == ["first", 0, 1, "fourth", 0, "last"]
     assert [result is None for result, _ in results] == [True, False, False, True, False, True]
@@ -50,7 +50,7 @@ def test_an_error_in_the_place_of_a_result_comes_out_at_its_place():
     def forward(batch):
         return [MemoryError() if each[0, 0, 0] == 1 else each for each in batch]
 
-    results = list(run_batches(forward, pictures(4, 4, 5, 4), batch_size=2))
+    results = list(run_batches(forward, images(4, 4, 5, 4), batch_size=2))
     assert [(isinstance(result, MemoryError), tag) for result, tag in results] == [
         (False, 0),
         (True, 1),
@@ -63,7 +63,7 @@ def test_nothing_is_read_ahead_of_the_batch_at_hand():
     taken = []
 
     def items():
-        for item in pictures(*[4] * 9):
+        for item in images(*[4] * 9):
             taken.append(item[1])
             yield item
 
@@ -79,7 +79,7 @@ def test_nothing_is_read_ahead_of_the_batch_at_hand():
 
 def test_results_before_a_failing_item_come_first():
     def items():
-        yield from pictures(4, 4, 4)
+        yield from images(4, 4, 4)
         raise KeyError("the fourth")
 
     seen = []
@@ -92,7 +92,7 @@ def test_results_before_a_failing_item_come_first():
 def test_results_can_take_part_in_training():
     """They carry no graph of the forward pass, and are ordinary tensors, not inference tensors."""
     weight = torch.ones((), requires_grad=True)
-    (result, _), *_ = run_batches(lambda batch: batch * weight, pictures(2), batch_size=1)
+    (result, _), *_ = run_batches(lambda batch: batch * weight, images(2), batch_size=1)
     assert not result.requires_grad
     (result * weight).sum().backward()
 
@@ -100,7 +100,7 @@ def test_results_can_take_part_in_training():
 @pytest.mark.parametrize(("window", "first"), [(99, (4, 3, 5, 5)), (4, (1, 3, 4, 4))])
 def test_no_more_is_held_than_allowed(window, first):
     calls = []
-    results = run_batches(recorder(calls), pictures(4, 5, 5, 5, 5, 4, 4, 4), batch_size=4, window=lambda: window)
+    results = run_batches(recorder(calls), images(4, 5, 5, 5, 5, 4, 4, 4), batch_size=4, window=lambda: window)
     assert [tag for _, tag in results] == list(range(8))
     assert calls[0] == first
 
@@ -108,7 +108,7 @@ def test_no_more_is_held_than_allowed(window, first):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_batch_of_one_size_is_formed_where_only_that_may_be_held(batch_size):
     calls = []
-    results = run_batches(recorder(calls), pictures(*[4] * 6), batch_size=batch_size, window=lambda: batch_size)
+    results = run_batches(recorder(calls), images(*[4] * 6), batch_size=batch_size, window=lambda: batch_size)
     assert len(list(results)) == 6
     assert calls == [(batch_size, 3, 4, 4)] * (6 // batch_size)
 
@@ -116,7 +116,7 @@ def test_a_batch_of_one_size_is_formed_where_only_that_may_be_held(batch_size):
 def test_no_more_of_a_size_go_together_than_allowed():
     calls = []
     allowed = {4: 2, 5: 9}
-    items = pictures(4, 5, 4, 4, 5, 4, 5)
+    items = images(4, 5, 4, 4, 5, 4, 5)
     results = run_batches(recorder(calls), items, batch_size=3, together=lambda image_hw: allowed[image_hw[1]])
     assert [tag for _, tag in results] == list(range(7))
     assert calls == [(2, 3, 4, 4), (2, 3, 4, 4), (3, 3, 5, 5)]

@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from brixel.extraction.background_writer import Behind
-from brixel.inference.prefetch import ahead
+from brixel.extraction.background_writer import BackgroundWriter
+from brixel.inference.prefetch import prefetch
 
 
 def threads():
@@ -17,7 +17,7 @@ def test_results_come_in_order_whatever_ends_first(workers):
         time.sleep(0.02 if number == 0 else 0)
         return 10 * number
 
-    assert list(ahead(slow_at_first, range(9), workers=workers)) == list(range(0, 90, 10))
+    assert list(prefetch(slow_at_first, range(9), workers=workers)) == list(range(0, 90, 10))
     assert threads() == set()
 
 
@@ -29,7 +29,7 @@ def test_items_are_taken_only_so_far_ahead_and_by_the_taker():
             taken.append((number, threading.current_thread()))
             yield number
 
-    results = ahead(str, items(), workers=2, depth=3)
+    results = prefetch(str, items(), workers=2, depth=3)
     assert taken == []
     assert next(results) == "0"
     assert [number for number, _ in taken] == [0, 1, 2]
@@ -47,7 +47,7 @@ def test_what_the_function_raises_comes_at_its_place(workers):
             raise KeyError("three")
         return number
 
-    results = ahead(fail, range(9), workers=workers)
+    results = prefetch(fail, range(9), workers=workers)
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(KeyError, match="three"):
         next(results)
@@ -60,7 +60,7 @@ def test_what_the_items_raise_comes_after_the_results_before_it(workers):
         yield from range(3)
         raise KeyError("items")
 
-    results = ahead(str, items(), workers=workers)
+    results = prefetch(str, items(), workers=workers)
     assert [next(results) for _ in range(3)] == ["0", "1", "2"]
     with pytest.raises(KeyError, match="items"):
         next(results)
@@ -68,7 +68,7 @@ def test_what_the_items_raise_comes_after_the_results_before_it(workers):
 
 def test_things_are_done_behind_in_order_and_all_of_them():
     done = []
-    with Behind(done.append, depth=2) as behind:
+    with BackgroundWriter(done.append, depth=2) as behind:
         for number in range(9):
             behind.do(lambda number=number: time.sleep(0.002) or number)
             assert len(done) >= number - 2
@@ -85,7 +85,7 @@ def test_an_error_behind_is_raised_and_ends_it():
             raise OSError("full")
         return number
 
-    with pytest.raises(OSError, match="full"), Behind(done.append, depth=1) as behind:
+    with pytest.raises(OSError, match="full"), BackgroundWriter(done.append, depth=1) as behind:
         for number in range(9):
             behind.do(lambda number=number: work(number))
     assert done == [0, 1]
@@ -95,7 +95,7 @@ def test_an_error_behind_is_raised_and_ends_it():
 
 def test_an_error_in_the_block_lets_what_was_given_be_done():
     done = []
-    with pytest.raises(KeyError), Behind(done.append, depth=5) as behind:
+    with pytest.raises(KeyError), BackgroundWriter(done.append, depth=5) as behind:
         for number in range(4):
             behind.do(lambda number=number: number)
         raise KeyError("elsewhere")
@@ -104,7 +104,7 @@ def test_an_error_in_the_block_lets_what_was_given_be_done():
 
 def test_what_may_change_is_done_when_it_is_taken():
     here = threading.get_ident()
-    where = ahead(lambda _: threading.get_ident(), range(6), workers=2, at_once=lambda number: number % 2 == 0)
+    where = prefetch(lambda _: threading.get_ident(), range(6), workers=2, at_once=lambda number: number % 2 == 0)
     assert [each == here for each in where] == [True, False] * 3
 
 
@@ -118,7 +118,7 @@ def test_no_more_bytes_are_made_ahead_than_there_is_room_for(room, most):
             yield number
 
     ahead_of_taker = []
-    for taken, _ in enumerate(ahead(str, items(), workers=2, depth=6, size=lambda made: 13, room=lambda: room)):
+    for taken, _ in enumerate(prefetch(str, items(), workers=2, depth=6, size=lambda made: 13, room=lambda: room)):
         ahead_of_taker.append(len(begun) - taken)
     assert ahead_of_taker[0] == 1  # nothing is known of sizes yet
     assert max(ahead_of_taker) == most
@@ -132,5 +132,5 @@ def test_a_result_without_a_size_does_not_open_the_room():
             begun.append(size)
             yield size
 
-    made = ahead(int, items(), workers=2, depth=6, size=int, room=lambda: 26)
+    made = prefetch(int, items(), workers=2, depth=6, size=int, room=lambda: 26)
     assert [len(begun) - taken for taken, _ in enumerate(made)] == [1, 1, 1, 2, 2, 1]

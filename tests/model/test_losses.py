@@ -236,7 +236,7 @@ def test_directions_keep_a_small_spread_beside_a_large_mean() -> None:
 
 
 def fit_one_half(rank: int, folder: str) -> None:
-    """What one of two processes does: the directions and the edge loss of its pictures, and of itself alone."""
+    """What one of two processes does: the directions and the edge loss of its images, and of itself alone."""
     torch.set_num_threads(1)
     teacher = torch.load(f"{folder}/teacher.pt")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

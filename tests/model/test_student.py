@@ -56,7 +56,7 @@ def randomise(module: nn.Module) -> None:
             tensor.add_(0.1 * torch.randn(tensor.shape))
 
 
-def picture(grid_hw: tuple[int, int], patch_px: int, batch: int = 2) -> Tensor:
+def image(grid_hw: tuple[int, int], patch_px: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, grid_hw[0] * patch_px, grid_hw[1] * patch_px)
 
 
@@ -66,7 +66,7 @@ def picture(grid_hw: tuple[int, int], patch_px: int, batch: int = 2) -> Tensor:
 @pytest.mark.parametrize("grid_hw", GRIDS)
 @pytest.mark.parametrize("patch_px", PATCHES)
 def test_untrained_student_is_the_backbone_upsampled(patch_px: int, grid_hw: tuple[int, int]) -> None:
-    student, pixels = new_student(patch_px), picture(grid_hw, patch_px)
+    student, pixels = new_student(patch_px), image(grid_hw, patch_px)
     with torch.no_grad():
         dense, coarse = student(pixels), student.backbone_features(pixels)
     assert coarse.shape == (2, 64, *grid_hw)
@@ -80,7 +80,7 @@ def test_the_four_blocks_reach_the_adapter_and_the_last_the_head() -> None:
     upsampler = Upsampler(64, config)
     for module in (backbone, upsampler):
         randomise(module)
-    student, pixels = Student(backbone, upsampler, config.blocks), picture((3, 4), 16)
+    student, pixels = Student(backbone, upsampler, config.blocks), image((3, 4), 16)
     assert student.head.residual_detour
     with torch.no_grad():
         maps = [backbone.block_maps(pixels, [index])[0] for index in config.blocks]
@@ -90,10 +90,10 @@ def test_the_four_blocks_reach_the_adapter_and_the_last_the_head() -> None:
 
 
 @pytest.mark.parametrize("patch_px", PATCHES)
-def test_a_batch_is_its_pictures_one_by_one(patch_px: int) -> None:
+def test_a_batch_is_its_images_one_by_one(patch_px: int) -> None:
     student = trained_student(patch_px)
     for grid_hw in GRIDS:
-        pixels = picture(grid_hw, patch_px, batch=3)
+        pixels = image(grid_hw, patch_px, batch=3)
         with torch.no_grad():
             together, singles = student(pixels), torch.cat([student(each) for each in pixels.split(1)])
         assert together.isfinite().all()
@@ -106,7 +106,7 @@ def test_a_batch_is_its_pictures_one_by_one(patch_px: int) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_reach_adapter_and_head_alone(training: bool) -> None:
     student = trained_student(16).train(training)
-    student(picture((2, 3), 16, batch=8)).square().mean().backward()
+    student(image((2, 3), 16, batch=8)).square().mean().backward()
     for name, parameter in student.named_parameters():
         if name.startswith("backbone."):
             assert parameter.grad is None, name
@@ -119,7 +119,7 @@ def test_gradients_reach_adapter_and_head_alone(training: bool) -> None:
 
 def test_a_fresh_student_learns() -> None:
     """It starts as the identity, but not at a point that gradients cannot leave."""
-    student, pixels = new_student(16).train(), picture((2, 3), 16, batch=4)
+    student, pixels = new_student(16).train(), image((2, 3), 16, batch=4)
     target = torch.randn(student(pixels).shape)
     optimiser = torch.optim.Adam([each for each in student.parameters() if each.requires_grad], lr=1e-2)
     losses = []
@@ -149,7 +149,7 @@ def test_backbone_stays_in_evaluation_mode() -> None:
 @pytest.mark.parametrize("patch_px", PATCHES)
 def test_half_precision_stays_near_float32(patch_px: int, dtype: torch.dtype, bound: float) -> None:
     """Values reach 5 here; half of what is measured comes from the backbone. The bounds are three times that."""
-    student, pixels = trained_student(patch_px), picture((4, 6), patch_px)
+    student, pixels = trained_student(patch_px), image((4, 6), patch_px)
     half = copy.deepcopy(student).to(dtype)
     with torch.no_grad():
         found, expected = half(pixels.to(dtype)), student(pixels)
@@ -160,7 +160,7 @@ def test_half_precision_stays_near_float32(patch_px: int, dtype: torch.dtype, bo
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_untrained_student_is_the_backbone_upsampled_in_other_dtypes(dtype: torch.dtype) -> None:
-    student, pixels = new_student(16).to(dtype), picture((2, 3), 16).to(dtype)
+    student, pixels = new_student(16).to(dtype), image((2, 3), 16).to(dtype)
     with torch.no_grad():
         coarse = student.backbone_features(pixels)
         assert torch.equal(student(pixels), F.interpolate(coarse, size=(8, 12), mode="bilinear", align_corners=False))
@@ -187,9 +187,9 @@ def test_export_with_dynamic_sizes_equals_eager(patch_px: int, fields: dict[str,
     batch, height, width = (torch.export.Dim(name, min=low, max=64) for name, low in (("b", 1), ("h", 2), ("w", 2)))
     sizes = {"pixels": {0: batch, 2: patch_px * height, 3: patch_px * width}}
     with torch.no_grad():
-        exported = torch.export.export(student, (picture((3, 5), patch_px),), dynamic_shapes=sizes).module()
+        exported = torch.export.export(student, (image((3, 5), patch_px),), dynamic_shapes=sizes).module()
         for count, grid_hw in ((2, (3, 5)), (1, (2, 2)), (3, (7, 4)), (1, (5, 5))):
-            pixels = picture(grid_hw, patch_px, batch=count)
+            pixels = image(grid_hw, patch_px, batch=count)
             torch.testing.assert_close(exported(pixels), student(pixels), rtol=0, atol=1e-5)
 
 
@@ -199,7 +199,7 @@ def compiled_equals_eager(backend: str, *grids: tuple[int, int]) -> None:
     compiled = torch.compile(student, fullgraph=True, backend=backend)
     with torch.no_grad():
         for grid_hw in grids:
-            pixels = picture(grid_hw, 16)
+            pixels = image(grid_hw, 16)
             torch.testing.assert_close(compiled(pixels), student(pixels), rtol=0, atol=2e-5)
 
 
@@ -225,7 +225,7 @@ def test_default_compiler_equals_eager() -> None:
 
 @pytest.mark.parametrize(("width", "gigaflops", "limit"), [(384, 6.154, 6.6), (768, 13.400, 14.3)])
 def test_floating_point_operations(width: int, gigaflops: float, limit: float) -> None:
-    """Adapter and head of ViT-S/16 and ViT-B/16 on one picture of 256 px, a multiply-add counted as two."""
+    """Adapter and head of ViT-S/16 and ViT-B/16 on one image of 256 px, a multiply-add counted as two."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         adapter, head = Adapter(width).eval(), Head(width, residual_detour=True).eval()
         maps = [torch.empty(1, width, 16, 16) for _ in BLOCKS]
@@ -299,7 +299,7 @@ def test_too_shallow_a_backbone_has_no_default_blocks(depth: int) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.25), (torch.float16, 0.03)])
 def test_autocast_runs_forward_and_backward(dtype: torch.dtype, bound: float) -> None:
     """The bounds are those of half-precision weights; parameters and gradients stay float32."""
-    student, pixels = trained_student(16), picture((3, 5), 16)
+    student, pixels = trained_student(16), image((3, 5), 16)
     expected = student(pixels)
     with torch.autocast("cpu", dtype):
         found = student(pixels)

@@ -24,7 +24,7 @@ from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.datasets.labelled import read_labelled
 from brixel.evaluate.feature_cache import Features
-from brixel.evaluate.feature_sources import Source
+from brixel.evaluate.feature_sources import FeatureSource
 from brixel.evaluate.fidelity import nearness, teacher_edges
 from brixel.evaluate.matching import distances, random_homography
 from brixel.evaluate.probes.segmentation import segment
@@ -141,7 +141,7 @@ def test_bootstrap_of_a_mean():
 def test_bootstrap_of_a_ratio_and_of_a_mean_iou():
     numbers = np.random.default_rng(5)
     either = numbers.integers(0, 400, (40, CLASSES))
-    rows = np.stack([numbers.binomial(either, 0.6), either], 1)  # pictures 2 K
+    rows = np.stack([numbers.binomial(either, 0.6), either], 1)  # images 2 K
 
     def ratio(sums):
         return sums[..., 0, :].sum(-1) / sums[..., 1, :].sum(-1)
@@ -227,7 +227,7 @@ def test_a_linear_probe_is_least_squares():
     """With noise, so that the best fit is not what was planted."""
     generator = torch.Generator().manual_seed(0)
     features = Features(
-        Source("any", lambda pixels: pixels, 8), [torch.randn(6, 8, 8, generator=generator) for _ in range(10)]
+        FeatureSource("any", lambda pixels: pixels, 8), [torch.randn(6, 8, 8, generator=generator) for _ in range(10)]
     )
     inputs = torch.cat([features[number].flatten(1).T for number in range(10)])
     truth = inputs @ torch.tensor([2.0, -1, 0, 3, 1, -2]) + 4 + torch.randn(640, generator=generator)
@@ -236,8 +236,8 @@ def test_a_linear_probe_is_least_squares():
     def loss(outputs, items):
         return (outputs[0, 0, :, 0] - truth[torch.as_tensor(items)]).square().mean()
 
-    def score(readout, pictures):
-        items = [64 * number + cell for number in pictures for cell in range(64)]
+    def score(readout, images):
+        items = [64 * number + cell for number in images for cell in range(64)]
         return -float(loss(readout(examples.inputs(items)), items))
 
     settings = ProbeSettings(steps=400, batch_size=640, learning_rates=(0.01, 0.1), weight_decay=0)
@@ -264,7 +264,7 @@ def test_segmentation_reaches_what_logistic_regression_reaches(tmp_path):
     regression = LogisticRegression(C=100, max_iter=1000).fit(inputs["train"], classes["train"])
     theirs = regression.predict(inputs["val"])
 
-    source = Source("colours", lambda pixels: torch.nn.functional.avg_pool2d(pixels, 4), 4, scale=4)
+    source = FeatureSource("colours", lambda pixels: torch.nn.functional.avg_pool2d(pixels, 4), 4, scale=4)
     data = [read_labelled("plain", tmp_path, split) for split in ("train", "val")]
     settings = ProbeSettings(steps=300, batch_size=1024, learning_rates=(0.001, 0.03))
     ours = segment(source, *data, 64, settings=settings)

@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "tiny_mlp": ViTConfig(width=64, depth=4, heads=2, ffn="mlp", ffn_width=256, **COMMON),
     "tiny_swiglu": ViTConfig(width=96, depth=5, heads=3, ffn="swiglu", ffn_width=384, **COMMON),
 }
-PICTURES = {"tiny_mlp": 3, "tiny_swiglu": 2}
+IMAGES = {"tiny_mlp": 3, "tiny_swiglu": 2}
 NAMES = sorted(ARCHITECTURES)
 # method.md: "What the release computes and never uses", rows 1 and 2 of level_embed aside
 DEAD = (
@@ -74,7 +74,7 @@ def is_dead(key: str) -> bool:
 @pytest.mark.parametrize("name", NAMES)
 def test_backbone_and_student_equal_the_release(name: str) -> None:
     model, tensors = from_release(name), load_file(GOLDEN / f"{name}.io.safetensors")
-    for index in range(PICTURES[name]):
+    for index in range(IMAGES[name]):
         image = tensors.pop(f"{index}.image")
         with torch.no_grad():
             maps, features = model.backbone.block_maps(image, model.blocks), model(image)

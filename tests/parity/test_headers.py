@@ -99,7 +99,7 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Read:
 
     def load(state: dict[str, Tensor], path: Path = tmp_path / "file.pth", **options: Any) -> LoadedBackbone:
         monkeypatch.setattr(loading, "read_tensors", lambda _, needed: state)
-        monkeypatch.setattr(loading, "fit", fit_on_meta)
+        monkeypatch.setattr(loading, "load_into", fit_on_meta)
         return load_backbone(path, **options)
 
     return load

@@ -71,7 +71,7 @@ def randomise(model: PreTrainedModel) -> None:
             parameter.copy_(noise / math.sqrt(parameter[0].numel()))
 
 
-def pictures(patch_px: int, grid_hw: tuple[int, int]) -> Tensor:
+def images(patch_px: int, grid_hw: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 3, grid_hw[0] * patch_px, grid_hw[1] * patch_px, generator=generator)
 
@@ -89,7 +89,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 
 
 def flattened(pixels: Tensor, patch_px: int) -> Tensor:
-    """Pictures (B, 3, H, W) as NaFlex takes them: (B, h*w, p*p*3), a patch in the order y, x, colour."""
+    """Images (B, 3, H, W) as NaFlex takes them: (B, h*w, p*p*3), a patch in the order y, x, colour."""
     patches = pixels.unflatten(3, (-1, patch_px)).unflatten(2, (-1, patch_px))  # B 3 h p w p
     return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -119,7 +119,7 @@ def test_every_block_as_transformers_computes_it(
 ) -> None:
     model, folder = references[name]
     vit = load_backbone(folder).vit
-    pixels = pictures(vit.patch_px, grid_hw)
+    pixels = images(vit.patch_px, grid_hw)
     expected = reference_maps(model, pixels, grid_hw)
     found = vit.block_maps(pixels, range(DEPTH))
     for ours, theirs in zip(found, expected, strict=True):
@@ -140,7 +140,7 @@ def test_every_block_as_transformers_computes_it(
 def test_each_setting_is_felt(name: str, wrong: dict[str, Any], references: dict[str, Reference]) -> None:
     model, folder = references[name]
     vit = load_backbone(folder, fields=wrong).vit
-    pixels = pictures(vit.patch_px, (3, 3))
+    pixels = images(vit.patch_px, (3, 3))
     found = vit.block_maps(pixels, [DEPTH - 1])[0]
     assert (found - reference_maps(model, pixels, (3, 3))[-1]).abs().max() > 1e-4
 
@@ -358,7 +358,7 @@ def test_an_offset_goes_with_the_plain_bicubic_rule_alone(references: dict[str, 
 
 @pytest.mark.parametrize(("name", "include_backbone"), [("siglip", True), ("naflex", False)])
 def test_a_student_on_it_runs_and_comes_back(
-    name: str, include_backbone: bool, references: dict[str, Reference], picture: Path, tmp_path: Path
+    name: str, include_backbone: bool, references: dict[str, Reference], image_path: Path, tmp_path: Path
 ) -> None:
     model = BrixelFeatures.from_backbone(references[name][1], device="cpu")
     assert model.config.adapter.blocks == (0, 1, 2, 3)
@@ -368,7 +368,7 @@ def test_a_student_on_it_runs_and_comes_back(
     found = BrixelFeatures.from_pretrained(tmp_path, device="cpu")
     assert found.config == model.config
     assert found.config.backbone.vit.mean == (0.5, 0.5, 0.5)
-    ours, theirs = model.extract(picture), found.extract(picture)
+    ours, theirs = model.extract(image_path), found.extract(image_path)
     assert ours.features.shape[0] == 64
     assert ours.features.isfinite().all()
     assert torch.equal(ours.features, theirs.features)

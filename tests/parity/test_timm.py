@@ -1,6 +1,6 @@
 """Our ViT against timm's, on goldens that timm made: `tests/golden/timm_*.safetensors`.
 
-Each file holds a tiny model with random weights ("weights."), pictures and the normalised maps of its blocks ("io."),
+Each file holds a tiny model with random weights ("weights."), images and the normalised maps of its blocks ("io."),
 and in its metadata the sizes ("dims"), the versions ("made") and the script that wrote it ("recipe").
 """
 

@@ -17,7 +17,7 @@ OTHER = {
     **{"steps": 7, "batch_size": 3, "accumulate": 2, "teacher_px": 112, "max_zoom": 2.0, "flip": False},
     **{"small": "skip", "cache": 9, "cache_dir": "c", "optimizer": "adam", "lr": 1e-5, "weight_decay": 0.5},
     **{"warmup": 3, "schedule": "release", "clip_norm": 0.0, "ema": 0.5, "drop_path": 0.0, "l1": 0.5, "edge": 0.0},
-    **{"spectral": 1e-7, "true_rings": False, "val_pictures": 0, "val_every": 5, "save_every": 6, "log_every": 7},
+    **{"spectral": 1e-7, "true_rings": False, "val_images": 0, "val_every": 5, "save_every": 6, "log_every": 7},
     **{"workers": 0, "seed": 2**40, "device": "cpu", "fit": 5, "about": "a few"},
 }
 KINDS = {field.name: kind for field, kind in fields()}
@@ -67,7 +67,7 @@ def test_a_wrong_type_names_the_setting_and_the_value(name, value):
 
 WRONG_VALUES = {
     **{key: [0, -1] for key in ["steps", "batch_size", "accumulate", "val_every", "save_every", "log_every"]},
-    **{key: [-1] for key in ["cache", "warmup", "workers", "val_pictures"]},
+    **{key: [-1] for key in ["cache", "warmup", "workers", "val_images"]},
     **{key: [-1e-09, math.nan, math.inf] for key in ["lr", "weight_decay", "clip_norm", "l1", "edge", "spectral"]},
     **{key: [-0.1, 1.0, 2, math.nan] for key in ["ema", "drop_path"]},
     **{"seed": [-1, 2**63], "teacher_px": [0, -56], "max_zoom": [0.99, 0, math.nan, math.inf]},
@@ -194,13 +194,6 @@ def test_settings_that_are_no_file_are_named(tmp_path):
     for name, reason in (("absent.toml", "No such file"), (".", "Is a directory")):
         with pytest.raises(BrixelError, match=f"no settings at .*{name}: {reason}"):
             read_settings(tmp_path / name)
-
-
-def test_a_python_without_toml_says_what_brings_it(tmp_path, monkeypatch):
-    for module in ("tomllib", "tomli"):
-        monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(BrixelError, match=r"needs 'tomli' on Python 3\.10: pip install 'brixel\[train\]'"):
-        read_settings(tmp_path / "train.toml")
 
 
 def test_a_table_in_the_file_is_refused_by_name(tmp_path):

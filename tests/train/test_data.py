@@ -12,13 +12,13 @@ from torch.utils.data import DataLoader
 from brixel import BrixelError
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD
 from brixel.images.crops import CropSettings, check_teacher_px, student_view, teacher_crop
-from brixel.train.data import CropDataset, PositionSampler, collate, find_training_pictures, shuffled
+from brixel.train.data import CropDataset, PositionSampler, collate, find_training_images, shuffled
 
 T = 32
 
 
 def noise(height_px, width_px, seed=0, grain_px=4):
-    """Noise that is smooth enough to be a picture: (3, H, W) uint8."""
+    """Noise that is smooth enough to be an image: (3, H, W) uint8."""
     coarse = torch.rand(1, 3, height_px // grain_px, width_px // grain_px, generator=generator(seed))
     return F.interpolate(coarse, (height_px, width_px), mode="bilinear")[0].mul(255).round().to(torch.uint8)
 
@@ -57,7 +57,7 @@ def region_of(crop):
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory):
-    """Seven usable pictures of various sizes and formats, two folders deep."""
+    """Seven usable images of various sizes and formats, two folders deep."""
     folder = tmp_path_factory.mktemp("album")
     sizes = [(40, 60), (60, 40), (33, 33), (48, 36), (36, 80), (90, 45), (64, 64)]
     for number, (height_px, width_px) in enumerate(sizes):
@@ -67,48 +67,48 @@ def album(tmp_path_factory):
 
 
 def dataset_of(folder, **settings):
-    pictures = find_training_pictures([folder])
-    return CropDataset(pictures, CropSettings(T, **settings), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    images = find_training_images([folder])
+    return CropDataset(images, CropSettings(T, **settings), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def spoil(folder):
-    """A folder's worth of files that are no pictures, whatever their names say."""
+    """A folder's worth of files that are no images, whatever their names say."""
     (folder / "empty.png").write_bytes(b"")
-    (folder / "text.jpg").write_text("not a picture")
+    (folder / "text.jpg").write_text("not an image")
     whole = save(folder / "whole.png", noise(48, 48)).read_bytes()
     (folder / "whole.png").unlink()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     return {"cut.png", "empty.png", "text.jpg"}
 
 
-# ---------------------------------------------------------------- finding pictures
+# ---------------------------------------------------------------- finding images
 
 
-def test_folders_are_searched_in_order_and_each_picture_counts_once(album, tmp_path):
+def test_folders_are_searched_in_order_and_each_image_counts_once(album, tmp_path):
     for name in ("b/1.png", "a.PNG", ".hidden.png", ".cache/2.png", "b/.cache/3.png"):
         save(tmp_path / name, noise(8, 8))
     (tmp_path / "notes.txt").write_text("no")
     other = [tmp_path / "a.PNG", tmp_path / "b" / "1.png"]
-    assert find_training_pictures([tmp_path]) == other
+    assert find_training_images([tmp_path]) == other
     names = [f"{number}.{'jpg' if number % 2 else 'png'}" for number in range(5)] + ["deep/er/5.jpg", "deep/er/6.png"]
-    assert find_training_pictures([album]) == [album / name for name in names]
-    assert find_training_pictures([tmp_path, album]) == other + [album / name for name in names]
-    assert find_training_pictures([tmp_path / "b", tmp_path, tmp_path]) == other[::-1]
+    assert find_training_images([album]) == [album / name for name in names]
+    assert find_training_images([tmp_path, album]) == other + [album / name for name in names]
+    assert find_training_images([tmp_path / "b", tmp_path, tmp_path]) == other[::-1]
 
 
 def test_wrong_folders_say_so(tmp_path):
     save(tmp_path / ".hidden" / "a.png", noise(8, 8))
     (tmp_path / "empty").mkdir()
     with pytest.raises(BrixelError, match="nowhere is missing; expected a folder"):
-        find_training_pictures([tmp_path / "nowhere"])
+        find_training_images([tmp_path / "nowhere"])
     with pytest.raises(BrixelError, match=r"a\.png is a file; expected a folder"):
-        find_training_pictures([tmp_path / ".hidden" / "a.png"])
-    with pytest.raises(BrixelError, match=r"no pictures in .*empty; looked for .*\.jpg.*\.png"):
-        find_training_pictures([tmp_path / "empty"])
-    with pytest.raises(BrixelError, match=r"no pictures in .*; looked for .*\.jpg.*\.png"):
-        find_training_pictures([tmp_path])
-    with pytest.raises(BrixelError, match="no training pictures"):
-        CropDataset(find_training_pictures([]), CropSettings(T), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+        find_training_images([tmp_path / ".hidden" / "a.png"])
+    with pytest.raises(BrixelError, match=r"no images in .*empty; looked for .*\.jpg.*\.png"):
+        find_training_images([tmp_path / "empty"])
+    with pytest.raises(BrixelError, match=r"no images in .*; looked for .*\.jpg.*\.png"):
+        find_training_images([tmp_path])
+    with pytest.raises(BrixelError, match="no training images"):
+        CropDataset(find_training_images([]), CropSettings(T), mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 # ---------------------------------------------------------------- settings
@@ -163,8 +163,8 @@ def test_centre_crop_is_what_pillow_gives(image_hw):
     assert crop.is_contiguous()
 
 
-def test_the_crop_is_nearly_one_of_the_whole_picture_resized():
-    """Cutting first moves the picture by less than a pixel: it differs by little where the picture is smooth."""
+def test_the_crop_is_nearly_one_of_the_whole_image_resized():
+    """Cutting first moves the image by less than a pixel: it differs by little where the image is smooth."""
     planes = noise(120, 203, grain_px=24)
     crop = teacher_crop(planes, CropSettings(T, random=False), generator())
     whole = F.interpolate(planes[None].float() / 255, (T, 54), mode="bicubic", antialias=True)[0]  # 54.1
@@ -172,7 +172,7 @@ def test_the_crop_is_nearly_one_of_the_whole_picture_resized():
     assert (crop - whole[:, :, 8 : 8 + T]).abs().mean() > 0.02, "the bound tells crops apart"
 
 
-def test_random_crops_lie_within_the_picture_and_cover_it():
+def test_random_crops_lie_within_the_image_and_cover_it():
     height, width = 48, 96
     regions = [region_of(crop) for crop in crops_of(ramp(height, width), CropSettings(T, max_zoom=1.4))]
     sides, tops, lefts, mirrored = (np.array(each) for each in zip(*regions, strict=True))
@@ -192,7 +192,7 @@ def test_without_zoom_the_short_side_is_covered():
     np.testing.assert_allclose(sides, 48, atol=0.2)
 
 
-def test_zoom_stops_at_the_pictures_own_size():
+def test_zoom_stops_at_the_images_own_size():
     planes = noise(40, 60)
     settings = CropSettings(T, max_zoom=9, flip=False)
     windows = {
@@ -200,10 +200,10 @@ def test_zoom_stops_at_the_pictures_own_size():
         for window in (planes / 255).unfold(1, T, 1).unfold(2, T, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, T, T)
     }
     unscaled = sum(crop.numpy().tobytes() in windows for crop in crops_of(planes, settings))
-    assert unscaled > 30, "most crops are the picture's own pixels"
+    assert unscaled > 30, "most crops are the image's own pixels"
 
 
-def test_small_pictures_are_upsampled_whole_and_never_zoomed():
+def test_small_images_are_upsampled_whole_and_never_zoomed():
     for crop in crops_of(ramp(20, 24), CropSettings(T, max_zoom=4), 10):
         side, top, left, _ = region_of(crop)
         assert side == pytest.approx(20, abs=0.3)
@@ -229,7 +229,7 @@ def test_floats_and_bytes_give_the_same():
     )
 
 
-def test_the_picture_itself_is_left_alone():
+def test_the_image_itself_is_left_alone():
     planes = torch.rand(3, T, T, generator=generator())
     before = planes.clone()
     teacher_crop(planes, CropSettings(T, random=False), generator()).zero_()
@@ -251,7 +251,7 @@ def test_student_view_is_the_antialiased_quarter(leading):
 
 
 def assert_same(one, other):
-    assert one.picture == other.picture
+    assert one.image == other.image
     assert one.skipped == other.skipped
     assert torch.equal(one.teacher, other.teacher)
     assert torch.equal(one.student, other.student)
@@ -266,7 +266,7 @@ def test_items_are_normalised_crop_and_its_quarter(album):
     assert pixels.max() < 1 + 1e-6
     assert crop.teacher.shape == (3, T, T)
     torch.testing.assert_close(crop.student, (student_view(pixels) - mean) / std, rtol=0, atol=1e-5)
-    assert crop.picture == str(dataset.pictures[shuffled(3, 7, 0)])
+    assert crop.image == str(dataset.images[shuffled(3, 7, 0)])
     assert crop.skipped == ()
 
 
@@ -288,16 +288,16 @@ def test_the_global_random_state_is_left_alone(album):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(album):
+def test_an_epoch_takes_each_image_once_in_an_order_of_its_own(album):
     dataset = dataset_of(album)
-    epochs = [[dataset[epoch * 7 + place].picture for place in range(7)] for epoch in range(4)]
+    epochs = [[dataset[epoch * 7 + place].image for place in range(7)] for epoch in range(4)]
     for epoch in epochs:
-        assert Counter(epoch) == Counter(map(str, dataset.pictures))
+        assert Counter(epoch) == Counter(map(str, dataset.images))
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert [shuffled(position, 1, 0) for position in range(3)] == [0, 0, 0]
 
 
-def test_the_same_picture_is_cropped_otherwise_in_another_epoch(tmp_path):
+def test_the_same_image_is_cropped_otherwise_in_another_epoch(tmp_path):
     save(tmp_path / "one.png", noise(48, 96))
     dataset = dataset_of(tmp_path)
     assert len({dataset[position].teacher.numpy().tobytes() for position in range(6)}) > 4
@@ -315,7 +315,7 @@ def test_validation_takes_centre_crops_whatever_the_epoch(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_workers_and_restarts_read_the_same(album, tmp_path, batch_size):
-    for path in find_training_pictures([album]):
+    for path in find_training_images([album]):
         save(tmp_path / path.name, torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))
     bad = spoil(tmp_path)
     dataset = dataset_of(tmp_path, max_zoom=1.5)
@@ -330,37 +330,37 @@ def test_workers_and_restarts_read_the_same(album, tmp_path, batch_size):
     for one, other in zip(whole, restarted, strict=True):
         assert torch.equal(one.teacher, other.teacher)
         assert torch.equal(one.student, other.student)
-        assert (one.pictures, one.skipped) == (other.pictures, other.skipped)
+        assert (one.images, one.skipped) == (other.images, other.skipped)
     assert whole[0].teacher.shape == (batch_size, 3, T, T)
-    assert len(whole[0].pictures) == batch_size
+    assert len(whole[0].images) == batch_size
     if batch_size > 1:
         assert {name.rpartition("/")[2] for batch in whole for name in batch.skipped} == bad
 
 
-def test_what_is_no_picture_is_listed_and_the_next_one_taken(album, tmp_path):
-    for path in find_training_pictures([album])[:3]:
+def test_what_is_no_image_is_listed_and_the_next_one_taken(album, tmp_path):
+    for path in find_training_images([album])[:3]:
         save(tmp_path / path.name, torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))
     bad = spoil(tmp_path)
     dataset = dataset_of(tmp_path)
     (tmp_path / "0.png").unlink()  # deleted after it was found
-    order = [dataset.pictures[shuffled(position, 6, 0)] for position in range(6)]
+    order = [dataset.images[shuffled(position, 6, 0)] for position in range(6)]
     for position in range(6):
         ring = order[position:] + order[:position]
         usable = next(path for path in ring if path.name in ("1.jpg", "2.png"))
         crop = dataset[position]
-        assert crop.picture == str(usable)
+        assert crop.image == str(usable)
         assert crop.skipped == tuple(str(path) for path in ring[: ring.index(usable)])
     assert {path.rpartition("/")[2] for position in range(6) for path in dataset[position].skipped} == bad | {"0.png"}
 
 
-def test_small_pictures_are_skipped_where_that_is_asked_for(tmp_path):
+def test_small_images_are_skipped_where_that_is_asked_for(tmp_path):
     save(tmp_path / "large.png", noise(32, 40))
     save(tmp_path / "low.png", noise(31, 400))
     dataset = dataset_of(tmp_path, small="skip")
-    assert {dataset[position].picture for position in range(4)} == {str(tmp_path / "large.png")}
+    assert {dataset[position].image for position in range(4)} == {str(tmp_path / "large.png")}
     assert {name for position in range(2) for name in dataset[position].skipped} == {str(tmp_path / "low.png")}
     upsampling = dataset_of(tmp_path)
-    assert len({upsampling[position].picture for position in range(2)}) == 2
+    assert len({upsampling[position].image for position in range(2)}) == 2
     assert upsampling[0].skipped == ()
 
 
@@ -368,9 +368,9 @@ def test_nothing_usable_is_an_error_that_gives_reasons(tmp_path):
     spoil(tmp_path)
     save(tmp_path / "small.png", noise(8, 8))
     (tmp_path / "cut.png").unlink()
-    with pytest.raises(BrixelError, match="none of the 3 training pictures can be used") as caught:
+    with pytest.raises(BrixelError, match="none of the 3 training images can be used") as caught:
         dataset_of(tmp_path, small="skip")[4]
-    for reason in ("is an empty file", "text.jpg: is not a picture", "small.png: smaller than teacher_px=32"):
+    for reason in ("is an empty file", "text.jpg: is not an image", "small.png: smaller than teacher_px=32"):
         assert reason in str(caught.value)
 
 

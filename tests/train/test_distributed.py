@@ -133,12 +133,12 @@ def free_ports(number):
 def drawn(tmp_path_factory):
     folder, numbers = tmp_path_factory.mktemp("drawn"), np.random.default_rng(0)
     for number in range(10):
-        picture = Image.new("RGB", (160, 150), tuple(numbers.integers(0, 256, 3).tolist()))
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (160, 150), tuple(numbers.integers(0, 256, 3).tolist()))
+        draw = ImageDraw.Draw(image)
         for _ in range(8):
             x, y = numbers.integers(0, 130, 2).tolist()
             draw.rectangle((x, y, x + 40, y + 30), fill=tuple(numbers.integers(0, 256, 3).tolist()))
-        picture.save(folder / f"{number}.png")
+        image.save(folder / f"{number}.png")
     return folder
 
 
@@ -158,7 +158,7 @@ def task(backbone_folder, drawn, tmp_path_factory):
     """What the processes are told, by name of the run; and what one process does in their place."""
     folder = tmp_path_factory.mktemp("distributed")
     common = {
-        **{"backbone": str(backbone_folder), "images": str(drawn), "val_pictures": 2},
+        **{"backbone": str(backbone_folder), "images": str(drawn), "val_images": 2},
         **{"teacher_px": 112, "steps": STEPS, "batch_size": 2, "warmup": 2, "lr": 1e-4, "drop_path": 0.0},
         **{"val_every": STEPS, "save_every": 2, "log_every": 1, "workers": 0, "device": "cpu"},
     }

@@ -75,7 +75,7 @@ def test_how_the_crops_are_dealt_out_does_not_matter():
     whole, parts = fresh_blend(), fresh_blend()
     [(pixels, teacher)] = random_passes(1, batch=6)
 
-    def maps_of(pixels):  # of each picture by itself, so that batches see the same
+    def maps_of(pixels):  # of each image by itself, so that batches see the same
         each = [backbone_maps(one[None]) for one in pixels]
         return [torch.cat(maps) for maps in zip(*each, strict=True)]
 
@@ -150,9 +150,9 @@ def test_no_more_crops_than_the_run_reads(settings, passes):
 
 
 @pytest.fixture
-def config(backbone_folder, picture, tmp_path):
+def config(backbone_folder, image_path, tmp_path):
     return TrainConfig(
-        **{"backbone": str(backbone_folder), "images": str(picture.parent), "out": str(tmp_path / "out")},
+        **{"backbone": str(backbone_folder), "images": str(image_path.parent), "out": str(tmp_path / "out")},
         **{"teacher_px": 112, "steps": 2, "batch_size": 2, "warmup": 1, "workers": 0, "device": "cpu"},
     )
 

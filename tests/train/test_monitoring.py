@@ -1,6 +1,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from PIL import Image
 
 from brixel import BrixelError
 from brixel.evaluate.fidelity import BASELINES, nearness
+from brixel.feature_maps.panel import HEIGHT_PX, LABEL_PX, MARGIN_PX
 from brixel.train.metrics_log import Metrics
-from brixel.train.monitoring import CURVE_PX, draw_curve, draw_panel
+from brixel.train.monitoring import CURVE_PX, draw_crops, draw_curve
 from brixel.train.validation import baselines
 
 # ---------------------------------------------------------------- metrics
@@ -75,15 +77,15 @@ def curve(tmp_path, records):
     draw_curve(path, records)
     if not path.exists():
         return None
-    with Image.open(path) as picture:
-        assert picture.width == CURVE_PX[1]
-        assert picture.height in (CURVE_PX[0], 2 * CURVE_PX[0])
-        return np.asarray(picture.convert("RGB")).copy()
+    with Image.open(path) as image:
+        assert image.width == CURVE_PX[1]
+        assert image.height in (CURVE_PX[0], 2 * CURVE_PX[0])
+        return np.asarray(image.convert("RGB")).copy()
 
 
-def coloured(picture, colour, *, below=0):
+def coloured(image_path, colour, *, below=0):
     wanted = [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
-    return np.argwhere((picture[below:] == wanted).all(-1)) + np.array([below, 0])
+    return np.argwhere((image_path[below:] == wanted).all(-1)) + np.array([below, 0])
 
 
 BLUE, RED, GREY = "#1f6fb4", "#c23b22", "#888888"
@@ -92,10 +94,10 @@ BLUE, RED, GREY = "#1f6fb4", "#c23b22", "#888888"
 def test_lines_are_where_their_values_say(tmp_path):
     losses = [{"step": step, "loss": 4.0 - step / 5} for step in range(1, 11)]
     checks = [{"step": step, "cosine": 0.5, "bilinear_cosine": 0.1} for step in (5, 10)]
-    picture = curve(tmp_path, [*losses, *checks])
-    assert picture.shape[0] == 2 * CURVE_PX[0]  # the loss above, the checks below, each on an axis of its own
-    blue = coloured(picture[: CURVE_PX[0]], BLUE, below=46)
-    red, grey = (coloured(picture[CURVE_PX[0] :], colour, below=46) for colour in (RED, GREY))
+    image = curve(tmp_path, [*losses, *checks])
+    assert image.shape[0] == 2 * CURVE_PX[0]  # the loss above, the checks below, each on an axis of its own
+    blue = coloured(image[: CURVE_PX[0]], BLUE, below=46)
+    red, grey = (coloured(image[CURVE_PX[0] :], colour, below=46) for colour in (RED, GREY))
     top, bottom = 48, CURVE_PX[0] - 48  # of both axes: 2.0 to 3.8, and 0.5 to 0.9
     # the median: the grey of text is here and there that of the line
     assert np.median(red[:, 0]) == pytest.approx(bottom, abs=2)
@@ -144,35 +146,6 @@ def test_nan_survives_the_lines_of_metrics(tmp_path):
 # ---------------------------------------------------------------- the panel
 
 
-@pytest.mark.parametrize("side_px", [28, 112, 224, 256, 320])
-def test_a_panel_shows_every_tile_whole(tmp_path, side_px):
-    torch.manual_seed(0)
-    grid = side_px // 14
-    rows = 2
-    pictures = [np.full((side_px, side_px, 3), 77, np.uint8)] * rows
-    names = {"backbone": grid, "student": 4 * grid, "teacher": 4 * grid}
-    maps = [{name: torch.randn(6, cells, cells) for name, cells in names.items()} for _ in range(rows)]
-    for by_name in maps:  # the last row of cells is one colour, to be found again
-        by_name["teacher"][:, -1] = 9.0
-    draw_panel(tmp_path / "panel.png", pictures, maps)
-    with Image.open(tmp_path / "panel.png") as panel:
-        pixels = np.asarray(panel.convert("RGB"))
-    zoom = max(1, 256 // (4 * grid))
-    tile_px = zoom * 4 * grid
-    teacher = pixels[:, -12 - tile_px : -12].astype(int)  # the last column of tiles
-    uniform = (np.ptp(teacher, axis=1) == 0).all(-1) & ~(teacher == 255).all((1, 2))
-    assert uniform.sum() == rows * zoom
-    assert np.isclose(pixels[..., 0], 77).sum() >= rows * (side_px * max(1, 256 // side_px)) ** 2
-
-
-def test_a_panel_needs_a_map_for_each_picture(tmp_path):
-    with pytest.raises(ValueError, match="shorter"):
-        draw_panel(tmp_path / "panel.png", [np.zeros((4, 4, 3), np.uint8)], [])
-
-
-# ---------------------------------------------------------------- nearness
-
-
 class Crops:
     """A stand-in for a cache: pairs of pixels and maps."""
 
@@ -184,6 +157,47 @@ class Crops:
 
     def __getitem__(self, index):
         return self.pairs[index]
+
+
+class Shifted:
+    """A stand-in for a model: the backbone's map is a given one, the dense map the teacher's less one."""
+
+    def __init__(self, low, dense):
+        self.low, self.dense = low, dense
+        vit = SimpleNamespace(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        self.config = SimpleNamespace(backbone=SimpleNamespace(vit=vit))
+
+    def backbone_features(self, pixels):
+        return self.low[None]
+
+    def __call__(self, pixels):
+        return self.dense[None]
+
+
+@pytest.mark.parametrize("grid", [2, 5])
+def test_a_panel_shows_three_crops_with_their_maps(tmp_path, grid):
+    low, teacher = torch.randn(6, grid, grid), torch.randn(6, 4 * grid, 4 * grid)
+    teacher[:, -1] = 9.0  # the last row of cells is one colour, to be found again
+    crops = Crops([(torch.zeros(3, 14 * grid, 14 * grid), teacher)] * 4)
+    draw_crops(tmp_path / "panel.png", Shifted(low, teacher - 1), crops, torch.device("cpu"))
+    with Image.open(tmp_path / "panel.png") as panel:
+        pixels = np.asarray(panel.convert("RGB"))
+    side_px = round(HEIGHT_PX / (4 * grid)) * 4 * grid
+    assert pixels.shape == (3 * (side_px + LABEL_PX + MARGIN_PX) + MARGIN_PX, 4 * (side_px + MARGIN_PX) + MARGIN_PX, 3)
+    shown = pixels[MARGIN_PX + LABEL_PX :, -MARGIN_PX - side_px : -MARGIN_PX][:side_px]  # the teacher's, first row
+    assert (np.ptp(shown[-side_px // (4 * grid) :], axis=(0, 1)) == 0).all()
+    image = pixels[MARGIN_PX + LABEL_PX :, MARGIN_PX:][:side_px, :side_px]
+    assert (image == round(0.5 * 255)).all()
+
+
+def test_maps_with_values_not_finite_cannot_be_shown(tmp_path):
+    broken = torch.full((3, 4, 4), math.nan)
+    crops = Crops([(torch.zeros(3, 8, 8), torch.zeros(3, 4, 4))])
+    with pytest.raises(BrixelError, match="not finite"):
+        draw_crops(tmp_path / "panel.png", Shifted(broken[:, :1, :1], broken), crops, torch.device("cpu"))
+
+
+# ---------------------------------------------------------------- nearness
 
 
 def test_nearness_is_what_a_loop_over_cells_gives():
@@ -220,12 +234,6 @@ def test_baselines_are_plain_interpolation_averaged_over_crops():
             expected.append(nearness(plain, teacher[None]))
         for name in ("l1", "cosine"):
             assert found[f"{mode}_{name}"] == pytest.approx(np.mean([each[name] for each in expected]), abs=1e-6)
-
-
-def test_maps_with_values_not_finite_cannot_be_shown(tmp_path):
-    maps = [{"student": torch.full((3, 4, 4), math.nan)}]
-    with pytest.raises(BrixelError, match="not finite"):
-        draw_panel(tmp_path / "panel.png", [np.zeros((8, 8, 3), np.uint8)], maps)
 
 
 def test_a_record_is_json_that_others_can_read(tmp_path):

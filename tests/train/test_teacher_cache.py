@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from brixel import BrixelError
 from brixel.images.crops import CropSettings
 from brixel.train import teacher_cache as cache_module
-from brixel.train.data import CropDataset, find_training_pictures
+from brixel.train.data import CropDataset, find_training_images
 from brixel.train.teacher_cache import TeacherCache
 
 T, COUNT = 32, 7
@@ -40,25 +40,25 @@ class Teacher:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Four pictures and a damaged one."""
-    folder = tmp_path / "pictures"
+def images(tmp_path):
+    """Four images and a damaged one."""
+    folder = tmp_path / "images"
     folder.mkdir()
     random = np.random.default_rng(0)
     for number in range(4):
         pixels = random.integers(0, 256, (40 + number, 50, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    (folder / "bad.png").write_bytes(b"not a picture")
+    (folder / "bad.png").write_bytes(b"not an image")
     return folder
 
 
 def dataset_of(folder, **settings):
     settings = CropSettings(T, **{"max_zoom": 1.2, **settings})
-    return CropDataset(find_training_pictures([folder]), settings, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))
+    return CropDataset(find_training_images([folder]), settings, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.3))
 
 
-def build(folder, pictures, teacher=None, **changes):
-    options = {"dataset": dataset_of(pictures), "count": COUNT, "teacher_id": TEACHER_ID, **changes}
+def build(folder, images, teacher=None, **changes):
+    options = {"dataset": dataset_of(images), "count": COUNT, "teacher_id": TEACHER_ID, **changes}
     return TeacherCache.build_or_open(folder, teacher=teacher or Teacher(), **options)
 
 
@@ -73,14 +73,14 @@ def crops_done(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
-def test_items_are_what_the_teacher_gives_rounded(tmp_path, pictures, dtype, rounding, batch_size, workers):
+def test_items_are_what_the_teacher_gives_rounded(tmp_path, images, dtype, rounding, batch_size, workers):
     steps = []
     cache = build(
-        *(tmp_path / "new" / "cache", pictures),
+        *(tmp_path / "new" / "cache", images),
         **{"dtype": dtype, "batch_size": batch_size, "workers": workers},
         progress=lambda *step: steps.append(step),
     )
-    dataset, teacher = dataset_of(pictures), Teacher()
+    dataset, teacher = dataset_of(images), Teacher()
     assert len(cache) == COUNT
     for position in range(COUNT):
         student, features = cache[position]
@@ -90,12 +90,12 @@ def test_items_are_what_the_teacher_gives_rounded(tmp_path, pictures, dtype, rou
         assert torch.equal(features, expected.to(dtype).float())
         torch.testing.assert_close(student, dataset[position].student, rtol=2**-11, atol=1e-7)
     assert steps == [(min(done, COUNT), COUNT) for done in range(batch_size, COUNT + batch_size, batch_size)]
-    assert cache.skipped == (str(pictures / "bad.png"),)
+    assert cache.skipped == (str(images / "bad.png"),)
     assert cache.dtype == dtype
 
 
-def test_items_are_counted_as_those_of_a_list(tmp_path, pictures):
-    cache = build(tmp_path / "cache", pictures)
+def test_items_are_counted_as_those_of_a_list(tmp_path, images):
+    cache = build(tmp_path / "cache", images)
     assert torch.equal(cache[-1][1], cache[COUNT - 1][1])
     for index in (COUNT, -COUNT - 1):
         with pytest.raises(IndexError):
@@ -103,8 +103,8 @@ def test_items_are_counted_as_those_of_a_list(tmp_path, pictures):
     assert len(list(cache)) == COUNT
 
 
-def test_an_item_is_a_copy(tmp_path, pictures):
-    cache = build(tmp_path / "cache", pictures)
+def test_an_item_is_a_copy(tmp_path, images):
+    cache = build(tmp_path / "cache", images)
     before = files_of(tmp_path / "cache")
     for tensor in cache[0]:
         tensor.zero_()
@@ -112,25 +112,25 @@ def test_an_item_is_a_copy(tmp_path, pictures):
     assert files_of(tmp_path / "cache") == before
 
 
-def test_the_global_random_state_is_left_alone(tmp_path, pictures):
+def test_the_global_random_state_is_left_alone(tmp_path, images):
     before = torch.get_rng_state()
-    build(tmp_path / "cache", pictures)
+    build(tmp_path / "cache", images)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_complete_cache_opens_without_the_teacher(tmp_path, pictures):
+def test_a_complete_cache_opens_without_the_teacher(tmp_path, images):
     folder = tmp_path / "cache"
-    first = build(folder, pictures)
+    first = build(folder, images)
     before = files_of(folder)
     idle = Teacher(fails_in=0)
-    for cache in (build(folder, pictures, idle), TeacherCache(folder)):
+    for cache in (build(folder, images, idle), TeacherCache(folder)):
         assert all(torch.equal(a, b) for i in range(COUNT) for a, b in zip(cache[i], first[i], strict=True))
         assert cache.skipped == first.skipped
     assert files_of(folder) == before
 
 
-def test_workers_open_it_by_its_path(tmp_path, pictures):
-    cache = build(tmp_path / "cache", pictures)
+def test_workers_open_it_by_its_path(tmp_path, images):
+    cache = build(tmp_path / "cache", images)
     assert len(pickle.dumps(cache)) < 300
     again = pickle.loads(pickle.dumps(cache))
     assert torch.equal(again[3][1], cache[3][1])
@@ -139,13 +139,13 @@ def test_workers_open_it_by_its_path(tmp_path, pictures):
     assert torch.equal(torch.cat([teacher for _, teacher in read]), torch.stack([cache[i][1] for i in range(COUNT)]))
 
 
-def test_a_read_only_folder_will_do(tmp_path, pictures):
+def test_a_read_only_folder_will_do(tmp_path, images):
     folder = tmp_path / "cache"
-    expected = build(folder, pictures)[0][1]
+    expected = build(folder, images)[0][1]
     for path in (*folder.iterdir(), folder):
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
-        assert torch.equal(build(folder, pictures)[0][1], expected)
+        assert torch.equal(build(folder, images)[0][1], expected)
     finally:
         folder.chmod(0o755)
 
@@ -154,28 +154,28 @@ def test_a_read_only_folder_will_do(tmp_path, pictures):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_an_interrupted_build_goes_on_where_it_was(tmp_path, pictures, batch_size):
-    build(tmp_path / "whole", pictures, batch_size=batch_size)
+def test_an_interrupted_build_goes_on_where_it_was(tmp_path, images, batch_size):
+    build(tmp_path / "whole", images, batch_size=batch_size)
     folder = tmp_path / "cache"
     with pytest.raises(RuntimeError, match="interrupted"):
-        build(folder, pictures, Teacher(fails_in=4), batch_size=batch_size)
+        build(folder, images, Teacher(fails_in=4), batch_size=batch_size)
     assert crops_done(folder) == 4
     with pytest.raises(BrixelError, match="has 4 of 7 crops: build it to its end"):
         TeacherCache(folder)
     teacher, steps = Teacher(), []
-    build(folder, pictures, teacher, batch_size=batch_size, progress=lambda *step: steps.append(step[0]))
+    build(folder, images, teacher, batch_size=batch_size, progress=lambda *step: steps.append(step[0]))
     assert teacher.crops == COUNT - 4
     assert steps[0] == 4 + batch_size
     assert files_of(folder) == files_of(tmp_path / "whole")
 
 
-def test_interrupted_before_the_first_crop(tmp_path, pictures):
+def test_interrupted_before_the_first_crop(tmp_path, images):
     with pytest.raises(RuntimeError):
-        build(tmp_path / "cache", pictures, Teacher(fails_in=0))
+        build(tmp_path / "cache", images, Teacher(fails_in=0))
     assert not (tmp_path / "cache").exists()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / ".header.1234.part.json").write_text("{")  # what a kill leaves
-    assert len(build(tmp_path / "cache", pictures)) == COUNT
+    assert len(build(tmp_path / "cache", images)) == COUNT
 
 
 KILLED = """
@@ -187,7 +187,7 @@ sys.path.insert(0, {tests!r})
 from test_teacher_cache import Teacher, build
 from brixel.train import teacher_cache as cache
 
-folder, pictures = Path({folder!r}), Path({pictures!r})
+folder, images = Path({folder!r}), Path({images!r})
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -233,7 +233,7 @@ for plan in PLANS:
     child = os.fork()
     if child == 0:
         plan()
-        build(folder, pictures, Logged())
+        build(folder, images, Logged())
         os._exit(1)  # not killed
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (plan, status)
@@ -243,18 +243,18 @@ for plan in PLANS:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its children with SIGKILL")
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, pictures):
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, images):
     folder, log = tmp_path / "cache", tmp_path / "log"
-    program = KILLED.format(tests=os.path.dirname(__file__), folder=str(folder), pictures=str(pictures), log=str(log))
+    program = KILLED.format(tests=os.path.dirname(__file__), folder=str(folder), images=str(images), log=str(log))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert [int(line) for line in result.stdout.split()] == [0, 0, 0, 1, 2, 3, 3, 4]
     calls = len(log.read_text().split())
     assert calls == 4 + 7, "each kill but the one after recording lost a call"
     teacher = Teacher()
-    build(folder, pictures, teacher)
+    build(folder, images, teacher)
     assert teacher.crops == COUNT - 4
-    build(tmp_path / "whole", pictures)
+    build(tmp_path / "whole", images)
     ours = {name: data for name, data in files_of(folder).items() if not name.startswith(".")}
     assert ours == files_of(tmp_path / "whole")
 
@@ -273,17 +273,17 @@ def with_option(**changes):
     return lambda options, folder: options.update(changes)
 
 
-def with_another_picture(options, folder):
+def with_another_image(options, folder):
     shutil.copy(folder / "0.png", folder / "9.png")
     options["dataset"] = dataset_of(folder)
 
 
-def with_a_picture_renamed(options, folder):
+def with_an_image_renamed(options, folder):
     (folder / "0.png").rename(folder / "00.png")
     options["dataset"] = dataset_of(folder)
 
 
-def with_a_picture_changed(options, folder):
+def with_an_image_changed(options, folder):
     Image.new("RGB", (40, 40)).save(folder / "2.png")
 
 
@@ -315,42 +315,42 @@ def with_another_deviation(options, folder):
         ),
         (with_another_teacher_px, "crops.teacher_px is 32 there, 64 here. Name"),
         (with_another_deviation, "crops.std is [0.2, 0.2, 0.3] there, [0.2, 0.2, 0.2] here. Name"),
-        (with_another_picture, "pictures.number is 5 there, 6 here; pictures.bytes is"),
-        (with_a_picture_renamed, "pictures.names_and_sizes is"),
-        (with_a_picture_changed, "pictures.bytes is"),
+        (with_another_image, "pictures.number is 5 there, 6 here; pictures.bytes is"),
+        (with_an_image_renamed, "pictures.names_and_sizes is"),
+        (with_an_image_changed, "pictures.bytes is"),
     ],
 )
 @pytest.mark.parametrize("complete", [True, False])
-def test_a_cache_of_something_else_is_left_alone(tmp_path, pictures, change, message, complete):
+def test_a_cache_of_something_else_is_left_alone(tmp_path, images, change, message, complete):
     folder = tmp_path / "cache"
     if complete:
-        build(folder, pictures)
+        build(folder, images)
     else:
         with pytest.raises(RuntimeError):
-            build(folder, pictures, Teacher(fails_in=2))
+            build(folder, images, Teacher(fails_in=2))
     before = files_of(folder)
-    options = {"dataset": dataset_of(pictures)}
-    change(options, pictures)
+    options = {"dataset": dataset_of(images)}
+    change(options, images)
     with pytest.raises(BrixelError) as caught:
-        build(folder, pictures, Teacher(fails_in=0), **options)
+        build(folder, images, Teacher(fails_in=0), **options)
     assert f"{folder} holds another teacher cache: {message}" in str(caught.value)
     assert str(caught.value).endswith(" here. Name another folder, or delete this one")
     assert files_of(folder) == before
 
 
-def test_pictures_may_move_and_be_read_in_another_way(tmp_path, pictures):
+def test_images_may_move_and_be_read_in_another_way(tmp_path, images):
     folder = tmp_path / "cache"
-    build(folder, pictures)
-    moved = pictures.rename(tmp_path / "elsewhere")
+    build(folder, images)
+    moved = images.rename(tmp_path / "elsewhere")
     build(folder, moved, Teacher(fails_in=0), batch_size=2, workers=2)
 
 
-def test_other_folders_are_left_alone(tmp_path, pictures):
-    before = files_of(pictures)
-    for folder in (pictures, pictures / "0.png"):
+def test_other_folders_are_left_alone(tmp_path, images):
+    before = files_of(images)
+    for folder in (images, images / "0.png"):
         with pytest.raises(BrixelError, match="is there and no teacher cache: name a new or an empty folder"):
-            build(folder, pictures, Teacher(fails_in=0))
-    assert files_of(pictures) == before
+            build(folder, images, Teacher(fails_in=0))
+    assert files_of(images) == before
 
 
 def damaged(name, data):
@@ -373,11 +373,11 @@ def damaged(name, data):
         (lambda folder: (folder / "student.bin").unlink(), "student.bin is missing"),
     ],
 )
-def test_damage_is_named(tmp_path, pictures, damage, message):
+def test_damage_is_named(tmp_path, images, damage, message):
     folder = tmp_path / "cache"
-    build(folder, pictures)
+    build(folder, images)
     damage(folder)
-    for way in (lambda: TeacherCache(folder), lambda: build(folder, pictures, Teacher(fails_in=0))):
+    for way in (lambda: TeacherCache(folder), lambda: build(folder, images, Teacher(fails_in=0))):
         with pytest.raises(BrixelError, match=message):
             way()
 
@@ -387,18 +387,18 @@ def test_a_missing_cache_is_named(tmp_path):
         TeacherCache(tmp_path / "nowhere")
 
 
-def test_a_build_whose_files_were_cut_does_not_go_on(tmp_path, pictures):
+def test_a_build_whose_files_were_cut_does_not_go_on(tmp_path, images):
     with pytest.raises(RuntimeError):
-        build(tmp_path / "cache", pictures, Teacher(fails_in=3))
+        build(tmp_path / "cache", images, Teacher(fails_in=3))
     os.truncate(tmp_path / "cache" / "teacher.bin", 100)
     with pytest.raises(BrixelError, match=r"teacher\.bin is shorter than done\.json says: delete the folder"):
-        build(tmp_path / "cache", pictures)
+        build(tmp_path / "cache", images)
 
 
 # ---------------------------------------------------------------- a full disk
 
 
-def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, pictures, monkeypatch):
+def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, images, monkeypatch):
     asked = []
 
     def usage(path):
@@ -408,29 +408,29 @@ def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, pictures
     monkeypatch.setattr(shutil, "disk_usage", usage)
     teacher = Teacher()
     with pytest.raises(BrixelError, match=r"needs 0\.00 GiB more, and 0\.00 GiB are free: make room or take fewer"):
-        build(tmp_path / "new" / "cache", pictures, teacher)
+        build(tmp_path / "new" / "cache", images, teacher)
     assert asked == [tmp_path]
     assert teacher.crops == 1
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=COUNT * CROP_BYTES))
-    build(tmp_path / "new" / "cache", pictures)
+    build(tmp_path / "new" / "cache", images)
 
 
-def test_sizes_of_the_disk_are_told(tmp_path, pictures, monkeypatch):
+def test_sizes_of_the_disk_are_told(tmp_path, images, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 2**28))
     with pytest.raises(BrixelError, match=r"needs 4\.29 GiB more, and 0\.75 GiB are free"):
-        build(tmp_path / "cache", pictures, count=8_000_000)
+        build(tmp_path / "cache", images, count=8_000_000)
 
 
-def test_only_what_is_missing_needs_room(tmp_path, pictures, monkeypatch):
+def test_only_what_is_missing_needs_room(tmp_path, images, monkeypatch):
     with pytest.raises(RuntimeError):
-        build(tmp_path / "cache", pictures, Teacher(fails_in=5))
+        build(tmp_path / "cache", images, Teacher(fails_in=5))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * CROP_BYTES))
-    build(tmp_path / "cache", pictures)
+    build(tmp_path / "cache", images)
 
 
 @pytest.mark.parametrize("fails_in", [1, 2, 8])
-def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on_later(tmp_path, pictures, monkeypatch, fails_in):
+def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on_later(tmp_path, images, monkeypatch, fails_in):
     calls = []
 
     def full(handle):
@@ -443,15 +443,15 @@ def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on_later(tmp_path, 
         patched.setattr(cache_module.os, "fsync", full)
         kept = f"{done} crops are kept, {COUNT - done} missing"
         with pytest.raises(BrixelError, match=f"cannot write the teacher cache: .*No space left.*start again, {kept}"):
-            build(folder, pictures)
+            build(folder, images)
     teacher = Teacher()
-    build(folder, pictures, teacher)
+    build(folder, images, teacher)
     assert teacher.crops == COUNT - done
-    build(tmp_path / "whole", pictures)
+    build(tmp_path / "whole", images)
     assert files_of(folder) == files_of(tmp_path / "whole")
 
 
-def test_a_disk_that_is_really_full(tmp_path, pictures):
+def test_a_disk_that_is_really_full(tmp_path, images):
     """The kernel refuses what goes beyond a limit on the size of files."""
     resource = pytest.importorskip("resource", reason="limits of a process are a Unix thing")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -460,11 +460,11 @@ def test_a_disk_that_is_really_full(tmp_path, pictures):
         with pytest.raises(
             BrixelError, match="cannot write the teacher cache: .*; mend it and start again, 2 crops are kept"
         ):
-            build(tmp_path / "cache", pictures)
+            build(tmp_path / "cache", images)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    build(tmp_path / "cache", pictures)
-    build(tmp_path / "whole", pictures)
+    build(tmp_path / "cache", images)
+    build(tmp_path / "whole", images)
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
 
 
@@ -472,7 +472,7 @@ def test_a_disk_that_is_really_full(tmp_path, pictures):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_named_and_not_kept(tmp_path, pictures, bad):
+def test_features_that_are_not_finite_are_named_and_not_kept(tmp_path, images, bad):
     sound = Teacher()
 
     def teacher(pixels):
@@ -481,38 +481,38 @@ def test_features_that_are_not_finite_are_named_and_not_kept(tmp_path, pictures,
             features[1, 2, 3, 1] = bad
         return features
 
-    picture = dataset_of(pictures)[3].picture
-    with pytest.raises(BrixelError, match=f"features of crop 3, from {picture}, are not finite"):
-        build(tmp_path / "cache", pictures, teacher, batch_size=2)
+    image = dataset_of(images)[3].image
+    with pytest.raises(BrixelError, match=f"features of crop 3, from {image}, are not finite"):
+        build(tmp_path / "cache", images, teacher, batch_size=2)
     assert crops_done(tmp_path / "cache") == 2
-    build(tmp_path / "cache", pictures, batch_size=2)
+    build(tmp_path / "cache", images, batch_size=2)
 
 
-def test_features_too_large_for_float16_ask_for_bfloat16(tmp_path, pictures):
+def test_features_too_large_for_float16_ask_for_bfloat16(tmp_path, images):
     def teacher(pixels):
         return Teacher()(pixels) * 1e5
 
     with pytest.raises(BrixelError, match=r"features of crop 0, .* do not fit torch\.float16: take bfloat16"):
-        build(tmp_path / "cache", pictures, teacher)
-    build(tmp_path / "cache", pictures, teacher, dtype=torch.bfloat16)
+        build(tmp_path / "cache", images, teacher)
+    build(tmp_path / "cache", images, teacher, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x.flatten(1), lambda x: torch.cat([x, x])])
-def test_features_of_a_wrong_shape_are_an_error(tmp_path, pictures, wrong):
+def test_features_of_a_wrong_shape_are_an_error(tmp_path, images, wrong):
     with pytest.raises(BrixelError, match=r"the teacher gave .*; expected \(1, D, h, w\)"):
-        build(tmp_path / "cache", pictures, wrong)
+        build(tmp_path / "cache", images, wrong)
 
 
-def test_a_teacher_that_changes_shape_is_an_error(tmp_path, pictures):
+def test_a_teacher_that_changes_shape_is_an_error(tmp_path, images):
     with pytest.raises(RuntimeError):
-        build(tmp_path / "cache", pictures, Teacher(fails_in=3))
+        build(tmp_path / "cache", images, Teacher(fails_in=3))
     message = r"no longer gives what the cache in .* began with: teacher_shape is \[6, 4, 4\] there, \[3, 32, 32\] here"
     with pytest.raises(BrixelError, match=message):
-        build(tmp_path / "cache", pictures, lambda pixels: pixels)
+        build(tmp_path / "cache", images, lambda pixels: pixels)
     assert crops_done(tmp_path / "cache") == 3
 
 
-def test_the_teacher_runs_without_gradients(tmp_path, pictures):
+def test_the_teacher_runs_without_gradients(tmp_path, images):
     weight = torch.ones((), requires_grad=True)
     seen = []
 
@@ -521,12 +521,12 @@ def test_the_teacher_runs_without_gradients(tmp_path, pictures):
         seen.append(features.requires_grad)
         return features
 
-    build(tmp_path / "cache", pictures, teacher)
+    build(tmp_path / "cache", images, teacher)
     assert seen == [False] * COUNT
 
 
-def test_wrong_arguments_say_so(tmp_path, pictures):
+def test_wrong_arguments_say_so(tmp_path, images):
     with pytest.raises(BrixelError, match="of 7 crops in float32; expected 1 or more, in float16 or bfloat16"):
-        build(tmp_path / "cache", pictures, dtype=torch.float32)
+        build(tmp_path / "cache", images, dtype=torch.float32)
     with pytest.raises(BrixelError, match="a teacher cache of 0 crops"):
-        build(tmp_path / "cache", pictures, count=0)
+        build(tmp_path / "cache", images, count=0)

@@ -30,7 +30,7 @@ TEACHER_PX, WIDTH = 112, 64
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """20 pictures to train on and 6 to validate with: coloured shapes on coloured ground."""
+    """20 images to train on and 6 to validate with: coloured shapes on coloured ground."""
     folder, numbers = tmp_path_factory.mktemp("drawn"), np.random.default_rng(0)
     for name, count in (("train", 20), ("val", 6)):
         (folder / name).mkdir()
@@ -40,13 +40,13 @@ def drawn(tmp_path_factory):
 
 
 def draw_shapes(numbers, height_px):
-    picture = Image.new("RGB", (160, height_px), tuple(numbers.integers(0, 256, 3).tolist()))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (160, height_px), tuple(numbers.integers(0, 256, 3).tolist()))
+    draw = ImageDraw.Draw(image)
     for _ in range(8):
         x, y, width, height = numbers.integers(0, 130, 4).tolist()
         shape = draw.ellipse if numbers.random() < 0.5 else draw.rectangle
         shape((x, y, x + width // 2 + 15, y + height // 2 + 15), fill=tuple(numbers.integers(0, 256, 3).tolist()))
-    return picture
+    return image
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def trained(backbone_folder, drawn, tmp_path_factory):
     return config, distill(config)
 
 
-def test_the_loss_falls_and_held_out_pictures_come_nearer_than_by_interpolation(trained):
+def test_the_loss_falls_and_held_out_images_come_nearer_than_by_interpolation(trained):
     config, _ = trained
     losses = [record["loss"] for record in told(config.out) if "loss" in record]
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
@@ -162,15 +162,15 @@ def test_the_result_is_a_folder_for_from_pretrained(trained, backbone_folder, dr
     config, given = trained
     best = BrixelFeatures.from_pretrained(config.out, device="cpu")
     last = BrixelFeatures.from_pretrained(Path(config.out) / "last", device="cpu")
-    picture = next((drawn / "val").iterdir())
+    image = next((drawn / "val").iterdir())
     for model in (best, last, given):
         assert not model.training
         assert not any(each.requires_grad for each in model.backbone.parameters())
         assert model.config.adapter.short_side_px == TEACHER_PX // 4
-        assert model.extract(picture).features.shape[0] == WIDTH
-    assert torch.equal(given.extract(picture).features, best.extract(picture).features)
+        assert model.extract(image).features.shape[0] == WIDTH
+    assert torch.equal(given.extract(image).features, best.extract(image).features)
     fresh = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=TEACHER_PX // 4)
-    assert not torch.equal(fresh.extract(picture).features, best.extract(picture).features)
+    assert not torch.equal(fresh.extract(image).features, best.extract(image).features)
 
 
 def test_the_best_model_is_that_of_the_best_validation(trained):
@@ -201,16 +201,16 @@ def test_the_settings_are_written_whole(trained):
     assert set(written) == expected
 
 
-def test_curve_and_panels_are_pictures_and_nothing_else_is_left(trained):
+def test_curve_and_panels_are_images_and_nothing_else_is_left(trained):
     config, _ = trained
     out = Path(config.out)
     for name in ("curve.png", "panel-000015.png", "panel-000030.png"):
-        with Image.open(out / name) as picture:
-            picture.load()
-            assert min(picture.size) > 200
+        with Image.open(out / name) as image:
+            image.load()
+            assert min(image.size) > 200
     names = {"adapter.safetensors", "cache", "config.json", "last", "metrics.jsonl", "state.pt", "train.toml", "val"}
-    pictures = {"curve.png", "panel-000015.png", "panel-000030.png"}
-    assert {path.name for path in out.iterdir()} == names | pictures | {"README.md"}
+    images = {"curve.png", "panel-000015.png", "panel-000030.png"}
+    assert {path.name for path in out.iterdir()} == names | images | {"README.md"}
 
 
 def test_the_model_tells_of_its_training(trained):
@@ -311,7 +311,7 @@ def killed(backbone_folder, drawn, tmp_path_factory):
         for number, case in enumerate(CASES)
     }
     cases = json.dumps([(case[0], dataclasses.asdict(config)) for case, config in configs.items()])
-    with (folder / "said").open("w") as said:  # not a pipe, which the orphaned readers of pictures hold open
+    with (folder / "said").open("w") as said:  # not a pipe, which the orphaned readers of images hold open
         done = subprocess.run([sys.executable, "-c", KILLED, cases], stdout=said, stderr=said, timeout=120)
     assert done.returncode == 0, (folder / "said").read_text()
     return configs
@@ -327,7 +327,7 @@ def uninterrupted(backbone_folder, drawn, tmp_path_factory):
 
 
 def interruptible(backbone, drawn, out, **settings):
-    settings = {"steps": 5, "accumulate": 2, "val_every": 4, "val": str(drawn / "val"), "val_pictures": 1, **settings}
+    settings = {"steps": 5, "accumulate": 2, "val_every": 4, "val": str(drawn / "val"), "val_images": 1, **settings}
     return short_run(backbone, drawn / "train", out, **settings)
 
 
@@ -592,45 +592,45 @@ def test_a_teacher_of_another_shape_is_refused(config):
 
 def test_with_a_cache_the_teacher_sees_every_crop_once(config, backbone_folder, drawn):
     teacher = Teacher(backbone_folder)
-    distill(changed(config, cache=3, val=(str(drawn / "val"),), val_pictures=2), teacher=teacher)
+    distill(changed(config, cache=3, val=(str(drawn / "val"),), val_images=2), teacher=teacher)
     assert teacher.shapes == [(1, 3, TEACHER_PX, TEACHER_PX)] * 5
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"workers": 2}, {"cache": 8}])
-def test_unreadable_pictures_are_counted_and_listed_and_not_fatal(config, drawn, tmp_path, capsys, settings):
-    folder = tmp_path / "pictures"
+def test_unreadable_images_are_counted_and_listed_and_not_fatal(config, drawn, tmp_path, capsys, settings):
+    folder = tmp_path / "images"
     (folder / "below").mkdir(parents=True)
     for number in range(3):
         shutil.copy(drawn / "train" / f"{number:02}.png", folder / "below")
     (folder / "broken.png").write_bytes((folder / "below" / "00.png").read_bytes()[:300])
-    (folder / "text.jpg").write_text("no picture")
+    (folder / "text.jpg").write_text("no image")
     distill(changed(config, images=(str(folder),), **settings))
     said = capsys.readouterr().err
-    assert f"2 pictures could not be used: {folder / 'broken.png'}, {folder / 'text.jpg'}" in said
+    assert f"2 images could not be used: {folder / 'broken.png'}, {folder / 'text.jpg'}" in said
 
 
-def test_where_no_picture_can_be_read_the_run_says_so(config, tmp_path):
-    folder = tmp_path / "pictures"
+def test_where_no_image_can_be_read_the_run_says_so(config, tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     (folder / "broken.png").write_bytes(b"nothing")
-    with pytest.raises(BrixelError, match=r"none of the 1 training pictures can be used.*broken\.png"):
+    with pytest.raises(BrixelError, match=r"none of the 1 training images can be used.*broken\.png"):
         distill(changed(config, images=(str(folder),)))
 
 
 @pytest.mark.slow
-def test_small_pictures_are_upsampled_or_passed_over(config, drawn, tmp_path, capsys):
-    folder = tmp_path / "pictures"
+def test_small_images_are_upsampled_or_passed_over(config, drawn, tmp_path, capsys):
+    folder = tmp_path / "images"
     folder.mkdir()
     shutil.copy(drawn / "train" / "00.png", folder)
     Image.new("RGB", (50, 40), "red").save(folder / "small.png")
     distill(changed(config, images=(str(folder),)))
     assert "could not be used" not in capsys.readouterr().err
     distill(changed(config, images=(str(folder),), small="skip", out=str(tmp_path / "skipping")))
-    assert f"1 pictures could not be used: {folder / 'small.png'}" in capsys.readouterr().err
+    assert f"1 images could not be used: {folder / 'small.png'}" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -668,10 +668,10 @@ def test_progress_is_a_line_every_few_steps_where_there_is_no_terminal(config, c
     assert said == ""
     lines = err.strip().split("\n")
     assert [line.split(" loss ")[0] for line in lines] == ["step 3/4", "step 4/4"]
-    assert all("pictures/s, " in line and line.endswith("s left") for line in lines)
+    assert all("images/s, " in line and line.endswith("s left") for line in lines)
 
 
-def test_without_held_out_pictures_the_best_is_the_latest(config):
+def test_without_held_out_images_the_best_is_the_latest(config):
     distill(changed(config, val_every=2))
     out = Path(config.out)
     assert (out / "adapter.safetensors").read_bytes() == (out / "last" / "adapter.safetensors").read_bytes()

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from brixel.errors import BrixelError
 from brixel.evaluate.cost.timing import check_side, random_student
-from brixel.inference.memory.allocation_tracker import LiveBytes, weights_and_buffers
+from brixel.inference.memory.allocation_tracker import AllocationTracker, weights_and_buffers
 from brixel.inference.memory.planner import Job, predict_peak, run_job, ways_by_cost
 from brixel.inference.memory.strategies import Way, new_results
 from brixel.model.student import Student
-from brixel.utils.devices import dtype_name, machine
-from brixel.utils.memory import bytes_text
+from brixel.utils.devices import describe_machine, dtype_name
+from brixel.utils.memory import format_bytes
 
 ARCHITECTURES = ("dinov3-vits16", "dinov3-vitb16", "dinov3-vitl16", "dinov3-vith16plus")
 SIDES = (256, 512, 1024, 2048, 4096)
@@ -26,7 +26,7 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Row:
-    """Least bytes of one way for one square picture; measured bytes and seconds are None where it was not run."""
+    """Least bytes of one way for one square image; measured bytes and seconds are None where it was not run."""
 
     architecture: str
     dtype: torch.dtype
@@ -40,9 +40,9 @@ class Row:
 def memory_table(
     architectures: Sequence[str], sides_px: Sequence[int], *, measured: Mapping[str, int] | None = None
 ) -> list[Row]:
-    """Rows for whole passes, exact pieces and tiles of square pictures.
+    """Rows for whole passes, exact pieces and tiles of square images.
 
-    ``measured``: by architecture, the side up to which pictures are computed as well, on the CPU, the map going to a
+    ``measured``: by architecture, the side up to which images are computed as well, on the CPU, the map going to a
     file. Where nothing is computed the weights are never made. Raises BrixelError for one that is not in the table.
     """
     rows, measured = [], measured or {}
@@ -72,16 +72,16 @@ def _row(architecture: str, student: Student, way: Way, job: Job, *, run: bool) 
 
 def measure_peak(student: Student, way: Way, job: Job) -> tuple[int, float]:
     """Peak bytes and seconds of computing a job of noise on the CPU, counted as :func:`predict_peak` counts."""
-    pictures = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
-    counter = LiveBytes("cpu")
+    images = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
+    counter = AllocationTracker("cpu")
     with tempfile.TemporaryDirectory() as folder:
         rooms = _rooms_in(folder, student, job) if job.to_file else None
         with counter:
             counter.track(weights_and_buffers(student))
-            counter.track(pictures)
+            counter.track(images)
             counter.leave_out(rooms or [])
             start = time.perf_counter()
-            run_job(student, way, pictures, rooms)
+            run_job(student, way, images, rooms)
             return counter.peak, time.perf_counter() - start
 
 
@@ -100,22 +100,22 @@ def report(rows: Sequence[Row], command: str) -> str:
     lines = [
         "# Smallest limits of memory that work",
         "",
-        "| architecture | dtype | picture, px | whole | exact pieces | tiles | measured: whole, pieces, tiles |",
+        "| architecture | dtype | image, px | whole | exact pieces | tiles | measured: whole, pieces, tiles |",
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     keys = dict.fromkeys((row.architecture, row.dtype, row.side_px) for row in rows)
     for key in keys:
         by_kind = {row.kind: row for row in rows if (row.architecture, row.dtype, row.side_px) == key}
-        predicted = [bytes_text(by_kind[kind].predicted_bytes) if kind in by_kind else "-" for kind in _KINDS]
+        predicted = [format_bytes(by_kind[kind].predicted_bytes) if kind in by_kind else "-" for kind in _KINDS]
         measured = [_measured(by_kind[kind]) for kind in _KINDS if kind in by_kind]
         shown = ", ".join(measured) if all(measured) else "-"
         lines.append(f"| {key[0]} | {dtype_name(key[1])} | {key[2]} | {' | '.join(predicted)} | {shown} |")
-    return "\n".join([*lines, "", *_NOTES, "", machine(_HOST) + ". Made by:", "", f"    {command}"])
+    return "\n".join([*lines, "", *_NOTES, "", describe_machine(_HOST) + ". Made by:", "", f"    {command}"])
 
 
 _KINDS = ("whole", "pieces", "tiles")
 _NOTES = (
-    "One picture, random weights, weights included. Predicted on fake tensors for the CPU: live bytes of tensors, with",
+    "One image, random weights, weights included. Predicted on fake tensors for the CPU: live bytes of tensors, with",
     "the pixels in float32 and without the map, which goes to a file. Pieces of one row of patches, tiles of 8 x 8",
     "patches: the least there is. A dash: a pass that is too large for what kernels count, or that was not run.",
     "Measured: by the same counter on real tensors, one run each, with its seconds, beside other work.",
@@ -125,4 +125,4 @@ _NOTES = (
 def _measured(row: Row) -> str:
     if row.measured_bytes is None:
         return ""
-    return f"{bytes_text(row.measured_bytes)} in {row.seconds:.1f} s"
+    return f"{format_bytes(row.measured_bytes)} in {row.seconds:.1f} s"

@@ -12,15 +12,15 @@ from brixel.evaluate.cost.memory import measure_peak
 from brixel.evaluate.cost.timing import check_side, random_student
 from brixel.inference.memory.planner import Job, Tiles, choose_way, predict_peak
 from brixel.inference.memory.strategies import Way
-from brixel.utils.devices import dtype_name, machine
-from brixel.utils.memory import bytes_text
+from brixel.utils.devices import describe_machine, dtype_name
+from brixel.utils.memory import format_bytes
 
 _HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class LimitRow:
-    """One square picture computed within a limit; ``way`` and what follows are None where nothing fits."""
+    """One square image computed within a limit; ``way`` and what follows are None where nothing fits."""
 
     architecture: str
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class LimitRow:
 def limit_table(
     architectures: Sequence[str], sides_px: Sequence[int], limits: Sequence[int], *, dtype: torch.dtype, tiles: Tiles
 ) -> Iterator[LimitRow]:
-    """Choose a way for every architecture, side and limit (bytes), compute a picture that way, and count.
+    """Choose a way for every architecture, side and limit (bytes), compute an image that way, and count.
 
     The map goes to a file. A way that several limits lead to is computed once.
     """
@@ -68,7 +68,7 @@ def limit_report(rows: Sequence[LimitRow], command: str) -> str:
         "",
         *_NOTES,
         "",
-        machine(_HOST) + ". Made by:",
+        describe_machine(_HOST) + ". Made by:",
         "",
         f"    {command}",
     ]
@@ -76,19 +76,19 @@ def limit_report(rows: Sequence[LimitRow], command: str) -> str:
 
 
 _NOTES = (
-    "One picture, random weights, weights included, the map going to a file. Bytes of tensors, predicted on fake ones",
+    "One image, random weights, weights included, the map going to a file. Bytes of tensors, predicted on fake ones",
     "and counted on real ones, one run each. Seconds beside whatever else the machine did.",
 )
 
 
 def _line(row: LimitRow) -> str:
-    head = f"| {row.architecture} | {dtype_name(row.dtype)} | {row.side_px} | {bytes_text(row.limit_bytes)} |"
+    head = f"| {row.architecture} | {dtype_name(row.dtype)} | {row.side_px} | {format_bytes(row.limit_bytes)} |"
     if row.way is None or row.predicted_bytes is None or row.measured_bytes is None:
         return f"{head} refused: nothing fits | - | - | - | - |"
     share = 100 * row.measured_bytes / row.predicted_bytes
     return (
-        f"{head} {_told(row.way, row.side_px, row.architecture)} | {bytes_text(row.predicted_bytes)} | "
-        f"{bytes_text(row.measured_bytes)} | {share:.1f} % | {row.seconds:.1f} |"
+        f"{head} {_told(row.way, row.side_px, row.architecture)} | {format_bytes(row.predicted_bytes)} | "
+        f"{format_bytes(row.measured_bytes)} | {share:.1f} % | {row.seconds:.1f} |"
     )
 
 

@@ -1,4 +1,4 @@
-"""What student, backbone and teacher cost as pictures and batches grow; random weights, operations counted by torch.
+"""What student, backbone and teacher cost as images and batches grow; random weights, operations counted by torch.
 
 Counting runs no number: it works on shapes alone, for every size. Times are of one process, all variants of a size in
 turn; peak memory is of a fresh one for every variant (see `brixel.evaluate.cost.timing`, whose calls these are).
@@ -25,9 +25,9 @@ from brixel.evaluate.cost.timing import (
 from brixel.evaluate.report import Report
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE
-from brixel.utils.devices import choose_device, choose_dtype, dtype_name, machine
+from brixel.utils.devices import choose_device, choose_dtype, describe_machine, dtype_name
 
-_LARGEST = 4096 * 4096  # pixels of a teacher's picture
+_LARGEST = 4096 * 4096  # pixels of a teacher's image
 
 
 def cost(
@@ -65,15 +65,15 @@ def cost(
     if not rows:
         raise BrixelError("nothing to measure; expected at least one architecture and one size")
     columns = {
-        **{"architecture": ("architecture", ""), "picture_px": ("picture, px", "d"), "output_cells": ("map", "")},
+        **{"architecture": ("architecture", ""), "image_px": ("image, px", "d"), "output_cells": ("map", "")},
         **{"variant": ("variant", ""), "parameters": ("parameters, M", ".1f"), "gflop": ("GFLOP", ".1f")},
     }
     if rounds:
         columns |= {"batch": ("batch", "d"), "ms": ("ms, median", ".1f"), "ms_p90": ("p90", ".1f")}
-        columns |= {"per_second": ("pictures/s", ".2f"), "peak_mib": ("peak memory of one, MiB", ".0f")}
+        columns |= {"per_second": ("images/s", ".2f"), "peak_mib": ("peak memory of one, MiB", ".0f")}
     seldom = " (x 4: one of five)" if where.type == "cpu" else ""
     timing = (
-        f"{dtype_name(kind)}, {rounds} rounds in turn{seldom}; {machine(where)}"
+        f"{dtype_name(kind)}, {rounds} rounds in turn{seldom}; {describe_machine(where)}"
         if rounds
         else f"torch {torch.__version__}"
     )
@@ -94,8 +94,8 @@ def _counted(name: str, shapes: Student, side: int) -> list[dict[str, Any]]:
             cells = side // shapes.backbone.patch_px * (1 if variant == BACKBONE else UPSCALE)
             rows.append(
                 {
-                    **{"architecture": name, "image_px": side, "variant": variant},
-                    **{"picture_px": side * (UPSCALE if large else 1), "output_cells": f"{cells} x {cells}"},
+                    **{"architecture": name, "student_px": side, "variant": variant},
+                    **{"image_px": side * (UPSCALE if large else 1), "output_cells": f"{cells} x {cells}"},
                     "parameters": counts[shapes if variant == STUDENT else shapes.backbone] / 1e6,
                     "gflop": flops_of(call) / 1e9,
                 }
@@ -111,7 +111,7 @@ def _timed(
     rounds: int,
     device: torch.device,
 ) -> dict[str, list[dict[str, Any]]]:
-    """By variant: median and p90 in ms of a batch, and pictures per second, for every batch size."""
+    """By variant: median and p90 in ms of a batch, and images per second, for every batch size."""
     like, names = next(student.backbone.parameters()), [row["variant"] for row in counted]
     calls = {
         (variant, batch): call

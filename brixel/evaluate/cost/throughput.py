@@ -1,4 +1,4 @@
-"""Pictures per second of the whole pipeline beside the bare model on pixels that lie in memory."""
+"""Images per second of the whole pipeline beside the bare model on pixels that lie in memory."""
 
 import statistics
 import tempfile
@@ -16,20 +16,20 @@ from brixel.backbones.vit import ViT
 from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.fingerprint import fingerprint
 from brixel.extraction import extract_files
-from brixel.images.find_images import SCENE, find_pictures
+from brixel.images.find_images import SCENE, find_images
 from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
 from brixel.model.upsampler import Upsampler
-from brixel.utils.devices import dtype_name, machine
+from brixel.utils.devices import describe_machine, dtype_name
 
 BARE, STREAM, EXTRACT = "bare model, pixels in memory", "stream, from files", "extract, files to files"
 
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of every round for all pictures, by what was done; the recipe."""
+    """Seconds of every round for all images, by what was done; the recipe."""
 
     title: str
-    pictures: int
+    images: int
     seconds: Mapping[str, Sequence[float]]
     recipe: str
 
@@ -45,7 +45,7 @@ def random_model(architecture: str) -> BrixelFeatures:
     return BrixelFeatures(vit, upsampler, BrixelConfig(described, adapter)).eval()
 
 
-def draw_pictures(folder: Path, count: int, image_hw: tuple[int, int]) -> None:
+def draw_images(folder: Path, count: int, image_hw: tuple[int, int]) -> None:
     """JPEG files of one size, cut from the drawing that comes with brixel, all different."""
     folder.mkdir(parents=True, exist_ok=True)
     height, width = image_hw
@@ -56,9 +56,9 @@ def draw_pictures(folder: Path, count: int, image_hw: tuple[int, int]) -> None:
         drawn.crop((left, top, left + width, top + height)).save(folder / f"{number:05}.jpg", quality=90)
 
 
-def measure(model: BrixelFeatures, pictures: Path, *, rounds: int, batch_size: int, workers: int) -> Result:
-    """Time the three, in turn within each round and after one round that does not count, over all pictures below."""
-    found = find_pictures([pictures])
+def measure(model: BrixelFeatures, images: Path, *, rounds: int, batch_size: int, workers: int) -> Result:
+    """Time the three, in turn within each round and after one round that does not count, over all images below."""
+    found = find_images([images])
     paths = [path for path, _ in found]
     prepare = model.preparation()
     prepared = [prepare(path) for path in paths]
@@ -88,9 +88,9 @@ def measure(model: BrixelFeatures, pictures: Path, *, rounds: int, batch_size: i
                 seconds[name].append(elapsed)
     stored, seen = ("{} x {} px".format(*each) for each in (prepared[0][1].geometry.image_hw, pixels[0].shape[-2:]))
     recipe = (
-        f"{len(paths)} pictures, the first of {stored}, {seen} as the model sees it, {dtype_name(model.dtype)}, "
+        f"{len(paths)} images, the first of {stored}, {seen} as the model sees it, {dtype_name(model.dtype)}, "
         f"batches of {batch_size}, {workers} threads that decode ahead, {rounds} rounds in turn; "
-        f"{machine(model.device)}."
+        f"{describe_machine(model.device)}."
     )
     return Result(model.config.backbone.title, len(paths), seconds, recipe)
 
@@ -100,7 +100,7 @@ def report(results: Sequence[Result], command: str) -> str:
     lines = [
         "# What reading and writing cost beside the model",
         "",
-        "| backbone | what | pictures/s: median (min to max) | of the bare model's |",
+        "| backbone | what | images/s: median (min to max) | of the bare model's |",
         "| --- | --- | ---: | ---: |",
         *(row for result in results for row in _rows(result)),
         "",
@@ -114,7 +114,7 @@ def report(results: Sequence[Result], command: str) -> str:
 
 def _rows(result: Result) -> Iterator[str]:
     for name, seconds in result.seconds.items():
-        speeds = sorted(result.pictures / each for each in seconds)
+        speeds = sorted(result.images / each for each in seconds)
         ratio = statistics.median(a / b for a, b in zip(result.seconds[BARE], seconds, strict=True))
         middle = statistics.median(speeds)
         yield f"| {result.title} | {name} | {middle:.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f}) | {100 * ratio:.1f} % |"

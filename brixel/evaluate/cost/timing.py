@@ -23,14 +23,14 @@ from brixel.errors import BrixelError
 from brixel.model.config import AdapterConfig, default_blocks
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE, Upsampler
-from brixel.utils.devices import choose_device, choose_dtype, dtype_name, machine
+from brixel.utils.devices import choose_device, choose_dtype, describe_machine, dtype_name
 from brixel.utils.memory import peak_bytes
 
 Key = TypeVar("Key")
 DEFAULT_ARCHITECTURES = ("dinov3-vits16", "dinov3-vitb16")
-STUDENT, BACKBONE, LARGE = "student", "backbone alone", "backbone alone, picture x 4"
+STUDENT, BACKBONE, LARGE = "student", "backbone alone", "backbone alone, image x 4"
 _WARM_UP = 3
-_SELDOM = 5  # the large picture takes long: on a CPU it is timed in one round of five
+_SELDOM = 5  # the large image takes long: on a CPU it is timed in one round of five
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def random_student(architecture: str) -> Student:
 
 
 def check_side(architecture: str, image_px: int) -> None:
-    """Raise BrixelError for an unknown architecture, and for a side of a picture that is no whole patches of it."""
+    """Raise BrixelError for an unknown architecture, and for a side of an image that is no whole patches of it."""
     patch_px = known_backbone(architecture).vit.patch_px
     if image_px % patch_px:
         near = max(1, round(image_px / patch_px)) * patch_px
@@ -73,19 +73,19 @@ def check_side(architecture: str, image_px: int) -> None:
 
 
 def variants(student: Student, image_px: int, like: Tensor, batch: int = 1) -> dict[str, Callable[[], Tensor]]:
-    """The calls that are compared, by name, on ``batch`` pictures; ``like`` gives device and dtype.
+    """The calls that are compared, by name, on ``batch`` images; ``like`` gives device and dtype.
 
-    Pictures are drawn when they are first looked at: memory is of what is called alone.
+    Images are drawn when they are first looked at: memory is of what is called alone.
     """
 
     @functools.cache
-    def picture(side: int) -> Tensor:
+    def image(side: int) -> Tensor:
         return torch.randn(batch, 3, side, side).to(like)
 
     return {
-        BACKBONE: lambda: student.backbone_features(picture(image_px)),
-        STUDENT: lambda: student(picture(image_px)),
-        LARGE: lambda: student.backbone_features(picture(UPSCALE * image_px)),
+        BACKBONE: lambda: student.backbone_features(image(image_px)),
+        STUDENT: lambda: student(image(image_px)),
+        LARGE: lambda: student.backbone_features(image(UPSCALE * image_px)),
     }
 
 
@@ -98,7 +98,7 @@ def benchmark(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Report:
-    """Measure students of the named architectures on one picture of ``image_px`` x ``image_px`` pixels."""
+    """Measure students of the named architectures on one image of ``image_px`` x ``image_px`` pixels."""
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
     for name in architectures:  # an error should not cost the time of those before it
@@ -187,8 +187,8 @@ def _peak_of_this_process(
 
 def _recipe(image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> str:
     return (
-        f"One picture of {image_px} x {image_px} px, {dtype_name(dtype)}, random weights, {rounds} rounds in turn; "
-        f"{machine(device)}."
+        f"One image of {image_px} x {image_px} px, {dtype_name(dtype)}, random weights, {rounds} rounds in turn; "
+        f"{describe_machine(device)}."
     )
 
 

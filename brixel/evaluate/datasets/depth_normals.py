@@ -1,7 +1,7 @@
-"""Pictures with a depth or a surface normal for every pixel, in the folder layouts in which people have them.
+"""Images with a depth or a surface normal for every pixel, in the folder layouts in which people have them.
 
 `docs/evaluation.md` names the sources. Depth is (1, H, W) in metres, 0 where it was not measured; normals are
-(3, H, W), x right, y down, z into the picture, towards the camera, zeros where there is none.
+(3, H, W), x right, y down, z into the image, towards the camera, zeros where there is none.
 """
 
 import json
@@ -22,38 +22,38 @@ _NAVI = "navi_v1.5.tar.gz or an earlier version, see https://github.com/google/n
 
 
 @dataclass(frozen=True)
-class MeasuredPictures:
-    """Pictures with what was measured of them; ``read`` gives it from the file, (C, H, W) float32."""
+class MeasuredImages:
+    """Images with what was measured of them; ``read`` gives it from the file, (C, H, W) float32."""
 
     name: str
     samples: Sequence[Sample]
     read: Callable[[Path], Tensor]
 
-    def first(self, count: int | None) -> "MeasuredPictures":
-        """Only the first pictures; all where None."""
+    def first(self, count: int | None) -> "MeasuredImages":
+        """Only the first images; all where None."""
         return replace(self, samples=self.samples[:count])
 
     def target(self, index: int) -> Tensor:
-        """What was measured of a picture, (C, H, W)."""
+        """What was measured of an image, (C, H, W)."""
         found = self.read(self.samples[index].target)
         check_outlines(self.samples[index], found.shape[1:])
         return found
 
 
-def plain_depth(folder: Path, split: str) -> MeasuredPictures:
+def plain_depth(folder: Path, split: str) -> MeasuredImages:
     """`images/` and `depth/NAME.npy` (metres) or `depth/NAME.png` (16 bits, millimetres) below ``folder/split``."""
-    return MeasuredPictures(folder.resolve().name, paired(folder / split, "depth", (".npy", ".png")), read_depth)
+    return MeasuredImages(folder.resolve().name, paired(folder / split, "depth", (".npy", ".png")), read_depth)
 
 
-def plain_normals(folder: Path, split: str) -> MeasuredPictures:
+def plain_normals(folder: Path, split: str) -> MeasuredImages:
     """`images/` and `normals/NAME.npy` (H, W, 3) or `normals/NAME.png` (RGB, 0 to 255 for -1 to 1, black none)."""
-    return MeasuredPictures(folder.resolve().name, paired(folder / split, "normals", (".npy", ".png")), read_normals)
+    return MeasuredImages(folder.resolve().name, paired(folder / split, "normals", (".npy", ".png")), read_normals)
 
 
-def nyuv2(root: Path, split: str) -> MeasuredPictures:
+def nyuv2(root: Path, split: str) -> MeasuredImages:
     """NYU Depth v2 as the scripts of BTS unpack it: `official_splits/{train,test}/SCENE/{rgb_N.jpg,sync_depth_N.png}`.
 
-    654 pictures to test, 795 to train; "val" is "test" here. Depth in millimetres.
+    654 images to test, 795 to train; "val" is "test" here. Depth in millimetres.
     """
     where = (
         "nyu_depth_v2_labeled.mat from https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html, unpacked by "
@@ -62,28 +62,28 @@ def nyuv2(root: Path, split: str) -> MeasuredPictures:
     base = root / "official_splits" if (root / "official_splits").is_dir() else root
     folder = base / ("test" if split == "val" else split)
     need(folder, "a folder of NYU Depth v2", where)
-    pictures = sorted(folder.glob("*/rgb_*.jpg"))
-    samples = [Sample(path, path.with_name(f"sync_depth_{path.stem[4:]}.png")) for path in pictures]
+    images = sorted(folder.glob("*/rgb_*.jpg"))
+    samples = [Sample(path, path.with_name(f"sync_depth_{path.stem[4:]}.png")) for path in images]
     check_samples(samples, "NYU Depth v2", where)
-    return MeasuredPictures("NYU Depth v2", samples, read_depth)
+    return MeasuredImages("NYU Depth v2", samples, read_depth)
 
 
-def nyuv2_normals(root: Path, split: str) -> MeasuredPictures:
+def nyuv2_normals(root: Path, split: str) -> MeasuredImages:
     """NYU Depth v2 as `dsine_eval.zip` unpacks: `nyuv2/{train,test}/{N_img.png,N_normal.png}`, normals by GeoNet.
 
-    The same 795 and 654 pictures; "val" is "test" here. Its normals point away from the camera and are turned round.
+    The same 795 and 654 images; "val" is "test" here. Its normals point away from the camera and are turned round.
     """
     where = "dsine_eval.zip, linked in step 2 of https://github.com/baegwangbin/DSINE"
     base = next((path for path in (root / "dsine_eval" / "nyuv2", root / "nyuv2") if path.is_dir()), root)
     folder = base / ("test" if split == "val" else split)
     need(folder, "a folder of NYU Depth v2 with normals", where)
-    pictures = sorted(folder.glob("*_img.png"))
-    samples = [Sample(path, path.with_name(path.name.replace("_img.png", "_normal.png"))) for path in pictures]
+    images = sorted(folder.glob("*_img.png"))
+    samples = [Sample(path, path.with_name(path.name.replace("_img.png", "_normal.png"))) for path in images]
     check_samples(samples, f"NYU Depth v2 with normals ({folder}/*_img.png)", where)
-    return MeasuredPictures("NYU Depth v2", samples, lambda path: -read_normals(path))
+    return MeasuredImages("NYU Depth v2", samples, lambda path: -read_normals(path))
 
 
-def navi(root: Path, split: str) -> MeasuredPictures:
+def navi(root: Path, split: str) -> MeasuredImages:
     """NAVI as it unpacks: `OBJECT/SCENE/{images/N.jpg,depth/N.png}`; "train" is `multiview*`, "val" `wild_set`.
 
     Its files hold 1 / depth; what is not the object has no depth. The videos of v1.5 are left aside.
@@ -92,14 +92,14 @@ def navi(root: Path, split: str) -> MeasuredPictures:
     scenes = {"train": "multiview*", "val": "wild_set"}  # multiview_NN_CAMERA at first, then multiview-NN-CAMERA
     if split not in scenes:
         raise BrixelError(f"NAVI has no split {split!r} here; {did_you_mean(split, scenes)}")
-    pictures = sorted(root.glob(f"*/{scenes[split]}/images/*.jpg"))
-    pictures = [path for path in pictures if not path.name.startswith("downsampled_")]
-    samples = [Sample(path, path.parent.parent / "depth" / f"{path.stem}.png") for path in pictures]
+    images = sorted(root.glob(f"*/{scenes[split]}/images/*.jpg"))
+    images = [path for path in images if not path.name.startswith("downsampled_")]
+    samples = [Sample(path, path.parent.parent / "depth" / f"{path.stem}.png") for path in images]
     check_samples(samples, f"NAVI ({root}/OBJECT/{scenes[split]}/images/*.jpg)", _NAVI)
-    return MeasuredPictures("NAVI", samples, _read_inverse)
+    return MeasuredImages("NAVI", samples, _read_inverse)
 
 
-def navi_normals(root: Path, split: str) -> MeasuredPictures:
+def navi_normals(root: Path, split: str) -> MeasuredImages:
     """NAVI's depth as normals, by the focal lengths in `OBJECT/SCENE/annotations.json`; see `normals_from_depth`."""
     data = navi(root, split)
     cameras: dict[Path, float] = {}
@@ -117,7 +117,7 @@ def navi_normals(root: Path, split: str) -> MeasuredPictures:
 
 
 def _navi_cameras(scene: Path) -> dict[Path, float]:
-    """The focal length over the picture's width for each depth map of a scene."""
+    """The focal length over the image's width for each depth map of a scene."""
     path = scene / "annotations.json"
     need(path, "the cameras of a scene of NAVI", _NAVI)
     try:
@@ -127,7 +127,7 @@ def _navi_cameras(scene: Path) -> dict[Path, float]:
             for _, width in [each["image_size"]]
         }
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-        expected = "a list with filename, image_size and camera.focal_length of each picture"
+        expected = "a list with filename, image_size and camera.focal_length of each image"
         raise BrixelError(f"{path} cannot be used ({error!r}); expected {expected}; to be had: {_NAVI}") from error
 
 
@@ -135,8 +135,8 @@ DEPTH_LAYOUTS = {"plain": plain_depth, "nyuv2": nyuv2, "navi": navi}
 NORMALS_LAYOUTS = {"plain": plain_normals, "nyuv2": nyuv2_normals, "navi": navi_normals}
 
 
-def read_measured(kind: str, layout: str, root: Path, split: str) -> MeasuredPictures:
-    """Pictures with "depth" or "normals" in a layout. Raises BrixelError where something is not where it should."""
+def read_measured(kind: str, layout: str, root: Path, split: str) -> MeasuredImages:
+    """Images with "depth" or "normals" in a layout. Raises BrixelError where something is not where it should."""
     layouts = DEPTH_LAYOUTS if kind == "depth" else NORMALS_LAYOUTS
     if layout not in layouts:
         raise BrixelError(f"no layout {layout!r} for {kind}; {did_you_mean(layout, layouts)}")
@@ -144,27 +144,27 @@ def read_measured(kind: str, layout: str, root: Path, split: str) -> MeasuredPic
 
 
 def read_depth(path: Path) -> Tensor:
-    """Metres, (1, H, W), 0 where not measured: of a `.npy` as it is, of a 16-bit picture from millimetres."""
+    """Metres, (1, H, W), 0 where not measured: of a `.npy` as it is, of a 16-bit image from millimetres."""
     depth = torch.from_numpy(_array(path, 2)).float() if path.suffix == ".npy" else _millimetres(path) / 1000
     return torch.where(depth.isfinite() & (depth > 0), depth, 0.0)[None]
 
 
 def _millimetres(path: Path) -> Tensor:
-    with Image.open(path) as picture:
-        if not picture.mode.startswith("I"):
+    with Image.open(path) as image:
+        if not image.mode.startswith("I"):
             raise BrixelError(
-                f"{path} has mode {picture.mode}, 8 bits; expected 16 bits with millimetres of depth, or .npy in metres"
+                f"{path} has mode {image.mode}, 8 bits; expected 16 bits with millimetres of depth, or .npy in metres"
             )
     return read_numbers(path).float()
 
 
 def read_normals(path: Path) -> Tensor:
-    """Unit vectors, (3, H, W), zeros where there is none: of a `.npy` (H, W, 3), or a picture, black where none."""
+    """Unit vectors, (3, H, W), zeros where there is none: of a `.npy` (H, W, 3), or an image, black where none."""
     if path.suffix == ".npy":
         values = torch.from_numpy(_array(path, 3)).float()
     else:
-        with Image.open(path) as picture:
-            colours = torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32))
+        with Image.open(path) as image:
+            colours = torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32))
         values = torch.where(colours.sum(-1, keepdim=True) > 0, colours / 127.5 - 1, 0.0)
     length = values.norm(dim=-1, keepdim=True)
     return torch.where(length > 0.5, values / length.clamp(min=1e-6), 0.0).permute(2, 0, 1).contiguous()

@@ -4,7 +4,7 @@ On a plane 1 / depth is linear in the pixel's place, whatever the view: for poin
 of a pixel gives n . (x, y, 1) = c / depth. So a normal is a least-squares plane through 1 / depth around a pixel. This
 is exact on planes, and cells of several pixels lie on the same plane, so that averaging takes away what a file rounds.
 
-The camera is a pinhole that looks along +z, x right, y down, through the middle of the picture. Normals point to it.
+The camera is a pinhole that looks along +z, x right, y down, through the middle of the image. Normals point to it.
 Shapes: H x W pixels, h x w cells of the result, N = h * w windows of 3 x 3 cells.
 """
 

@@ -1,7 +1,7 @@
 """Depth and surface normals by a small convolutional readout on frozen features: how much shape do features tell.
 
 Trained at the cells' centres, judged at the data's own pixels after bilinear upsampling. Of depth the logarithm is read
-out. Pictures are cut to their centre squares; figures are taken of one picture and then averaged.
+out. Images are cut to their centre squares; figures are taken of one image and then averaged.
 
 Shapes: D channels, C = 1 (depth) or 3 (normals), h x w cells, H x H pixels.
 """
@@ -20,14 +20,14 @@ from tqdm import tqdm
 from brixel.errors import BrixelError
 from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
-from brixel.evaluate.datasets.depth_normals import MeasuredPictures
+from brixel.evaluate.datasets.depth_normals import MeasuredImages
 from brixel.evaluate.datasets.labelled import centre_square
 from brixel.evaluate.feature_cache import features_of
-from brixel.evaluate.feature_sources import Source
+from brixel.evaluate.feature_sources import FeatureSource
 from brixel.evaluate.probes.training import Maps, Probe, ProbeSettings, convolutional_readout, train_probe
 from brixel.evaluate.report import Report
 from brixel.images.crops import DOWNSAMPLING
-from brixel.utils.devices import machine
+from brixel.utils.devices import describe_machine
 
 _LOG = logging.getLogger("brixel")
 CONVOLUTIONAL = ProbeSettings(steps=300, batch_size=8, learning_rates=(3e-4, 1e-3, 3e-3))
@@ -44,20 +44,20 @@ _COLUMNS = {
 
 def probe_shape(
     kind: str,
-    source: Source,
-    train: MeasuredPictures,
-    val: MeasuredPictures,
+    source: FeatureSource,
+    train: MeasuredImages,
+    val: MeasuredImages,
     teacher_px: int,
     *,
     settings: ProbeSettings = CONVOLUTIONAL,
     cache: Path | None = None,
 ) -> tuple[Probe, list[dict[str, float]]]:
-    """Train a readout for "depth" or "normals" on ``train``; it, and its figures on each picture of ``val``.
+    """Train a readout for "depth" or "normals" on ``train``; it, and its figures on each image of ``val``.
 
-    Every picture of ``val`` has a value in its centre square; :func:`leave_out_empty` sees to it.
+    Every image of ``val`` has a value in its centre square; :func:`leave_out_empty` sees to it.
     """
-    pictures = [each.picture for data in (train, val) for each in data.samples]
-    fitted, judged = features_of(source, pictures, teacher_px, cache, keep=len(train.samples)).split(len(train.samples))
+    images = [each.image for data in (train, val) for each in data.samples]
+    fitted, judged = features_of(source, images, teacher_px, cache, keep=len(train.samples)).split(len(train.samples))
     targets = _targets(kind, train, fitted[0].shape[-2:])
     loss_of, figures = (_depth_loss, _depth_figures) if kind == "depth" else (_normals_loss, _normals_figures)
     offset = _mean_log(targets) if kind == "depth" else 0.0
@@ -67,15 +67,15 @@ def probe_shape(
         nn.init.constant_(readout[-1].get_parameter("bias"), offset)
         return readout
 
-    def loss(outputs: Tensor, pictures: Sequence[int]) -> Tensor:
-        return loss_of(outputs, targets[list(pictures)])
+    def loss(outputs: Tensor, images: Sequence[int]) -> Tensor:
+        return loss_of(outputs, targets[list(images)])
 
-    def score(readout: nn.Module, pictures: Sequence[int]) -> float:
-        return -sum(float(loss(readout(fitted[number][None]), [number])) for number in pictures)
+    def score(readout: nn.Module, images: Sequence[int]) -> float:
+        return -sum(float(loss(readout(fitted[number][None]), [number])) for number in images)
 
     probe = train_probe(new, Maps(fitted), loss, score, settings)
     found = []
-    for number in tqdm(range(len(val.samples)), f"pictures, {source.name}", disable=None):
+    for number in tqdm(range(len(val.samples)), f"images, {source.name}", disable=None):
         target = centre_square(val.target(number))
         with torch.no_grad():
             output = probe.readout(judged[number][None])
@@ -86,9 +86,9 @@ def probe_shape(
 
 def shape(
     kind: str,
-    sources: Sequence[Source],
-    train: MeasuredPictures,
-    val: MeasuredPictures,
+    sources: Sequence[FeatureSource],
+    train: MeasuredImages,
+    val: MeasuredImages,
     teacher_px: Sequence[int],
     *,
     model: str,
@@ -104,7 +104,7 @@ def shape(
         for source in sources:
             probe, found = probe_shape(kind, source, train, val, side, settings=settings, cache=cache)
             values = {key: torch.tensor([each[key] for each in found], dtype=torch.float64) for key in found[0]}
-            row: dict[str, Any] = {"model": model, "picture_px": side * source.scale // DOWNSAMPLING}
+            row: dict[str, Any] = {"model": model, "image_px": side * source.scale // DOWNSAMPLING}
             row |= {"source": source.name, **{key: float(each.mean()) for key, each in values.items()}}
             row["learning_rate"], row["interval"] = probe.learning_rate, interval(values[first])
             if source.name == BASE:
@@ -114,23 +114,23 @@ def shape(
             rows.append(row)
     form = "+.3f" if kind == "depth" else "+.2f"
     columns = {
-        **{"model": ("model", ""), "picture_px": ("picture, px", "d"), "source": ("source", "")},
+        **{"model": ("model", ""), "image_px": ("image, px", "d"), "source": ("source", "")},
         **_COLUMNS[kind],
         "interval": (f"{_COLUMNS[kind][first][0]}, 95 %", form[1:]),
         "change": ("over bilinear, 95 % (below 0 is better)", form),
     }
     recipe = (
-        f"{val.name}: {len(train.samples)} pictures to fit, {len(val.samples)} to report, centre squares; {left_out}"
-        f"{settings.steps} steps of {settings.batch_size} pictures, seed {settings.seed}, learning rate of "
+        f"{val.name}: {len(train.samples)} images to fit, {len(val.samples)} to report, centre squares; {left_out}"
+        f"{settings.steps} steps of {settings.batch_size} images, seed {settings.seed}, learning rate of "
         f"{', '.join(f'{rate:g}' for rate in settings.learning_rates)} chosen on {settings.held_out:.0%} of the "
-        f"pictures to fit; {machine(torch.device(sources[0].device))}."
+        f"images to fit; {describe_machine(torch.device(sources[0].device))}."
     )
     title = "Depth by a convolutional readout" if kind == "depth" else "Surface normals by a convolutional readout"
     return Report(kind, title, columns, rows, recipe)
 
 
-def leave_out_empty(kind: str, splits: Sequence[MeasuredPictures]) -> tuple[list[MeasuredPictures], str]:
-    """The splits less the pictures without a value in their centre square, and how many these are, for a recipe.
+def leave_out_empty(kind: str, splits: Sequence[MeasuredImages]) -> tuple[list[MeasuredImages], str]:
+    """The splits less the images without a value in their centre square, and how many these are, for a recipe.
 
     Raises BrixelError where none is left of a split.
     """
@@ -142,25 +142,25 @@ def leave_out_empty(kind: str, splits: Sequence[MeasuredPictures]) -> tuple[list
         if len(without) == len(having):
             first = f", the first {without[0]}" if without else ""
             raise BrixelError(
-                f"none of {len(having)} pictures of {data.name} has {kind} in its centre square{first}; expected such "
-                "pictures both to fit and to report"
+                f"none of {len(having)} images of {data.name} has {kind} in its centre square{first}; expected such "
+                "images both to fit and to report"
             )
         kept.append(replace(data, samples=[sample for sample, has in zip(data.samples, having, strict=True) if has]))
         empty += without
     if not empty:
         return kept, ""
-    said = f"{len(empty)} of {sum(len(data.samples) for data in splits)} pictures without a value left out"
+    said = f"{len(empty)} of {sum(len(data.samples) for data in splits)} images without a value left out"
     _LOG.warning("%s: %s, the first %s", kind, said, empty[0])
     return kept, f"{said}; "
 
 
-def _targets(kind: str, data: MeasuredPictures, grid_hw: Sequence[int]) -> Tensor:
+def _targets(kind: str, data: MeasuredImages, grid_hw: Sequence[int]) -> Tensor:
     """What was measured at the cells' centres, (N, C, h, w)."""
     squares = (centre_square(data.target(number))[None] for number in range(len(data.samples)))
     targets = torch.cat([F.interpolate(each, size=tuple(grid_hw), mode="nearest-exact") for each in squares])
     if not _known(kind, targets).any():
         cells = " x ".join(map(str, grid_hw))
-        raise BrixelError(f"no picture of {data.name} has {kind} at the centre of any of its {cells} cells")
+        raise BrixelError(f"no image of {data.name} has {kind} at the centre of any of its {cells} cells")
     return targets
 
 

@@ -1,9 +1,9 @@
 """Semantic segmentation by one 1x1 convolution on frozen features: how much of what is where do features tell.
 
-Trained on cells, 256 of each picture: each has the shares of classes among its pixels (16 of them) as its target.
-Judged on pixels: the logits are upsampled bilinearly to the mask's own size. Pictures are cut to their centre squares.
+Trained on cells, 256 of each image: each has the shares of classes among its pixels (16 of them) as its target.
+Judged on pixels: the logits are upsampled bilinearly to the mask's own size. Images are cut to their centre squares.
 
-Shapes: N pictures, K classes, D channels, h x w cells, H x H pixels of a square mask.
+Shapes: N images, K classes, D channels, h x w cells, H x H pixels of a square mask.
 """
 
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from tqdm import tqdm
 from brixel.errors import BrixelError
 from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
-from brixel.evaluate.datasets.labelled import LabelledPictures, centre_square
+from brixel.evaluate.datasets.labelled import LabelledImages, centre_square
 from brixel.evaluate.feature_cache import Features, features_of
-from brixel.evaluate.feature_sources import TEACHER, Source, check_names, cost_of
+from brixel.evaluate.feature_sources import TEACHER, FeatureSource, check_names, cost_of
 from brixel.evaluate.probes.training import Cells, ProbeSettings, items_of, linear_readout, train_probe
 from brixel.evaluate.report import Report
 from brixel.images.crops import DOWNSAMPLING
-from brixel.utils.devices import machine
+from brixel.utils.devices import describe_machine
 
-CELLS = 256  # of each picture, drawn once, the same places in all
+CELLS = 256  # of each image, drawn once, the same places in all
 POINTS = 4  # labels are looked up at so many points along each side of a cell
 LINEAR = ProbeSettings()
 BASE = "bilinear"  # what others are compared with
@@ -35,7 +35,7 @@ BASE = "bilinear"  # what others are compared with
 
 @dataclass(frozen=True)
 class Segmented:
-    """One source's result at one size. ``areas``, ``strips``: (N, 2, K), pixels in both and in either, by picture."""
+    """One source's result at one size. ``areas``, ``strips``: (N, 2, K), pixels in both and in either, by image."""
 
     areas: Tensor
     strips: Tensor
@@ -45,9 +45,9 @@ class Segmented:
 
 
 def segment(
-    source: Source,
-    train: LabelledPictures,
-    val: LabelledPictures,
+    source: FeatureSource,
+    train: LabelledImages,
+    val: LabelledImages,
     teacher_px: int,
     *,
     settings: ProbeSettings = LINEAR,
@@ -61,8 +61,8 @@ def segment(
             "expected the same: a classes.json beside the splits says which there are"
         )
     classes = len(train.classes)
-    pictures = [each.picture for data in (train, val) for each in data.samples]
-    fitted, judged = features_of(source, pictures, teacher_px, cache, keep=0).split(len(train.samples))
+    images = [each.image for data in (train, val) for each in data.samples]
+    fitted, judged = features_of(source, images, teacher_px, cache, keep=0).split(len(train.samples))
     examples = Cells(fitted, CELLS, settings.seed)
     known = _known(train, examples)
 
@@ -70,9 +70,9 @@ def segment(
         shares = known[torch.as_tensor(cells)].float().T[None, :, :, None]  # 1 K B 1
         return -(shares * logits.log_softmax(1)).sum() / shares.sum().clamp(min=1e-6)
 
-    def score(readout: nn.Module, pictures: Sequence[int]) -> float:
+    def score(readout: nn.Module, images: Sequence[int]) -> float:
         counts = torch.zeros(classes, classes, dtype=torch.float64)
-        for cells in items_of(examples, pictures).split(settings.batch_size):
+        for cells in items_of(examples, images).split(settings.batch_size):
             found = readout(examples.inputs(cells.tolist())).argmax(1).flatten()  # B
             counts.index_add_(0, found, known[cells].double())
         return float(metrics.mean_iou(metrics.intersection_union(counts.T)))
@@ -81,24 +81,24 @@ def segment(
     return _judge(probe.readout, judged, val, within_px, probe.learning_rate, probe.scores)
 
 
-def _known(data: LabelledPictures, examples: Cells) -> Tensor:
-    """Shares of classes in the examples, (pictures*n, K), float16, which holds sixteenths exactly."""
-    shares = torch.empty(examples.pictures, examples.per_picture, len(data.classes), dtype=torch.float16)
-    for number in range(examples.pictures):
+def _known(data: LabelledImages, examples: Cells) -> Tensor:
+    """Shares of classes in the examples, (images*n, K), float16, which holds sixteenths exactly."""
+    shares = torch.empty(examples.images, examples.per_image, len(data.classes), dtype=torch.float16)
+    for number in range(examples.images):
         labels = square_labels(data, number)
         shares[number] = cell_shares(labels, len(data.classes), examples.grid_hw)[:, examples.chosen].T
     return shares.flatten(0, 1)
 
 
-def square_labels(data: LabelledPictures, number: int) -> Tensor:
-    """Labels of a picture's centre square, (H, H)."""
+def square_labels(data: LabelledImages, number: int) -> Tensor:
+    """Labels of an image's centre square, (H, H)."""
     return centre_square(data.labels(number))
 
 
 def _judge(
     readout: nn.Module,
     features: Features,
-    val: LabelledPictures,
+    val: LabelledImages,
     within_px: int,
     learning_rate: float,
     scores: dict[float, float],
@@ -106,7 +106,7 @@ def _judge(
     classes = len(val.classes)
     total = torch.zeros(classes, classes, dtype=torch.int64)
     areas, strips = [], []
-    for number in tqdm(range(len(val.samples)), f"pictures, {features.source.name}", disable=None):
+    for number in tqdm(range(len(val.samples)), f"images, {features.source.name}", disable=None):
         labels = square_labels(val, number)
         predicted = _predict(readout, features, number, labels)
         counts = metrics.confusion(predicted, labels, classes)
@@ -119,7 +119,7 @@ def _judge(
 
 
 def _predict(readout: nn.Module, features: Features, number: int, labels: Tensor) -> Tensor:
-    """The class of every pixel of a picture's mask, (H, H)."""
+    """The class of every pixel of an image's mask, (H, H)."""
     with torch.no_grad():
         logits = readout(features[number][None]).contiguous(memory_format=torch.channels_last)  # 1 K h w
         logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
@@ -135,9 +135,9 @@ def cell_shares(labels: Tensor, classes: int, grid_hw: Sequence[int]) -> Tensor:
 
 
 def segmentation(
-    sources: Sequence[Source],
-    train: LabelledPictures,
-    val: LabelledPictures,
+    sources: Sequence[FeatureSource],
+    train: LabelledImages,
+    val: LabelledImages,
     teacher_px: Sequence[int],
     *,
     model: str,
@@ -154,24 +154,24 @@ def segmentation(
             for source in sources
         }
         for source in sources:
-            facts = {"model": model, "picture_px": side * source.scale // DOWNSAMPLING, "source": source.name}
+            facts = {"model": model, "image_px": side * source.scale // DOWNSAMPLING, "source": source.name}
             rows.append({**facts, **_row(source.name, results, val.classes), **cost_of(source, side)})
     columns = {
-        **{"model": ("model", ""), "picture_px": ("picture, px", "d"), "source": ("source", "")},
+        **{"model": ("model", ""), "image_px": ("image, px", "d"), "source": ("source", "")},
         **{"miou": ("mIoU", ".4f"), "miou_interval": ("95 %", ".3f"), "miou_gain": ("over bilinear, 95 %", "+.3f")},
         **{"boundary_iou": ("boundary IoU", ".4f"), "boundary_gain": ("over bilinear, 95 %", "+.3f")},
         **{"miou_gap": ("gap closed, mIoU", ".0%"), "boundary_gap": ("boundary", ".0%")},
         **{"accuracy": ("pixel accuracy", ".4f"), "gflop": ("GFLOP", ".1f"), "ms": ("ms", ".0f")},
     }
     recipe = (
-        f"{val.name}: {len(train.samples)} pictures to fit, {len(val.samples)} to report, {len(val.classes)} classes, "
+        f"{val.name}: {len(train.samples)} images to fit, {len(val.samples)} to report, {len(val.classes)} classes, "
         f"centre squares; boundaries within {within_px} px of the mask; {settings.steps} steps of "
         f"{settings.batch_size} cells, seed {settings.seed}, learning rate of {_text(settings.learning_rates)} "
-        f"chosen on {settings.held_out:.0%} of the pictures to fit; {machine(torch.device(sources[0].device))}."
+        f"chosen on {settings.held_out:.0%} of the images to fit; {describe_machine(torch.device(sources[0].device))}."
     )
     notes = (
         "Gap closed: of the distance from bilinear to the teacher, where its interval does not hold 0.",
-        "Intervals: bootstrap over the pictures; of gains, the difference on the same pictures.",
+        "Intervals: bootstrap over the images; of gains, the difference on the same images.",
     )
     return Report("segmentation", "Segmentation by a linear probe", columns, rows, recipe, notes)
 
@@ -200,7 +200,7 @@ def _row(name: str, results: dict[str, Segmented], classes: Sequence[str]) -> di
 
 
 def _gain(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """The interval of the difference in mean IoU, of counts (N, 2, K) on the same pictures."""
+    """The interval of the difference in mean IoU, of counts (N, 2, K) on the same images."""
     return interval(metrics.iou_terms(ours) - metrics.iou_terms(theirs))
 
 

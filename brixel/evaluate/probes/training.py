@@ -1,11 +1,11 @@
 """A small readout on frozen features, trained by one fixed protocol, so that sources differ in their features alone.
 
 Features are brought to mean 0 and deviation 1 per channel (a 1x1 convolution could do it itself), AdamW runs a fixed
-number of steps on a cosine schedule, and the learning rate is searched on a fifth of the training pictures that is held
+number of steps on a cosine schedule, and the learning rate is searched on a fifth of the training images that is held
 out meanwhile; then all of them train the readout that is reported. Batches, starts and splits follow from the seed and
 are the same for every source. All learning rates are trained side by side on one reading of the features.
 
-Shapes: B batch, D channels, C outputs, h x w cells; n cells drawn from a picture.
+Shapes: B batch, D channels, C outputs, h x w cells; n cells drawn from an image.
 """
 
 import copy
@@ -27,13 +27,13 @@ Loss = Callable[[Tensor, Sequence[int]], Tensor]
 """From outputs (B, C, h, w) and the examples' numbers to a mean over what is known there."""
 
 Score = Callable[[nn.Module, Sequence[int]], float]
-"""How good a readout is on pictures, by number; higher is better."""
+"""How good a readout is on images, by number; higher is better."""
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
     """The protocol. ``batch_size``: examples of a step, which are cells or maps; ``held_out``: share of the training
-    pictures on which the learning rate is chosen.
+    images on which the learning rate is chosen.
     """
 
     steps: int = 1000
@@ -93,33 +93,33 @@ def convolutional_readout(width: int, outputs: int, hidden: int = 32) -> nn.Sequ
 
 
 class Examples(Protocol):
-    """What a readout is trained on: ``per_picture`` examples of each of ``pictures`` pictures, numbered in a row."""
+    """What a readout is trained on: ``per_image`` examples of each of ``images`` images, numbered in a row."""
 
-    pictures: int
-    per_picture: int
+    images: int
+    per_image: int
 
     def inputs(self, items: Sequence[int]) -> Tensor:
         """Features of examples by number, (B, D, h, w), float32."""
 
 
 class Cells:
-    """Single cells as examples, for readouts of one cell: of every picture the same n, drawn once.
+    """Single cells as examples, for readouts of one cell: of every image the same n, drawn once.
 
     The batch is one map, (1, D, B, 1). Kept in memory, in float16.
     """
 
-    def __init__(self, features: Features, per_picture: int, seed: int = 0) -> None:
+    def __init__(self, features: Features, per_image: int, seed: int = 0) -> None:
         first = features[0]  # D h w
         width, *grid_hw = first.shape
-        self.pictures, self.per_picture, self.grid_hw = len(features), min(per_picture, math.prod(grid_hw)), grid_hw
+        self.images, self.per_image, self.grid_hw = len(features), min(per_image, math.prod(grid_hw)), grid_hw
         order = torch.randperm(math.prod(grid_hw), generator=torch.Generator().manual_seed(seed))
-        self.chosen = order[: self.per_picture].sort().values  # places in the flattened grid
-        shape = (self.pictures, self.per_picture, width)
-        check_memory(2 * math.prod(shape), f"cells of {self.pictures} pictures", "take fewer pictures (--limit)")
+        self.chosen = order[: self.per_image].sort().values  # places in the flattened grid
+        shape = (self.images, self.per_image, width)
+        check_memory(2 * math.prod(shape), f"cells of {self.images} images", "take fewer images (--limit)")
         rows = torch.empty(shape, dtype=torch.float16)
-        for number in tqdm(range(self.pictures), f"cells, {features.source.name}", disable=None):
+        for number in tqdm(range(self.images), f"cells, {features.source.name}", disable=None):
             rows[number] = (features[number] if number else first).flatten(1)[:, self.chosen].T
-        self._rows = rows.flatten(0, 1)  # pictures*n D
+        self._rows = rows.flatten(0, 1)  # images*n D
 
     def inputs(self, items: Sequence[int]) -> Tensor:
         """(1, D, B, 1), channels last in memory."""
@@ -130,7 +130,7 @@ class Maps:
     """Whole maps as examples, for convolutional readouts; read when they are needed."""
 
     def __init__(self, features: Features) -> None:
-        self.pictures, self.per_picture, self._features = len(features), 1, features
+        self.images, self.per_image, self._features = len(features), 1, features
 
     def inputs(self, items: Sequence[int]) -> Tensor:
         """(B, D, h, w)."""
@@ -140,13 +140,13 @@ class Maps:
 def train_probe(
     new: Callable[[int], nn.Module], examples: Examples, loss: Loss, score: Score, settings: ProbeSettings
 ) -> Probe:
-    """Search the learning rate on a split of these pictures, then train on all of them.
+    """Search the learning rate on a split of these images, then train on all of them.
 
-    ``new``: from D to an untrained readout. Raises BrixelError for fewer than two pictures.
+    ``new``: from D to an untrained readout. Raises BrixelError for fewer than two images.
     """
-    count = examples.pictures
+    count = examples.images
     if count < 2:
-        raise BrixelError(f"{count} training pictures; expected two at least, one of them to choose a learning rate on")
+        raise BrixelError(f"{count} training images; expected two at least, one of them to choose a learning rate on")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed)).tolist()
     held = min(count - 1, max(1, round(settings.held_out * count)))
     chosen, rest = sorted(order[:held]), sorted(order[held:])
@@ -160,13 +160,13 @@ def train_probe(
 def fit(
     new: Callable[[int], nn.Module],
     examples: Examples,
-    pictures: Sequence[int],
+    images: Sequence[int],
     loss: Loss,
     learning_rates: Sequence[float],
     settings: ProbeSettings,
 ) -> list[nn.Module]:
-    """Readouts trained on the pictures of these numbers, one for each learning rate, from one start."""
-    items = items_of(examples, pictures)
+    """Readouts trained on the images of these numbers, one for each learning rate, from one start."""
+    items = items_of(examples, images)
     spaced = items[:: max(1, len(items) // _STATISTICS_ITEMS)].split(settings.batch_size)
     scale = _standardised(examples.inputs(batch.tolist()) for batch in spaced)
     with torch.random.fork_rng(devices=[]):
@@ -188,10 +188,10 @@ def fit(
     return [nn.Sequential(scale, readout).eval().requires_grad_(False) for readout in readouts]
 
 
-def items_of(examples: Examples, pictures: Sequence[int]) -> Tensor:
-    """The numbers of all examples of the pictures of these numbers."""
-    each = examples.per_picture
-    return (torch.tensor(list(pictures))[:, None] * each + torch.arange(each)).flatten()
+def items_of(examples: Examples, images: Sequence[int]) -> Tensor:
+    """The numbers of all examples of the images of these numbers."""
+    each = examples.per_image
+    return (torch.tensor(list(images))[:, None] * each + torch.arange(each)).flatten()
 
 
 def _batches(items: Tensor, settings: ProbeSettings) -> Iterator[list[int]]:

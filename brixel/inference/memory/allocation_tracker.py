@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class LiveBytes(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Counts the live bytes of one kind of device, and their ``peak``, for what runs inside the context.
 
     Tensors made before belong to the count only after :meth:`track`.

@@ -1,12 +1,12 @@
-"""The student's forward pass for one large picture in pieces: the same numbers, but for rounding, in less memory.
+"""The student's forward pass for one large image in pieces: the same numbers, but for rounding, in less memory.
 
 No layer is written a second time. A piece is some rows of the patch grid, with as many more on either side as its
-convolutions reach; each layer runs on it as on a picture, and the rows beyond are dropped. What is whole at a time: the
+convolutions reach; each layer runs on it as on an image, and the rows beyond are dropped. What is whole at a time: the
 backbone's maps (the first three as the tables that attention reads, half as wide), the queries, which are changed in
 place, the prior, and 64 channels of them joined. The dense map leaves piece by piece. Group statistics take a pass of
 their own. Method: `docs/method.md`; what is kept how long: `docs/memory.md`.
 
-Shapes: one picture, D width, h x w patch grid, S channels of the prior, T of the trunk; a piece has n rows of patches.
+Shapes: one image, D width, h x w patch grid, S channels of the prior, T of the trunk; a piece has n rows of patches.
 """
 
 import math
@@ -45,7 +45,7 @@ class Pieces:
 
 @torch.no_grad()
 def dense_in_pieces(student: Student, pixels: Tensor, out: Tensor, rows: int, *, sketch: bool = False) -> None:
-    """Write the dense map of one picture to ``out``: all of its cells, or as many as ``out`` has from the first on.
+    """Write the dense map of one image to ``out``: all of its cells, or as many as ``out`` has from the first on.
 
     ``pixels``: (1, 3, H, W), on any device. ``out``: (D, Hf, Wf), on any device, Hf <= 4h and Wf <= 4w. ``rows``: of
     patches, at a time. ``sketch``: leave out most pieces, for counting memory.

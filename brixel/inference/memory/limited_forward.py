@@ -1,4 +1,4 @@
-"""Dense maps of pictures within a limit of memory: plans before it runs, and takes less where that still fails."""
+"""Dense maps of images within a limit of memory: plans before it runs, and takes less where that still fails."""
 
 import dataclasses
 import gc
@@ -27,7 +27,7 @@ from brixel.inference.memory.planner import (
 from brixel.inference.memory.strategies import Way, maps_of, run_way, smaller
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE
-from brixel.utils.memory import MARGIN, bytes_text, free_bytes, parse_bytes
+from brixel.utils.memory import MARGIN, format_bytes, free_bytes, parse_bytes
 
 _LOG = logging.getLogger("brixel")
 _HOST = torch.device("cpu")
@@ -42,11 +42,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
-class BoundedRun:
-    """The dense maps of a run of pictures. What was learned of memory in one batch holds for those after it.
+class MemoryLimitedForward:
+    """The dense maps of a run of images. What was learned of memory in one batch holds for those after it.
 
     ``limit``: bytes or text such as "4GiB", weights included; None: what is free on the device, less a margin.
-    ``tiles``: "auto", "never" or "always"; see :class:`Plan`. ``batch``: how many pictures will be
+    ``tiles``: "auto", "never" or "always"; see :class:`Plan`. ``batch``: how many images will be
     asked for at once, for :meth:`room` and :meth:`window`.
     """
 
@@ -59,7 +59,7 @@ class BoundedRun:
         self._weights = storage_bytes(student)
         self._limit = self._free(student.head.out.weight.device) if limit is None else parse_bytes(limit)
         self._batch = batch
-        self._most_a_picture = self._most_waiting = 0  # bytes of the largest picture so far: in work, and waiting
+        self._most_an_image = self._most_waiting = 0  # bytes of the largest image so far: in work, and waiting
         self._together: dict[tuple[int, int], int] = {}  # by padded size: see together()
         self._on_host: Student | None = None
         self._ways: dict[Job, tuple[Way, bool]] = {}
@@ -67,7 +67,7 @@ class BoundedRun:
         self._too_much: dict[str, float] = {}  # by kind of way: pixels at a time that ran out of memory
         self._notes = WeakTensorKeyDictionary()
         self._told: set[str] = set()
-        self._planning = threading.RLock()  # pictures are checked by the threads that decode them
+        self._planning = threading.RLock()  # images are checked by the threads that decode them
 
     def __call__(self, pixels: Tensor) -> list[Tensor]:
         """The maps (D, 4h, 4w) of ``pixels`` (B, 3, H, W), which lie on the CPU. Raises MemoryLimitError."""
@@ -77,7 +77,7 @@ class BoundedRun:
         return maps
 
     def fill(self, pixels: Tensor, room: Tensor) -> str:
-        """Write the map of one picture (1, 3, H, W) to ``room`` (D, Hf, Wf), which takes no memory; a note of tiles."""
+        """Write the map of one image (1, 3, H, W) to ``room`` (D, Hf, Wf), which takes no memory; a note of tiles."""
         job = Job(1, (pixels.shape[2], pixels.shape[3]), to_file=True)
         self._run(job, pixels, room)
         return self._note(job)
@@ -87,7 +87,7 @@ class BoundedRun:
         return str(self._notes.get(features, ""))
 
     def check(self, padded_hw: tuple[int, int], *, to_file: bool = False) -> None:
-        """Raise MemoryLimitError where a picture of that size cannot be computed, before its pixels exist."""
+        """Raise MemoryLimitError where an image of that size cannot be computed, before its pixels exist."""
         job, weight = Job(1, padded_hw, to_file), self._student.head.out.weight
         rows, columns = (UPSCALE * cells for cells in job.grid_hw(self._student))
         map_bytes = 0 if to_file else weight.shape[0] * rows * columns * weight.element_size()
@@ -95,22 +95,22 @@ class BoundedRun:
             way, on_host = self._way(job)
             need = 0 if on_host else self._need(way, job) - self._weights
             check_host(padded_hw, map_bytes)
-            self._most_a_picture = max(self._most_a_picture, need)
+            self._most_an_image = max(self._most_an_image, need)
             self._most_waiting = max(self._most_waiting, 3 * 4 * padded_hw[0] * padded_hw[1] + map_bytes)
 
     def room(self) -> int:
-        """Bytes of the computer's memory for what waits: pictures made ready ahead, maps whose turn has not come.
+        """Bytes of the computer's memory for what waits: images made ready ahead, maps whose turn has not come.
 
-        Where the model is on the CPU, what the limit leaves beside batches of the largest picture so far; else a
+        Where the model is on the CPU, what the limit leaves beside batches of the largest image so far; else a
         quarter of what is free.
         """
         if self._student.head.out.weight.device != _HOST:
             free = free_bytes(_HOST)
             return sys.maxsize if free is None else free // 4
-        return max(0, self._limit - self._weights - self._batch * self._most_a_picture)
+        return max(0, self._limit - self._weights - self._batch * self._most_an_image)
 
     def window(self) -> int:
-        """Pictures and maps that may be held: a batch, and as many as half of :meth:`room` is enough for.
+        """Images and maps that may be held: a batch, and as many as half of :meth:`room` is enough for.
 
         Maps of one batch may share their memory, which is free when the last of them is.
         """
@@ -119,7 +119,7 @@ class BoundedRun:
         return batch + max(0, spare) // max(1, self._most_waiting)
 
     def together(self, padded_hw: tuple[int, int]) -> int:
-        """How many pictures of a size to ask for at once: a batch, halved until each is computed as it is alone.
+        """How many images of a size to ask for at once: a batch, halved until each is computed as it is alone.
 
         The maps of a batch are there at once, so that more of them may need tiles, or not fit at all.
         """
@@ -135,14 +135,14 @@ class BoundedRun:
         alone = Job(1, job.padded_hw)
         try:
             way, on_host = self._way(alone)
-        except MemoryLimitError:  # since the picture was checked, memory ran out: its turn will tell
+        except MemoryLimitError:  # since the image was checked, memory ran out: its turn will tell
             return False
         if on_host or self._weights + job.batch * (self._need(way, alone) - self._weights) <= self._limit:
             return True  # nothing need be predicted for the batch
         return self._need(way, job) <= self._limit
 
     def _need(self, way: Way, job: Job) -> int:
-        """Bytes that a picture takes, weights included: bound from above where that is enough for batches of it."""
+        """Bytes that an image takes, weights included: bound from above where that is enough for batches of it."""
         if self._is_trusting(dataclasses.replace(job, batch=self._batch)):
             return self._weights + bound_bytes(self._student, job)
         try:
@@ -255,7 +255,7 @@ class BoundedRun:
         else:
             height, width = job.padded_hw
             raise MemoryLimitError(
-                f"memory ran out for a picture of {height}x{width} pixels (height x width), however little was done at "
+                f"memory ran out for an image of {height}x{width} pixels (height x width), however little was done at "
                 "a time; close other programs, or ask for a smaller short_side_px"
             )
 
@@ -277,7 +277,7 @@ class BoundedRun:
         if way.kind == "tiles" and "tiles" not in self._told:
             self._told.add("tiles")
             _LOG.warning(
-                "a picture of %dx%d px is computed in tiles, %s, blended where they overlap: an approximation, since "
+                "an image of %dx%d px is computed in tiles, %s, blended where they overlap: an approximation, since "
                 "tiles do not attend to one another; tiles='never' refuses it",
                 *job.padded_hw,
                 self._note(job),
@@ -289,13 +289,13 @@ class BoundedRun:
 
 
 def check_host(padded_hw: tuple[int, int], map_bytes: int = 0) -> None:
-    """Raise MemoryLimitError where the computer has no room for the pixels of a picture and so large a map."""
+    """Raise MemoryLimitError where the computer has no room for the pixels of an image and so large a map."""
     height, width = padded_hw
     need, free = 3 * 4 * height * width + map_bytes, free_bytes(_HOST)
     if free is not None and need > free:
         raise MemoryLimitError(
-            f"a picture of {height}x{width} pixels (height x width) takes {bytes_text(need)}, with its map if that is "
-            f"kept in memory, and the computer has {bytes_text(free, up=False)} free; ask for a smaller "
+            f"an image of {height}x{width} pixels (height x width) takes {format_bytes(need)}, with its map if that is "
+            f"kept in memory, and the computer has {format_bytes(free, up=False)} free; ask for a smaller "
             "short_side_px, or write the map to a file (out='map.npy', or --format npy)"
         )
 

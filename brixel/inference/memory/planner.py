@@ -1,7 +1,7 @@
 """How much memory a way needs, and the cheapest way that fits into a limit.
 
 The need is not estimated but counted: the very functions that will run, run first on fake tensors, which have shapes
-and no data, while :class:`LiveBytes` looks on. Only most of the equal pieces and tiles are left out.
+and no data, while :class:`AllocationTracker` looks on. Only most of the equal pieces and tiles are left out.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.feature_maps.host_copy import crop
-from brixel.inference.memory.allocation_tracker import LiveBytes, copy_with, storage_bytes, weights_and_buffers
+from brixel.inference.memory.allocation_tracker import AllocationTracker, copy_with, storage_bytes, weights_and_buffers
 from brixel.inference.memory.strategies import TILE_SIDES, Way, maps_of, new_results, run_way
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE
-from brixel.utils.memory import bytes_text
+from brixel.utils.memory import format_bytes
 
 Tiles = Literal["auto", "never", "always"]
 HALF_INT = 2**31 - 1
@@ -33,11 +33,11 @@ _PEAKS: "weakref.WeakKeyDictionary[Student, dict[Any, int]]" = weakref.WeakKeyDi
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a batch of pictures will be computed, and what that takes.
+    """How a batch of images will be computed, and what that takes.
 
     ``way`` is "whole", "pieces" (the same numbers but for rounding) or "tiles" (an approximation: tiles do not attend
-    to one another), on ``device``. ``micro_batch`` pictures go through at a time; of pieces ``piece_rows`` rows of
-    patches; of tiles, ``tiles`` a picture, ``tile_px`` (height, width) that overlap by ``overlap_px`` at least.
+    to one another), on ``device``. ``micro_batch`` images go through at a time; of pieces ``piece_rows`` rows of
+    patches; of tiles, ``tiles`` an image, ``tile_px`` (height, width) that overlap by ``overlap_px`` at least.
     ``peak_bytes`` is predicted, with the weights, and on the CPU with pixels and maps.
     """
 
@@ -57,14 +57,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A batch of so many pictures of padded size; ``to_file``: its maps go to files rather than to memory."""
+    """A batch of so many images of padded size; ``to_file``: its maps go to files rather than to memory."""
 
     batch: int
     padded_hw: tuple[int, int]
     to_file: bool = False
 
     def grid_hw(self, student: Student) -> tuple[int, int]:
-        """The patch grid of each picture."""
+        """The patch grid of each image."""
         return self.padded_hw[0] // student.backbone.patch_px, self.padded_hw[1] // student.backbone.patch_px
 
 
@@ -94,7 +94,7 @@ def _count(student: Student, way: Way, job: Job, device: torch.device) -> int:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     twin = copy_with(student, without_data).eval()
-    counter = LiveBytes(device.type)
+    counter = AllocationTracker(device.type)
     with fake:
         rooms = new_results(twin, torch.empty(job.batch, 3, *job.padded_hw)) if job.to_file else None
         with counter:
@@ -105,10 +105,10 @@ def _count(student: Student, way: Way, job: Job, device: torch.device) -> int:
 
 
 def run_job(
-    student: Student, way: Way, pictures: Sequence[Tensor], rooms: Sequence[Tensor] | None, *, sketch: bool = False
+    student: Student, way: Way, images: Sequence[Tensor], rooms: Sequence[Tensor] | None, *, sketch: bool = False
 ) -> list[Tensor]:
     """What happens to a batch from prepared pixels (3, H, W) to maps, for counting memory."""
-    pixels = pictures[0][None] if len(pictures) == 1 else torch.stack(list(pictures))
+    pixels = images[0][None] if len(images) == 1 else torch.stack(list(images))
     if rooms is not None:
         run_way(student, way, pixels, rooms, sketch=sketch)
         return []
@@ -146,12 +146,12 @@ def _is_counted(student: Student, way: Way, job: Job) -> bool:
     """Whether a whole pass stays within what kernels count."""
     height, width = job.grid_hw(student)
     pixels = height * width * student.backbone.patch_px**2
-    per_picture = max(
+    per_image = max(
         _INDICES_PER_PATCH * height * width,
         UPSCALE**2 * height * width * student.backbone.width,
         _STEM_PER_PIXEL * pixels,
     )
-    return way.batch * per_picture <= HALF_INT
+    return way.batch * per_image <= HALF_INT
 
 
 def ways_by_cost(student: Student, job: Job, tiles: Tiles) -> list[list[Way]]:
@@ -210,14 +210,14 @@ def _refusal(
 ) -> str:
     height, width = job.padded_hw
     most = _largest(student, job, limit_bytes, tiles, device)
-    fitting = f"the largest picture of this shape that fits has {most[0]}x{most[1]}" if most else "no picture fits"
+    fitting = f"the largest image of this shape that fits has {most[0]}x{most[1]}" if most else "no image fits"
     advice = ["allow more memory", "ask for a smaller short_side_px"]
     advice += ["allow tiles"] if tiles == "never" else []
     advice += ["write the map to a file (out='map.npy', or --format npy)"] if not job.to_file else []
-    pictures, need = (f"{job.batch} pictures", "need") if job.batch > 1 else ("a picture", "needs")
+    images, need = (f"{job.batch} images", "need") if job.batch > 1 else ("an image", "needs")
     return (
-        f"{pictures} of {height}x{width} pixels (height x width) {need} {bytes_text(least)} at least, and the limit is "
-        f"{bytes_text(limit_bytes, up=False)}; {fitting}; {', or '.join(advice)}"
+        f"{images} of {height}x{width} pixels (height x width) {need} {format_bytes(least)} at least, and the limit is "
+        f"{format_bytes(limit_bytes, up=False)}; {fitting}; {', or '.join(advice)}"
     )
 
 
@@ -226,7 +226,7 @@ def _largest(
 ) -> tuple[int, int] | None:
     """The largest padded size of the same aspect that some way fits, in pixels; None where none is found.
 
-    Of a picture longer than `_SIZE_STEPS` patches, as near as one part in so many.
+    Of an image longer than `_SIZE_STEPS` patches, as near as one part in so many.
     """
     patch_px, grid_hw = student.backbone.patch_px, job.grid_hw(student)
     if limit_bytes <= storage_bytes(student):

@@ -1,6 +1,6 @@
 """Ways to compute dense maps that need less and less memory: whole, in exact pieces, in blended tiles.
 
-Shapes: B pictures, D width, h x w patch grid. Results are wanted on the CPU; see :func:`run_way`.
+Shapes: B images, D width, h x w patch grid. Results are wanted on the CPU; see :func:`run_way`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ TILE_SIDES = (64, 48, 32, 24, 16, 12, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """``kind`` is "whole", ``batch`` pictures at a time; or, a picture after another, "pieces", ``rows`` of patches at
+    """``kind`` is "whole", ``batch`` images at a time; or, an image after another, "pieces", ``rows`` of patches at
     a time, or "tiles", squares of ``side`` patches.
     """
 
@@ -80,11 +80,11 @@ def maps_of(student: Student, way: Way, pixels: Tensor, *, sketch: bool = False)
 def run_way(student: Student, way: Way, pixels: Tensor, results: Sequence[Tensor], *, sketch: bool = False) -> None:
     """Fill ``results`` with the maps of ``pixels`` (B, 3, H, W), which lie on the CPU.
 
-    ``results``: one tensor (D, Hf, Wf) for each picture, with all cells of its map or as many as it has room for.
+    ``results``: one tensor (D, Hf, Wf) for each image, with all cells of its map or as many as it has room for.
     ``sketch``: leave out most parts of a batch, pieces and tiles, for counting memory.
     """
     weight = student.head.out.weight
-    if way.kind != "whole" and sketch:  # nothing is left of a picture but its map: one takes as much as each
+    if way.kind != "whole" and sketch:  # nothing is left of an image but its map: one takes as much as each
         pixels, results = pixels[:1], results[:1]
     if way.kind == "whole":
         for first in range(0, pixels.shape[0], way.batch)[: 2 if sketch else None]:
@@ -97,12 +97,12 @@ def run_way(student: Student, way: Way, pixels: Tensor, results: Sequence[Tensor
             dense_in_pieces(student, pixels[index : index + 1], result, way.rows, sketch=sketch)
     else:
         tiling = way.tiling(_grid_hw(student, pixels))
-        for picture, result in zip(pixels, results, strict=True):
-            _run_tiles(student, tiling, picture, result, sketch=sketch)
+        for image, result in zip(pixels, results, strict=True):
+            _run_tiles(student, tiling, image, result, sketch=sketch)
 
 
-def _run_tiles(student: Student, tiling: Tiling, picture: Tensor, result: Tensor, *, sketch: bool) -> None:
-    """The map of one picture (3, H, W) as the blended maps of its tiles."""
+def _run_tiles(student: Student, tiling: Tiling, image: Tensor, result: Tensor, *, sketch: bool) -> None:
+    """The map of one image (3, H, W) as the blended maps of its tiles."""
     patch_px, weight = student.backbone.patch_px, student.head.out.weight
     down, across = (
         blend_weights(starts, tile, cells, UPSCALE).to(result.dtype)
@@ -112,7 +112,7 @@ def _run_tiles(student: Student, tiling: Tiling, picture: Tensor, result: Tensor
     result.zero_()
     for index, (top, left) in enumerate(tiling.tiles()[: 2 if sketch else None]):
         y, x = top * patch_px, left * patch_px
-        part = picture[None, :, y : y + height_px, x : x + width_px].to(weight.device, weight.dtype)
+        part = image[None, :, y : y + height_px, x : x + width_px].to(weight.device, weight.dtype)
         dense = student(part)[0]  # D 4t 4t
         cells = result[:, UPSCALE * top :, UPSCALE * left :][:, : dense.shape[1], : dense.shape[2]]
         share = down[index // len(tiling.lefts), :, None] * across[index % len(tiling.lefts)]  # 4t 4t

@@ -17,9 +17,9 @@ from brixel.feature_maps.panel import MARGIN_PX
 
 
 def test_operations_grow_as_tokens_do():
-    rows = {(row["image_px"], row["variant"]): row for row in cost(["dinov3-vits16"], [128, 512], rounds=0).rows}
-    assert rows[128, LARGE]["gflop"] == pytest.approx(rows[512, BACKBONE]["gflop"])  # the same picture
-    assert rows[128, LARGE]["picture_px"] == 512
+    rows = {(row["student_px"], row["variant"]): row for row in cost(["dinov3-vits16"], [128, 512], rounds=0).rows}
+    assert rows[128, LARGE]["gflop"] == pytest.approx(rows[512, BACKBONE]["gflop"])  # the same image
+    assert rows[128, LARGE]["image_px"] == 512
     assert rows[128, STUDENT]["output_cells"] == rows[128, LARGE]["output_cells"] == "32 x 32"
     tokens, width = 32 * 32 + 5, 384
     layers = 12 * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)  # products; attention

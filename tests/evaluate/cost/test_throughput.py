@@ -1,10 +1,10 @@
 from brixel import BrixelFeatures
 from brixel.cli.app import main
-from brixel.evaluate.cost.throughput import BARE, EXTRACT, STREAM, draw_pictures, measure, report
+from brixel.evaluate.cost.throughput import BARE, EXTRACT, STREAM, draw_images, measure, report
 
 
-def test_all_three_do_all_pictures_in_every_round(backbone_folder, tmp_path, monkeypatch):
-    draw_pictures(tmp_path, 3, (40, 60))
+def test_all_three_do_all_images_in_every_round(backbone_folder, tmp_path, monkeypatch):
+    draw_images(tmp_path, 3, (40, 60))
     model = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
     calls = []
     monkeypatch.setattr(
@@ -13,11 +13,11 @@ def test_all_three_do_all_pictures_in_every_round(backbone_folder, tmp_path, mon
     result = measure(model, tmp_path, rounds=2, batch_size=2, workers=1)
     assert {name: len(seconds) for name, seconds in result.seconds.items()} == {BARE: 2, STREAM: 2, EXTRACT: 2}
     assert calls.count(2) >= 3  # the bare model's batches, and a warm-up
-    assert "3 pictures, the first of 40 x 60 px, 28 x 42 px as the model sees it" in result.recipe
+    assert "3 images, the first of 40 x 60 px, 28 x 42 px as the model sees it" in result.recipe
 
 
 def test_the_report_tells_pictures_per_second_and_the_median_ratio(backbone_folder, tmp_path):
-    draw_pictures(tmp_path, 1, (28, 28))
+    draw_images(tmp_path, 1, (28, 28))
     model = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
     made = measure(model, tmp_path, rounds=1, batch_size=1, workers=0)
     made.seconds[BARE][:] = [0.5]
@@ -28,7 +28,7 @@ def test_the_report_tells_pictures_per_second_and_the_median_ratio(backbone_fold
 
 
 def test_the_command_writes_a_report(tmp_path, capsys):
-    draw_pictures(tmp_path / "in", 1, (64, 64))
+    draw_images(tmp_path / "in", 1, (64, 64))
     arguments = ["throughput", "--images", str(tmp_path / "in"), "--rounds", "1", "-o", str(tmp_path / "report.md")]
     assert main([*arguments, "--device", "cpu"]) == 0
     assert (tmp_path / "report.md").read_text() == capsys.readouterr().out

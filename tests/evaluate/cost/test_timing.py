@@ -20,7 +20,7 @@ def run():
     return made
 
 
-def test_every_variant_is_timed_and_the_large_picture_less_often(run):
+def test_every_variant_is_timed_and_the_large_image_less_often(run):
     (result,) = run.results
     assert {name: len(seconds) for name, seconds in result.seconds.items()} == {
         BACKBONE: ROUNDS,

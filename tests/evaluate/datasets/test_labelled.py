@@ -14,10 +14,10 @@ from brixel.images.crops import CropSettings, teacher_crop
 
 def write(path, numbers, palette=False):
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(np.array(numbers, dtype=np.uint8))
+    image = Image.fromarray(np.array(numbers, dtype=np.uint8))
     if palette:
-        picture.putpalette([value for number in range(256) for value in (number, 255 - number, 7)])
-    picture.save(path)
+        image.putpalette([value for number in range(256) for value in (number, 255 - number, 7)])
+    image.save(path)
 
 
 def photograph(path):
@@ -29,9 +29,9 @@ def test_plain(tmp_path):
     for name in ("b", "a"):
         photograph(tmp_path / "train" / "images" / f"{name}.jpg")
         write(tmp_path / "train" / "masks" / f"{name}.png", [[0, 1, 255], [2, 2, 0]])
-    (tmp_path / "train" / "images" / "notes.txt").write_text("no picture")
+    (tmp_path / "train" / "images" / "notes.txt").write_text("no image")
     data = read_labelled("plain", tmp_path, "train")
-    assert [sample.picture.name for sample in data.samples] == ["a.jpg", "b.jpg"]
+    assert [sample.image.name for sample in data.samples] == ["a.jpg", "b.jpg"]
     assert data.labels(0).tolist() == [[0, 1, -1], [2, 2, 0]]
     assert data.classes == ["class 0", "class 1", "class 2"]
     (tmp_path / "classes.json").write_text(json.dumps(["nothing", "cat"]))
@@ -59,10 +59,10 @@ def test_a_mask_of_another_shape_is_refused(tmp_path):
         ((300, 200), False, (20, 64), False),
     ):
         image.parent.mkdir(parents=True, exist_ok=True)
-        picture, exif = Image.new("RGB", size), Image.Exif()
+        drawn, exif = Image.new("RGB", size), Image.Exif()
         if turned:
             exif[0x0112] = 6
-        picture.save(image, exif=exif)
+        drawn.save(image, exif=exif)
         write(mask, np.arange(mask_hw[0] * mask_hw[1]).reshape(mask_hw) % 2)
         data = read_labelled("plain", tmp_path, "val")
         if fits:
@@ -125,7 +125,7 @@ def test_what_is_not_there(tmp_path):
         read_labelled("plain", tmp_path, "")
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()
-    with pytest.raises(BrixelError, match="no pictures in .*images found"):
+    with pytest.raises(BrixelError, match="no images in .*images found"):
         read_labelled("plain", tmp_path, "")
     photograph(tmp_path / "images" / "a.png")
     photograph(tmp_path / "masks" / "a.png")
@@ -134,7 +134,7 @@ def test_what_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("image_hw", [(5, 8), (8, 5), (7, 7), (6, 9)])
-def test_targets_are_cut_as_pictures_are(image_hw):
+def test_targets_are_cut_as_images_are(image_hw):
     planes = torch.rand(3, *image_hw)
     side = min(image_hw)
     settings = CropSettings(4 * side, random=False)

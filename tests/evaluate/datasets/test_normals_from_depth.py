@@ -123,7 +123,7 @@ def test_nyuv2(tmp_path):
         Image.fromarray(colours).save(folder / f"00000{number}_normal.png")
     for root in (tmp_path, tmp_path / "dsine_eval", tmp_path / "dsine_eval" / "nyuv2"):
         data = read_measured("normals", "nyuv2", root, "val")
-        assert [sample.picture.name for sample in data.samples] == ["000000_img.png", "000001_img.png"]
+        assert [sample.image.name for sample in data.samples] == ["000000_img.png", "000001_img.png"]
         expected = torch.tensor([[0, 0, -1.0], [0, -1, 0], [0, 0, 0]]).T[:, None]  # as in examples/render_scenes.py
         assert torch.allclose(data.target(1), expected, atol=0.01)
     with pytest.raises(BrixelError, match=r"with normals at .*train, and there is none; to be had: dsine_eval\.zip"):
@@ -143,7 +143,7 @@ def annotation(name, focal_px, image_hw):
 
 @pytest.fixture
 def ball_in_navi(tmp_path):
-    """One object as NAVI has it: pictures of 320 x 240 px, depth maps of 160 x 120, each of a ball."""
+    """One object as NAVI has it: images of 320 x 240 px, depth maps of 160 x 120, each of a ball."""
     inverse, normals = ball(120, 160, FOCAL_PX, 0.25)
     numbers = (655.35 * inverse).round().numpy().astype(np.uint16)
     for scene in ("multiview-00-pixel_5", "wild_set"):
@@ -158,7 +158,7 @@ def ball_in_navi(tmp_path):
 
 
 def test_navi(ball_in_navi):
-    """The focal length is in pixels of the picture; the map has half as many."""
+    """The focal length is in pixels of the image; the map has half as many."""
     root, normals = ball_in_navi
     data = read_measured("normals", "navi", root, "train")
     found = data.target(1).double()
@@ -193,4 +193,4 @@ def test_the_command_takes_them(ball_in_navi, backbone_folder, tmp_path):
     assert main([*command, "-o", str(report)]) == 0
     rows = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
     assert 0 < rows[0]["mean_deg"] < 90
-    assert "NAVI: 2 pictures to fit, 2 to report" in report.read_text(encoding="utf-8")
+    assert "NAVI: 2 images to fit, 2 to report" in report.read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from brixel import BrixelError
 from brixel.evaluate.datasets.depth_normals import read_measured
-from brixel.evaluate.feature_sources import Source
+from brixel.evaluate.feature_sources import FeatureSource
 from brixel.evaluate.probes.depth_normals import probe_shape, shape
 from brixel.evaluate.probes.training import ProbeSettings
 
@@ -104,7 +104,7 @@ def test_navi(tmp_path):
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """Pictures whose colours are the depth (red) and the normal (green and blue), smooth."""
+    """Images whose colours are the depth (red) and the normal (green and blue), smooth."""
     root = tmp_path_factory.mktemp("told")
     y, x = np.mgrid[:64, :64] / 64
     for split, count in (("train", 6), ("val", 2)):
@@ -123,8 +123,8 @@ def told(tmp_path_factory):
 
 
 QUICK = ProbeSettings(steps=80, batch_size=3, learning_rates=(1e-5, 0.01))
-COLOURS = Source("teacher", lambda pixels: F.avg_pool2d(pixels, 8), 8, scale=4)
-NOTHING = Source("bilinear", lambda pixels: torch.ones(len(pixels), 3, 2, 2), 8, resize="bilinear")
+COLOURS = FeatureSource("teacher", lambda pixels: F.avg_pool2d(pixels, 8), 8, scale=4)
+NOTHING = FeatureSource("bilinear", lambda pixels: torch.ones(len(pixels), 3, 2, 2), 8, resize="bilinear")
 
 
 @pytest.mark.parametrize(("kind", "figure", "limit"), [("depth", "abs_rel", 0.05), ("normals", "mean_deg", 4)])
@@ -142,15 +142,15 @@ def test_the_report_compares_with_bilinear(told):
     assert all_of_it["rmse"] < 0.3 * nothing["rmse"]
     assert all_of_it["change"][1] < 0
     assert f"| any | 16 | bilinear | {nothing['rmse']:.4f} |" in report.markdown("command")
-    assert "6 pictures to fit, 2 to report" in report.recipe
+    assert "6 images to fit, 2 to report" in report.recipe
 
 
-def without_values(told, tmp_path, kind, pictures):
-    """The told splits, with values outside the centre square alone for some of their pictures."""
+def without_values(told, tmp_path, kind, images):
+    """The told splits, with values outside the centre square alone for some of their images."""
     shutil.copytree(told, tmp_path / "told")
     wide = np.zeros((64, 68) if kind == "depth" else (64, 68, 3))
     wide[:, 0] = 1
-    for split, name in pictures:
+    for split, name in images:
         folder = tmp_path / "told" / split
         np.save(folder / kind / f"{name}.npy", wide)
         Image.new("RGB", (68, 64)).save(folder / "images" / f"{name}.png")
@@ -158,14 +158,12 @@ def without_values(told, tmp_path, kind, pictures):
 
 
 @pytest.mark.parametrize("kind", ["depth", "normals"])
-def test_pictures_without_a_value_are_left_out_and_told_of_once(told, tmp_path, kind, caplog):
+def test_images_without_a_value_are_left_out_and_told_of_once(told, tmp_path, kind, caplog):
     train, val = without_values(told, tmp_path, kind, [("train", 2), ("val", 0)])
     report = shape(kind, [NOTHING, COLOURS], train, val, [64], model="any", settings=QUICK)
-    assert "5 pictures to fit, 1 to report, centre squares; 2 of 8 pictures without a value left out; " in report.recipe
+    assert "5 images to fit, 1 to report, centre squares; 2 of 8 images without a value left out; " in report.recipe
     (record,) = caplog.records
-    assert record.getMessage().endswith(
-        f"2 of 8 pictures without a value left out, the first {train.samples[2].target}"
-    )
+    assert record.getMessage().endswith(f"2 of 8 images without a value left out, the first {train.samples[2].target}")
     less = replace(train, samples=[*train.samples[:2], *train.samples[3:]]), replace(val, samples=val.samples[1:])
     again = shape(kind, [NOTHING, COLOURS], *less, [64], model="any", settings=QUICK)
     assert again.rows == report.rows
@@ -174,11 +172,11 @@ def test_pictures_without_a_value_are_left_out_and_told_of_once(told, tmp_path, 
 
 def test_splits_without_any_value_are_refused(told, tmp_path):
     train, val = without_values(told, tmp_path, "depth", [("val", 0), ("val", 1)])
-    message = r"^none of 2 pictures of told has depth in its centre square, the first .*val/depth/0\.npy"
+    message = r"^none of 2 images of told has depth in its centre square, the first .*val/depth/0\.npy"
     with pytest.raises(BrixelError, match=message):
         shape("depth", [COLOURS], train, val, [64], model="any", settings=QUICK)
     sparse = replace(train, read=lambda path: F.one_hot(torch.tensor([1] * 64), 64)[None].float())  # between centres
-    with pytest.raises(BrixelError, match="no picture of told has depth at the centre of any of its 8 x 8 cells"):
+    with pytest.raises(BrixelError, match="no image of told has depth at the centre of any of its 8 x 8 cells"):
         probe_shape("depth", COLOURS, sparse, val, 64, settings=QUICK)
 
 

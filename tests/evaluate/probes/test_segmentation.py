@@ -14,7 +14,7 @@ from brixel.cli.app import main
 from brixel.evaluate import feature_cache as feature_store
 from brixel.evaluate.datasets.labelled import read_labelled
 from brixel.evaluate.feature_cache import Features
-from brixel.evaluate.feature_sources import Source
+from brixel.evaluate.feature_sources import FeatureSource
 from brixel.evaluate.probes.segmentation import cell_shares, segment, segmentation
 from brixel.evaluate.probes.training import (
     Cells,
@@ -32,7 +32,7 @@ QUICK = ProbeSettings(steps=60, batch_size=256, learning_rates=(0.001, 0.1))
 
 @pytest.fixture(scope="module")
 def coloured(tmp_path_factory):
-    """Pictures of 64 px in three colours, each of a class, laid out in blocks of 8 px."""
+    """Images of 64 px in three colours, each of a class, laid out in blocks of 8 px."""
     root = tmp_path_factory.mktemp("coloured")
     numbers = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 4)):
@@ -62,7 +62,7 @@ def constant(pixels):
 
 def test_features_that_hold_the_classes_reach_all(splits):
     """Cells of two pixels: but for the bilinear upsampling of logits, at outlines, all is right."""
-    fine = Source("teacher", lambda pixels: F.avg_pool2d(pixels, 2), 2, scale=4)
+    fine = FeatureSource("teacher", lambda pixels: F.avg_pool2d(pixels, 2), 2, scale=4)
     found = segment(fine, *splits, 64, settings=QUICK, within_px=1)
     both, either = found.areas.sum(0)
     assert found.accuracy > 0.95
@@ -72,13 +72,13 @@ def test_features_that_hold_the_classes_reach_all(splits):
 
 
 def test_features_that_hold_nothing_reach_the_most_frequent_class(splits):
-    found = segment(Source("nothing", constant, 8), *splits, 64, settings=QUICK)
+    found = segment(FeatureSource("nothing", constant, 8), *splits, 64, settings=QUICK)
     assert (found.areas.sum(0)[0] > 0).sum() == 1
     assert found.accuracy < 0.5
 
 
 def test_runs_are_alike(splits):
-    source = Source("teacher", colours_of, 8, scale=4)
+    source = FeatureSource("teacher", colours_of, 8, scale=4)
     one, other = (segment(source, *splits, 64, settings=QUICK) for _ in range(2))
     assert torch.equal(one.strips, other.strips)
     assert one.scores == other.scores
@@ -86,9 +86,9 @@ def test_runs_are_alike(splits):
 
 def test_the_report_tells_gains_and_the_gap(splits):
     sources = [
-        Source("bilinear", colours_of, 8, resize="bilinear"),
-        Source("student", colours_of, 8, scale=4),
-        Source("teacher", colours_of, 8, scale=4),
+        FeatureSource("bilinear", colours_of, 8, resize="bilinear"),
+        FeatureSource("student", colours_of, 8, scale=4),
+        FeatureSource("teacher", colours_of, 8, scale=4),
     ]
     report = segmentation(sources, *splits, [64], model="any", settings=QUICK, within_px=2)
     bilinear, student, teacher = report.rows
@@ -103,7 +103,7 @@ def test_the_report_tells_gains_and_the_gap(splits):
 
 
 def test_no_gap_is_told_where_the_teacher_may_be_no_better(splits):
-    sources = [Source(name, colours_of, 8, scale=4) for name in ("bilinear", "student", "teacher")]
+    sources = [FeatureSource(name, colours_of, 8, scale=4) for name in ("bilinear", "student", "teacher")]
     report = segmentation(sources, *splits, [64], model="any", settings=QUICK, within_px=2)
     assert all("miou_gap" not in row and "boundary_gap" not in row for row in report.rows)
     assert report.rows[1]["miou_gain"] == (0, 0)
@@ -112,7 +112,7 @@ def test_no_gap_is_told_where_the_teacher_may_be_no_better(splits):
 def test_other_classes_are_refused(splits, coloured):
     train, val = splits
     with pytest.raises(BrixelError, match="3 classes to fit and 2 to report, or others; .* classes.json"):
-        segment(Source("x", constant, 8), train, type(val)(val.name, ["a", "b"], val.samples, val.table), 64)
+        segment(FeatureSource("x", constant, 8), train, type(val)(val.name, ["a", "b"], val.samples, val.table), 64)
 
 
 def test_shares_of_a_cell():
@@ -123,19 +123,19 @@ def test_shares_of_a_cell():
 
 def test_cells_for_which_memory_is_too_small_are_refused(monkeypatch):
     monkeypatch.setattr(feature_store, "free_bytes", lambda device: 6 * 36 * 5 * 2)
-    with pytest.raises(BrixelError, match=r"^cells of 6 pictures need 1 MiB of memory, .*take fewer pictures"):
+    with pytest.raises(BrixelError, match=r"^cells of 6 images need 1 MiB of memory, .*take fewer images"):
         Cells(planted(), 36)
     assert Cells(planted(5), 36).inputs([4]).shape == (1, 5, 1, 1)
 
 
 def test_without_a_cache_there_need_be_room_for_cells_alone(splits, monkeypatch):
     monkeypatch.setattr(feature_store, "free_bytes", lambda device: 2 * 8 * 256 * 3 * 2)  # maps have 1024 cells
-    fine = Source("teacher", lambda pixels: F.avg_pool2d(pixels, 2), 2, scale=4)
+    fine = FeatureSource("teacher", lambda pixels: F.avg_pool2d(pixels, 2), 2, scale=4)
     assert segment(fine, *splits, 64, settings=QUICK).accuracy > 0.9
 
 
 def test_figures_are_those_of_a_cache(splits, tmp_path):
-    source = Source("teacher", colours_of, 8, scale=4, identity="colours")
+    source = FeatureSource("teacher", colours_of, 8, scale=4, identity="colours")
     one, other = (segment(source, *splits, 64, settings=QUICK, cache=cache) for cache in (None, tmp_path))
     assert torch.equal(one.areas, other.areas)
     assert one.scores == other.scores
@@ -144,7 +144,7 @@ def test_figures_are_those_of_a_cache(splits, tmp_path):
 def planted(count=6, width=5):
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(width, 6, 6, generator=generator) for _ in range(count)]
-    return Features(Source("planted", constant, 8), maps)
+    return Features(FeatureSource("planted", constant, 8), maps)
 
 
 def test_a_linear_probe_finds_a_planted_map():
@@ -157,8 +157,8 @@ def test_a_linear_probe_finds_a_planted_map():
 
     settings = ProbeSettings(steps=200, batch_size=64, learning_rates=(1e-5, 0.2), weight_decay=0)
 
-    def score(readout, pictures):
-        items = [number * 36 + cell for number in pictures for cell in range(36)]
+    def score(readout, images):
+        items = [number * 36 + cell for number in images for cell in range(36)]
         return -float(loss(readout(cells.inputs(items)), items))
 
     probe = train_probe(lambda width: linear_readout(width, 1), cells, loss, score, settings)
@@ -191,7 +191,7 @@ def test_the_global_random_state_is_left_alone():
 def test_settings_that_cannot_be_run_are_refused():
     with pytest.raises(BrixelError, match="cannot be run"):
         ProbeSettings(steps=0)
-    with pytest.raises(BrixelError, match="1 training pictures"):
+    with pytest.raises(BrixelError, match="1 training images"):
         train_probe(lambda width: linear_readout(width, 1), Maps(planted(1)), lambda a, b: a.mean(), None, QUICK)
 
 
@@ -203,6 +203,6 @@ def test_the_command(coloured, backbone_folder, tmp_path, capsys):
     rows = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
     assert [row["source"] for row in rows] == ["bilinear", "student", "teacher"]
     assert rows[0]["miou"] == pytest.approx(rows[1]["miou"], abs=0.01)  # a fresh student is bilinear
-    assert "2 pictures to fit, 2 to report" in output.read_text(encoding="utf-8")
+    assert "2 images to fit, 2 to report" in output.read_text(encoding="utf-8")
     assert main([*command[:-1], str(tmp_path / "report.txt")]) == 2
     assert "ends in .md" in capsys.readouterr().err

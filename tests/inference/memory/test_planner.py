@@ -18,11 +18,11 @@ from brixel.evaluate.cost.memory import memory_table, report
 from brixel.evaluate.cost.timing import random_student
 from brixel.inference.memory import limited_forward as bounded_module
 from brixel.inference.memory import planner as memory_plan
-from brixel.inference.memory.allocation_tracker import LiveBytes, copy_with, storage_bytes, weights_and_buffers
-from brixel.inference.memory.limited_forward import BoundedRun, check_host, is_out_of_memory
+from brixel.inference.memory.allocation_tracker import AllocationTracker, copy_with, storage_bytes, weights_and_buffers
+from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host, is_out_of_memory
 from brixel.inference.memory.planner import Job, choose_way, predict_peak, run_job, surely_fits, ways_by_cost
 from brixel.inference.memory.strategies import Way, new_results, smaller
-from brixel.utils.memory import bytes_text, free_bytes, parse_bytes
+from brixel.utils.memory import format_bytes, free_bytes, parse_bytes
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_what_is_no_amount_is_refused(given):
 
 
 def test_amounts_as_text():
-    assert [bytes_text(each) for each in (1, MIB, 1000 * MIB, 2**30, 5 * 2**28)] == [
+    assert [format_bytes(each) for each in (1, MIB, 1000 * MIB, 2**30, 5 * 2**28)] == [
         "1 MiB",
         "1 MiB",
         "1000 MiB",
@@ -77,10 +77,10 @@ def test_amounts_as_text():
 
 @pytest.mark.parametrize("need", [1, MIB - 1, MIB, MIB + 1, 2**30 - 1, 2**30 + 1, 1_960_000_000, 5 * 2**28 + 1])
 def test_what_is_needed_is_told_as_a_limit_that_is_enough(need):
-    assert parse_bytes(bytes_text(need)) >= need
-    assert bytes_text(need - 1, up=False) != bytes_text(need)  # "needs 1.83 GiB, and the limit is 1.83 GiB"
-    assert bytes_text(1_960_000_000, up=False) == "1.82 GiB"
-    assert bytes_text(parse_bytes("1.83GiB"), up=False) == "1.83 GiB"
+    assert parse_bytes(format_bytes(need)) >= need
+    assert format_bytes(need - 1, up=False) != format_bytes(need)  # "needs 1.83 GiB, and the limit is 1.83 GiB"
+    assert format_bytes(1_960_000_000, up=False) == "1.82 GiB"
+    assert format_bytes(parse_bytes("1.83GiB"), up=False) == "1.83 GiB"
 
 
 def test_what_is_free_is_known_here():
@@ -93,7 +93,7 @@ def test_what_is_free_is_known_here():
 
 def test_live_bytes_are_counted_while_they_live():
     held = torch.ones(1000)
-    with LiveBytes("cpu") as counter:
+    with AllocationTracker("cpu") as counter:
         counter.track([held, held[:10]])
         assert counter.live == 4000
         made = held * 2
@@ -111,7 +111,7 @@ def test_live_bytes_are_counted_while_they_live():
 
 def test_what_is_left_out_stays_out_when_it_is_looked_at():
     room = torch.zeros(100)
-    with LiveBytes("cpu") as counter:
+    with AllocationTracker("cpu") as counter:
         counter.leave_out([room])
         room[:10].fill_(1)
     assert counter.peak == 0
@@ -138,13 +138,13 @@ JOBS = [
 
 
 def counted_peak(model, way, job, device=CPU):
-    pictures = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
-    rooms = new_results(model, torch.stack(pictures)) if job.to_file else None
-    with LiveBytes(device.type) as counter:
+    images = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
+    rooms = new_results(model, torch.stack(images)) if job.to_file else None
+    with AllocationTracker(device.type) as counter:
         counter.track(weights_and_buffers(model))
-        counter.track(pictures)
+        counter.track(images)
         counter.leave_out(rooms or [])
-        run_job(model, way, pictures, rooms)
+        run_job(model, way, images, rooms)
     return counter.peak
 
 
@@ -190,14 +190,14 @@ def test_a_generous_limit_spares_a_prediction_and_the_plan_still_tells_one(tiny,
     assert tiny.plan((64, 64), batch=2, memory_limit=limit).peak_bytes == predicted
     monkeypatch.setattr(bounded_module, "predict_peak", None)
     monkeypatch.setattr(bounded_module, "choose_way", None)
-    run = BoundedRun(tiny, limit=limit, batch=2)
+    run = MemoryLimitedForward(tiny, limit=limit, batch=2)
     run.check((64, 64))
     assert run.together((64, 64)) == 2
     assert run.room() >= (limit - storage_bytes(tiny)) // 2
     assert len(run(torch.zeros(2, 3, 64, 64))) == 2
 
 
-def test_a_small_picture_takes_no_more_than_the_bound(tiny, foreign_patch):
+def test_a_small_image_takes_no_more_than_the_bound(tiny, foreign_patch):
     """What does not depend on the size is most of it."""
     for model, batch in itertools.product((tiny, foreign_patch), (1, 3)):
         job = Job(batch, (model.patch_px, model.patch_px))
@@ -213,7 +213,7 @@ def test_maps_that_do_not_fit_are_refused_without_looking_for_a_way(tiny, monkey
         return predict_peak(student, way, job, device)
 
     monkeypatch.setattr(memory_plan, "predict_peak", counting)
-    with pytest.raises(MemoryLimitError, match="8 pictures of 96x96 .* need"):
+    with pytest.raises(MemoryLimitError, match="8 images of 96x96 .* need"):
         choose_way(tiny, Job(8, (96, 96)), storage_bytes(tiny) + 3 * MIB, "never")
     assert len(asked) <= 2 + 3  # the least of each kind, and a few sizes
 
@@ -271,7 +271,7 @@ def test_what_fits_nowhere_is_refused_with_what_would_fit(tiny, tiles):
 
 
 def test_a_limit_below_the_weights_fits_nothing(tiny):
-    with pytest.raises(MemoryLimitError, match="no picture fits"):
+    with pytest.raises(MemoryLimitError, match="no image fits"):
         tiny.plan((16, 16), memory_limit="1MiB")
 
 
@@ -315,10 +315,10 @@ def test_a_map_in_pieces_is_the_map(tiny, waves):
     [(18, "whole"), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((17.2, "pieces"), (16, "tiles")))],
 )
 def test_the_limit_holds_while_a_map_is_made(tiny, waves, mib, way):
-    """From prepared pixels on, counted from outside; the picture itself is small beside them."""
+    """From prepared pixels on, counted from outside; the image itself is small beside them."""
     limit = int(mib * MIB)
     assert tiny.plan(waves.shape[:2], memory_limit=limit).way == way  # predicted by now, and not counted
-    with LiveBytes("cpu") as counter:
+    with AllocationTracker("cpu") as counter:
         counter.track(weights_and_buffers(tiny))
         tiny.extract(waves, short_side_px="native", memory_limit=limit)
     assert counter.peak <= limit + waves.nbytes
@@ -365,7 +365,7 @@ def test_where_a_map_cannot_be_made(tiny, waves, tmp_path, name, message):
 def test_a_map_that_fails_leaves_the_file_before_it(tiny, waves, tmp_path, monkeypatch):
     path = tmp_path / "map.npy"
     before = tiny.extract(waves[:64, :64], short_side_px="native", out=path)
-    monkeypatch.setattr(BoundedRun, "fill", lambda *_: 1 / 0)
+    monkeypatch.setattr(MemoryLimitedForward, "fill", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tiny.extract(waves, out=path)
     assert FeatureMap.load(path).image_hw == before.image_hw
@@ -428,7 +428,7 @@ def test_tiles_come_after_pieces_where_they_are_allowed(tiny, waves, monkeypatch
     tried = failing(monkeypatch, lambda way: way.kind != "tiles" or way.side > 8, ERRORS[0])
     assert "of 128x128 px" in tiny.extract(waves, short_side_px="native").meta["tiles"]
     assert [way.side for way in tried if way.kind == "tiles"] == [16, 8]
-    with pytest.raises(MemoryLimitError, match="memory ran out for a picture of 144x272 pixels"):
+    with pytest.raises(MemoryLimitError, match="memory ran out for an image of 144x272 pixels"):
         tiny.extract(waves, short_side_px="native", tiles="never")
 
 
@@ -537,7 +537,7 @@ def test_the_table_is_predicted_without_weights_and_measured_where_asked():
         ("dinov3-vith16plus", 3672),
     ],
 )
-def test_a_256_px_picture_takes_far_less_than_the_release_published(architecture, published_mib):
+def test_a_256_px_image_takes_far_less_than_the_release_published(architecture, published_mib):
     """Its figures are of mixed precision on a GPU; ours of bfloat16 throughout, weights included."""
     with torch.device("meta"):
         student = random_student(architecture).to(torch.bfloat16)

@@ -90,7 +90,7 @@ def test_one_tile_is_the_whole(tiny):
         torch.testing.assert_close(tiled, tiny(pixels)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_constant_picture_gives_a_blend_of_one_tile_s_map(tiny):
+def test_a_constant_image_gives_a_blend_of_one_tile_s_map(tiny):
     """All tiles are alike, so that the map repeats with them where their distance is the same."""
     side, step = 8 * tiny.patch_px, 6 * tiny.patch_px
     pixels = torch.full((1, 3, side + 2 * step, side), 0.3)

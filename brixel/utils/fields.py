@@ -1,0 +1,133 @@
+"""Validation of the fields of configurations: dataclasses, and tables read from JSON and TOML.
+
+A rule converts a value to the type that is kept, and says in words what it expects.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike, fspath
+from typing import Any
+
+from brixel.errors import BrixelError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a field may hold.
+
+    Args:
+        expected: The allowed values in words, such as "a whole number from 1 up".
+        convert: From a value to the one that is kept; raises TypeError or ValueError for one that is not allowed.
+    """
+
+    expected: str
+    convert: Callable[[Any], Any]
+
+
+def check_field(name: str, value: object, rule: Rule) -> Any:
+    """The value as it is kept. Raises BrixelError, which names the field, where ``rule`` does not allow it."""
+    try:
+        return rule.convert(value)
+    except (TypeError, ValueError):
+        raise BrixelError(f"{name} is {value!r}; expected {rule.expected}") from None
+
+
+def check_fields(instance: object, rules: Mapping[str, Rule], *, prefix: str = "") -> None:
+    """Check and convert fields of a dataclass, frozen or not, in place; ``prefix`` opens their names in errors."""
+    for name, rule in rules.items():
+        object.__setattr__(instance, name, check_field(f"{prefix}{name}", getattr(instance, name), rule))
+
+
+def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise BrixelError for the first name that is not known; ``what`` opens the message: "unknown setting"."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise BrixelError(f"{what} {name!r}; {did_you_mean(str(name), known)}")
+
+
+def whole_number(least: int = 0, below: int | None = None) -> Rule:
+    """An integer from ``least`` up, and below a bound where one is given; booleans are not integers here."""
+
+    def convert(value: Any) -> int:
+        if type(value) is not int or value < least or (below is not None and value >= below):
+            raise ValueError
+        return value
+
+    return Rule(f"a whole number from {least} {'up' if below is None else f'to below {below}'}", convert)
+
+
+def number(least: float = -math.inf, below: float = math.inf, *, above: float = -math.inf) -> Rule:
+    """A finite float, or an integer, which becomes one; at least ``least``, above ``above``, below ``below``."""
+
+    def convert(value: Any) -> float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError
+        if not (value >= least and value > above and value < below):
+            raise ValueError
+        return float(value)
+
+    bounds = [f"from {least:g} up"] if math.isfinite(least) else []
+    bounds += [f"above {above:g}"] if math.isfinite(above) else []
+    bounds += [f"below {below:g}"] if math.isfinite(below) else []
+    return Rule(" ".join(["a finite number", " and ".join(bounds)]).strip(), convert)
+
+
+def boolean() -> Rule:
+    """True or False."""
+    return Rule("True or False", _boolean)
+
+
+def one_of(*choices: str) -> Rule:
+    """One of some texts."""
+
+    def convert(value: Any) -> str:
+        if value not in choices or not isinstance(value, str):
+            raise ValueError
+        return value
+
+    return Rule(f"one of {', '.join(map(repr, choices))}", convert)
+
+
+def text(*, empty: bool = False) -> Rule:
+    """A string, or a path, which becomes one; an empty one only where ``empty``."""
+
+    def convert(value: Any) -> str:
+        kept = fspath(value) if isinstance(value, PathLike) else value
+        if not isinstance(kept, str) or not (kept or empty):
+            raise ValueError
+        return kept
+
+    return Rule("a text" if empty else "a text that is not empty", convert)
+
+
+def optional(rule: Rule) -> Rule:
+    """None, or what ``rule`` allows."""
+    return Rule(f"{rule.expected}, or None", lambda value: None if value is None else rule.convert(value))
+
+
+def several(rule: Rule, expected: str, *, count: int | None = None, least: int = 0) -> Rule:
+    """A list or tuple of values that ``rule`` allows, which becomes a tuple; a single value stands for a list of one.
+
+    Args:
+        rule: What each value may be.
+        expected: The allowed values in words.
+        count: How many there must be; a single value then stands for nothing else.
+        least: How many there must be at least.
+    """
+
+    def convert(value: Any) -> tuple[Any, ...]:
+        alone = count is None and not isinstance(value, list | tuple)
+        kept = tuple(rule.convert(each) for each in ([value] if alone else value))
+        if len(kept) < least or (count is not None and len(kept) != count):
+            raise ValueError
+        return kept
+
+    return Rule(expected, convert)
+
+
+def _boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
