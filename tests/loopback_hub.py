@@ -1,6 +1,6 @@
 """A stand-in for the Hugging Face Hub on the loopback interface: what its client needs to fetch and commit files.
 
-`tests/conftest.py` loads it by its path, as test modules cannot import each other.
+Tests get it as the fixture `hub`.
 """
 
 import base64
