@@ -13,10 +13,10 @@ from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder
 from brixel.errors import MemoryLimitError
 from brixel.extraction import extract_files
 from brixel.extraction import manifest as manifest_module
-from brixel.extraction.distributed import Share
-from brixel.extraction.manifest import Manifest, current
+from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.manifest import Manifest, latest_by_image
 from brixel.extraction.map_folder import verify
-from brixel.extraction.pending_images import finished_elsewhere
+from brixel.extraction.pending_images import count_finished_elsewhere
 from brixel.images.find_images import find_images
 from brixel.inference.memory.limited_forward import MemoryLimitedForward
 
@@ -85,9 +85,9 @@ def test_what_is_in_the_way_of_a_first_run_is_so_at_the_second_try(model, folder
 def test_a_name_that_cannot_be_written_costs_no_other_map(model, folder, tmp_path):
     long = folder / f"{'x' * 248}.png"
     shutil.copy(folder / "0.png", long)
-    report = extract(model, folder, tmp_path / "out")
-    assert (report.written, [path for path, _ in report.failures]) == (4, [long])
-    assert "is longer than 255 bytes" in str(report.failures[0][1])
+    summary = extract(model, folder, tmp_path / "out")
+    assert (summary.written, [path for path, _ in summary.failures]) == (4, [long])
+    assert "is longer than 255 bytes" in str(summary.failures[0][1])
     assert extract(model, folder, tmp_path / "shards", shard_bytes=1).written == 5
 
 
@@ -95,9 +95,9 @@ def test_a_name_that_cannot_be_written_costs_no_other_map(model, folder, tmp_pat
 def test_a_name_that_is_no_text_goes_into_a_file_and_into_no_shard(model, folder, tmp_path):
     shutil.copy(folder / "0.png", os.path.join(os.fsencode(folder), b"0\xff.png"))
     assert extract(model, folder, tmp_path / "out").written == 5
-    report = extract(model, folder, tmp_path / "shards", shard_bytes=1)
-    assert (report.written, len(report.failures)) == (4, 1)
-    assert "is no UTF-8" in str(report.failures[0][1])
+    summary = extract(model, folder, tmp_path / "shards", shard_bytes=1)
+    assert (summary.written, len(summary.failures)) == (4, 1)
+    assert "is no UTF-8" in str(summary.failures[0][1])
 
 
 def test_maps_too_large_for_memory_are_made_in_their_files(model, folder, tmp_path, monkeypatch):
@@ -111,15 +111,15 @@ def test_maps_too_large_for_memory_are_made_in_their_files(model, folder, tmp_pa
         check(run, image_hw, **options)
 
     monkeypatch.setattr(MemoryLimitedForward, "check", stingy)
-    report = extract(model, folder, tmp_path / "out", ending=".npy", short_side_px="native")
-    assert (report.written, report.failures) == (4, [])
+    summary = extract(model, folder, tmp_path / "out", ending=".npy", short_side_px="native")
+    assert (summary.written, summary.failures) == (4, [])
     made = FeatureMap.load(tmp_path / "out" / "1.png.npy")
     assert (made.image_hw, made.stride) == (expected.image_hw, expected.stride)
     assert made.features.equal(expected.features)
     assert verify(tmp_path / "out") == []
     for options in ({}, {"shard_bytes": 1}):  # these are written at once
-        report = extract(model, folder, tmp_path / f"other{len(options)}", short_side_px="native", **options)
-        assert [path.name for path, _ in report.failures] == ["1.png"]
+        summary = extract(model, folder, tmp_path / f"other{len(options)}", short_side_px="native", **options)
+        assert [path.name for path, _ in summary.failures] == ["1.png"]
 
 
 def test_shards_are_smaller_where_the_limit_is(model, folder, tmp_path):
@@ -128,8 +128,8 @@ def test_shards_are_smaller_where_the_limit_is(model, folder, tmp_path):
     for index in range(4):  # two of their maps fit into a quarter of the limit
         Image.new("RGB", (28, 28 * (limit // 10 // cells)), "red").save(folder / f"{index}.png")
     for name, options, shards in (("whole", {}, 1), ("small", {"memory_limit": limit}, 2)):
-        report = extract(model, folder, tmp_path / name, shard_bytes=10**9, **options)
-        assert (report.written, report.failures) == (4, [])
+        summary = extract(model, folder, tmp_path / name, shard_bytes=10**9, **options)
+        assert (summary.written, summary.failures) == (4, [])
         assert len(list((tmp_path / name).glob("*.safetensors"))) == shards
 
 
@@ -138,10 +138,10 @@ def test_other_processes_work_counts_in_the_bar(model, folder, tmp_path, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     written = extract_files(model, images, out).written
-    share = Share(0, 2)
-    with Manifest(out, {}, Share(0, 1), overwrite=True) as manifest:
+    share = ProcessShare(0, 2)
+    with Manifest(out, {}, ProcessShare(0, 1), overwrite=True) as manifest:
         manifest.written = manifest_module.read_manifests(out)
-        assert finished_elsewhere(images, manifest, share) == written == len(current(manifest.written))
+        assert count_finished_elsewhere(images, manifest, share) == written == len(latest_by_image(manifest.written))
 
 
 def test_a_file_system_without_locks_is_warned_of(model, folder, tmp_path, monkeypatch, caplog):

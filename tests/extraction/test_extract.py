@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder
 from brixel.extraction import extract_files
-from brixel.extraction.distributed import Share
-from brixel.extraction.manifest import Manifest, SourceImage, Written, manifests, read_manifests
+from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile, manifest_paths, read_manifests
 from brixel.extraction.map_folder import verify
 from brixel.images.find_images import find_images
 
@@ -74,8 +74,8 @@ def test_wrong_paths_say_so(album, tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_every_image_gets_its_own_map(model, album, tmp_path, batch_size):
-    report = extract_files(model, find_images([album]), tmp_path / "out", batch_size=batch_size)
-    assert (report.written, report.skipped, report.failures) == (3, 0, [])
+    summary = extract_files(model, find_images([album]), tmp_path / "out", batch_size=batch_size)
+    assert (summary.written, summary.skipped, summary.failures) == (3, 0, [])
     for name in ("a.png", "b.JPG", "sub/a.png"):
         ours = FeatureMap.load(tmp_path / "out" / f"{name}.safetensors")
         expected = model.extract(album / name)
@@ -88,19 +88,19 @@ def test_every_image_gets_its_own_map(model, album, tmp_path, batch_size):
 def test_unreadable_images_are_listed_and_cost_no_other_map(model, album, tmp_path, batch_size):
     (album / "aa.png").write_bytes((album / "a.png").read_bytes()[:200])
     (album / "c.png").write_bytes(b"")
-    report = extract_files(model, find_images([album]), tmp_path / "out", batch_size=batch_size)
-    assert report.written == 3
-    assert [path.name for path, _ in report.failures] == ["aa.png", "c.png"]
-    assert all(path.name in str(error) for path, error in report.failures)
+    summary = extract_files(model, find_images([album]), tmp_path / "out", batch_size=batch_size)
+    assert summary.written == 3
+    assert [path.name for path, _ in summary.failures] == ["aa.png", "c.png"]
+    assert all(path.name in str(error) for path, error in summary.failures)
     assert len(list((tmp_path / "out").rglob("*.safetensors"))) == 3
 
 
 def test_an_image_that_vanishes_is_listed(model, album, tmp_path):
     images = find_images([album])
     (album / "b.JPG").unlink()
-    report = extract_files(model, images, tmp_path / "out")
-    assert report.written == 2
-    assert [path.name for path, _ in report.failures] == ["b.JPG"]
+    summary = extract_files(model, images, tmp_path / "out")
+    assert summary.written == 2
+    assert [path.name for path, _ in summary.failures] == ["b.JPG"]
 
 
 def test_what_is_finished_is_skipped_unless_overwritten(model, album, tmp_path):
@@ -109,11 +109,11 @@ def test_what_is_finished_is_skipped_unless_overwritten(model, album, tmp_path):
     mine = b"m" * (out / "a.png.safetensors").stat().st_size
     (out / "a.png.safetensors").write_bytes(mine)
     (out / "b.JPG.safetensors").unlink()
-    report = extract_files(model, find_images([album]), out)
-    assert (report.written, report.skipped) == (1, 2)
+    summary = extract_files(model, find_images([album]), out)
+    assert (summary.written, summary.skipped) == (1, 2)
     assert (out / "a.png.safetensors").read_bytes() == mine
-    report = extract_files(model, find_images([album]), out, overwrite=True)
-    assert (report.written, report.skipped) == (3, 0)
+    summary = extract_files(model, find_images([album]), out, overwrite=True)
+    assert (summary.written, summary.skipped) == (3, 0)
     FeatureMap.load(out / "a.png.safetensors")
 
 
@@ -131,8 +131,8 @@ def test_an_image_that_changed_is_done_again(model, album, tmp_path):
     out = tmp_path / "out"
     extract_files(model, find_images([album]), out)
     shutil.copy(album / "b.JPG", album / "a.png")  # other content under the old name
-    report = extract_files(model, find_images([album]), out)
-    assert (report.written, report.skipped) == (1, 2)
+    summary = extract_files(model, find_images([album]), out)
+    assert (summary.written, summary.skipped) == (1, 2)
     assert MapFolder(out)["a.png"].image_hw == FeatureMap.load(out / "b.JPG.safetensors").image_hw
     assert verify(out) == []
 
@@ -176,8 +176,8 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_finished(model, album, tmp
     assert [path.name for path in out.rglob("*") if path.is_file()].count("a.png.safetensors") == 1
     assert len(MapFolder(out)) == 1
     assert verify(out) == []
-    report = extract_files(model, find_images([album]), out)
-    assert (report.written, report.skipped) == (2, 1)
+    summary = extract_files(model, find_images([album]), out)
+    assert (summary.written, summary.skipped) == (2, 1)
 
 
 def test_a_folder_that_cannot_be_written_to(model, album, tmp_path):
@@ -187,16 +187,16 @@ def test_a_folder_that_cannot_be_written_to(model, album, tmp_path):
 
 
 def test_two_runs_do_not_write_to_one_folder(model, album, tmp_path):
-    with Manifest(tmp_path, {}, Share()), pytest.raises(BrixelError, match="another run writes to"):
+    with Manifest(tmp_path, {}, ProcessShare()), pytest.raises(BrixelError, match="another run writes to"):
         extract_files(model, find_images([album]), tmp_path)
 
 
-@pytest.mark.parametrize(("first", "second"), [(Share(0, 1), Share(1, 2)), (Share(1, 2), Share(0, 1))])
+@pytest.mark.parametrize(("first", "second"), [(ProcessShare(0, 1), ProcessShare(1, 2)), (ProcessShare(1, 2), ProcessShare(0, 1))])
 def test_a_run_of_another_number_of_processes_does_not_write_along(tmp_path, first, second):
     with Manifest(tmp_path, {}, first):
         with pytest.raises(BrixelError, match="another run writes to"), Manifest(tmp_path, {}, second):
             pass
-        with Manifest(tmp_path, {}, Share(1 - first.rank, 2)) if first.processes == 2 else contextlib.nullcontext():
+        with Manifest(tmp_path, {}, ProcessShare(1 - first.rank, 2)) if first.processes == 2 else contextlib.nullcontext():
             pass  # its own kind does
     with Manifest(tmp_path, {}, second):
         pass
@@ -206,8 +206,8 @@ def test_a_file_that_was_cut_short_is_made_again(model, album, tmp_path):
     out = tmp_path / "out"
     extract_files(model, find_images([album]), out)
     os.truncate(out / "a.png.safetensors", 100)
-    report = extract_files(model, find_images([album]), out)
-    assert (report.written, report.skipped) == (1, 2)
+    summary = extract_files(model, find_images([album]), out)
+    assert (summary.written, summary.skipped) == (1, 2)
     assert verify(out) == []
 
 
@@ -215,9 +215,9 @@ def test_features_that_do_not_fit_float16_are_listed(model, album, tmp_path):
     large = copy.deepcopy(model)
     with torch.no_grad():
         large.head.out.bias += 1e6
-    report = extract_files(large, find_images([album]), tmp_path / "out", save_dtype=torch.float16)
-    assert report.written == 0
-    assert "a.png: its features do not fit float16; save as bfloat16" in str(report.failures[0][1])
+    summary = extract_files(large, find_images([album]), tmp_path / "out", save_dtype=torch.float16)
+    assert summary.written == 0
+    assert "a.png: its features do not fit float16; save as bfloat16" in str(summary.failures[0][1])
 
 
 def test_what_the_writer_of_safetensors_says_of_a_full_disk_is_explained(model, album, tmp_path, monkeypatch):
@@ -233,11 +233,11 @@ def test_what_the_writer_of_safetensors_says_of_a_full_disk_is_explained(model, 
 
 
 def note(name):
-    return Written(f"{name}.safetensors", 3, "0" * 64, (SourceImage(name, 1, 2),))
+    return WrittenFile(f"{name}.safetensors", 3, "0" * 64, (SourceImage(name, 1, 2),))
 
 
 def test_a_note_that_was_cut_off_is_not_counted(tmp_path):
-    with Manifest(tmp_path, {"a": "b"}, Share()) as manifest:
+    with Manifest(tmp_path, {"a": "b"}, ProcessShare()) as manifest:
         manifest.begin()
         manifest.add(note("x"))
         manifest.add(note("y"))
@@ -250,7 +250,7 @@ def test_a_note_that_was_cut_off_is_not_counted(tmp_path):
             : max(lines - 1, 0)
         ]
     path.write_bytes(whole[:-5])
-    with Manifest(tmp_path, {"a": "b"}, Share()) as manifest:
+    with Manifest(tmp_path, {"a": "b"}, ProcessShare()) as manifest:
         assert len(manifest.written) == 1
         manifest.add(note("y"))
     assert [each.file for each in read_manifests(tmp_path)] == ["x.safetensors", "y.safetensors"]
@@ -260,8 +260,8 @@ def test_a_note_that_was_cut_off_is_not_counted(tmp_path):
 def test_a_damaged_manifest_says_so(tmp_path, content):
     (tmp_path / "manifest-0.jsonl").write_bytes(content)
     with pytest.raises(BrixelError, match=r"manifest-0\.jsonl is damaged or no manifest of ours"):
-        Manifest(tmp_path, {}, Share())
-    with Manifest(tmp_path, {}, Share(), overwrite=True) as manifest:
+        Manifest(tmp_path, {}, ProcessShare())
+    with Manifest(tmp_path, {}, ProcessShare(), overwrite=True) as manifest:
         assert manifest.written == []
 
 
@@ -293,8 +293,8 @@ def test_shards_hold_what_files_would(model, album, tmp_path, maps_each):
     images = find_images([album])
     extract_files(model, images, tmp_path / "files")
     limit = maps_each * model.extract(album / "a.png").features.nbytes
-    report = extract_files(model, images, tmp_path / "shards", shard_bytes=limit)
-    assert report.written == 3
+    summary = extract_files(model, images, tmp_path / "shards", shard_bytes=limit)
+    assert summary.written == 3
     found = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
     assert found == [f"maps-0-{number:05d}.safetensors" for number in range(-(-3 // maps_each))]
     files, shards = MapFolder(tmp_path / "files"), MapFolder(tmp_path / "shards")
@@ -313,8 +313,8 @@ def test_shards_hold_what_files_would(model, album, tmp_path, maps_each):
 def test_a_lost_shard_is_made_again(model, album, tmp_path):
     extract_files(model, find_images([album]), tmp_path, shard_bytes=1)
     (tmp_path / "maps-0-00001.safetensors").unlink()
-    report = extract_files(model, find_images([album]), tmp_path, shard_bytes=1)
-    assert (report.written, report.skipped) == (1, 2)
+    summary = extract_files(model, find_images([album]), tmp_path, shard_bytes=1)
+    assert (summary.written, summary.skipped) == (1, 2)
     assert len(MapFolder(tmp_path)) == 3
     assert MapFolder(tmp_path)["b.JPG"].features.shape[0] == model.embed_dim
 
@@ -368,24 +368,24 @@ def test_processes_share_the_images_and_a_restart_with_others_repeats_none(model
         parts[rank] = extract_files(model, images, out).written
     assert parts[0] > 0 < parts[2]
     assert len(MapFolder(out)) == parts[0] + parts[2] < 12
-    reports = []
+    summarys = []
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")
-        reports.append(extract_files(model, images, out))
-    assert sum(each.written for each in reports) == 12 - parts[0] - parts[2]
-    assert sum(each.skipped for each in reports) == parts[0] + parts[2]
+        summarys.append(extract_files(model, images, out))
+    assert sum(each.written for each in summarys) == 12 - parts[0] - parts[2]
+    assert sum(each.skipped for each in summarys) == parts[0] + parts[2]
     assert len(MapFolder(out)) == 12
     assert verify(out) == []
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert extract_files(model, images, out, overwrite=True).written == 12
-    assert [path.name for path in manifests(out)] == ["manifest-0.jsonl"]
+    assert [path.name for path in manifest_paths(out)] == ["manifest-0.jsonl"]
 
 
 def test_shares_are_whole_and_apart():
     names = [f"{index}.jpg" for index in range(1000)]
-    owners = [[rank for rank in range(7) if Share(rank, 7).holds(name)] for name in names]
+    owners = [[rank for rank in range(7) if ProcessShare(rank, 7).contains(name)] for name in names]
     assert all(len(each) == 1 for each in owners)
     counts = [owners.count([rank]) for rank in range(7)]
     assert min(counts) > 100
@@ -402,10 +402,10 @@ backbone, source, out, *shards = sys.argv[1:]
 torch.manual_seed(0)
 model = BrixelFeatures.from_backbone(backbone, device="cpu", short_side_px=28)
 print("ready", flush=True)
-report = extract_files(
+summary = extract_files(
     model, find_images([Path(source)]), Path(out), batch_size=4, shard_bytes=int(shards[0]) if shards else None
 )
-print(report.written, report.skipped)
+print(summary.written, summary.skipped)
 """
 
 
@@ -433,7 +433,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(backbone_folder, t
         time.sleep(moments.uniform(0.02, 0.3))
         process.kill()
         process.communicate()
-    noted = len(MapFolder(out)) if manifests(out) else 0
+    noted = len(MapFolder(out)) if manifest_paths(out) else 0
     last = start(backbone_folder, source, out, *shards)
     assert last.communicate()[0] == f"{200 - noted} {noted}\n"
     ours, theirs = maps_in(out), maps_in(tmp_path / "whole")
@@ -449,7 +449,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(backbone_folder, t
 def test_an_interruption_finishes_what_is_in_hand(backbone_folder, tmp_path):
     source, out = many(tmp_path / "in", 200), tmp_path / "out"
     process = start(backbone_folder, source, out, 10**9)
-    while not manifests(out) or manifests(out)[0].stat().st_size == 0:
+    while not manifest_paths(out) or manifest_paths(out)[0].stat().st_size == 0:
         time.sleep(0.005)
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
