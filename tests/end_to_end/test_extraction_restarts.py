@@ -1,12 +1,12 @@
-"""Runs taken up again after what users do to folders, and images that one run cannot take."""
+"""Runs that are started again after users changed a folder, and images that a run cannot use."""
 
-import errno
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder
@@ -40,14 +40,14 @@ def extract(model, folder, out, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"shard_bytes": 1}])
-def test_an_image_that_was_put_back_is_done_again(model, folder, tmp_path, caplog, options):
+def test_an_image_that_was_put_back_is_extracted_again(model, folder, tmp_path, caplog, options):
     out, first = tmp_path / "out", tmp_path / "first.png"
     extract(model, folder, out, **options)
     before = MapFolder(out)["0.png"].features
     shutil.copy2(folder / "0.png", first)
     Image.new("RGB", (28, 56), "white").save(folder / "0.png")
     assert extract(model, folder, out, **options).written == 1
-    assert "1 images are others than those whose maps are in" in caplog.text
+    assert "1 images differ from those whose maps are in" in caplog.text
     shutil.copy2(first, folder / "0.png")  # with its old time of change
     assert extract(model, folder, out, **options).written == 1
     assert MapFolder(out)["0.png"].features.equal(before)
@@ -55,7 +55,7 @@ def test_an_image_that_was_put_back_is_done_again(model, folder, tmp_path, caplo
     assert verify(out) == []
 
 
-def test_a_lost_shard_is_nobodys_once_its_maps_were_made_anew(model, folder, tmp_path):
+def test_a_lost_shard_is_not_missed_once_its_maps_are_written_again(model, folder, tmp_path):
     out = tmp_path / "out"
     extract(model, folder, out, shard_bytes=1)
     (out / "maps-0-00001.safetensors").unlink()
@@ -64,7 +64,7 @@ def test_a_lost_shard_is_nobodys_once_its_maps_were_made_anew(model, folder, tmp
     assert verify(out) == []
 
 
-def test_killed_between_the_first_map_and_its_note_a_run_goes_on(model, folder, tmp_path):
+def test_killed_between_the_first_map_and_its_entry_a_run_goes_on(model, folder, tmp_path):
     out = tmp_path / "out"
     extract(model, folder, out)
     path = out / "manifest-0.jsonl"
@@ -72,7 +72,7 @@ def test_killed_between_the_first_map_and_its_note_a_run_goes_on(model, folder, 
     assert extract(model, folder, out).written == 4
 
 
-def test_what_is_in_the_way_of_a_first_run_is_so_at_the_second_try(model, folder, tmp_path):
+def test_a_file_in_the_way_stops_the_first_run_and_the_second(model, folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "0.png.safetensors").write_bytes(b"mine")
@@ -92,7 +92,7 @@ def test_a_name_that_cannot_be_written_costs_no_other_map(model, folder, tmp_pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
-def test_a_name_that_is_no_text_goes_into_a_file_and_into_no_shard(model, folder, tmp_path):
+def test_a_name_that_is_not_utf8_goes_into_a_file_and_into_no_shard(model, folder, tmp_path):
     shutil.copy(folder / "0.png", os.path.join(os.fsencode(folder), b"0\xff.png"))
     assert extract(model, folder, tmp_path / "out").written == 5
     summary = extract(model, folder, tmp_path / "shards", shard_bytes=1)
@@ -100,7 +100,7 @@ def test_a_name_that_is_no_text_goes_into_a_file_and_into_no_shard(model, folder
     assert "is no UTF-8" in str(summary.failures[0][1])
 
 
-def test_maps_too_large_for_memory_are_made_in_their_files(model, folder, tmp_path, monkeypatch):
+def test_maps_too_large_for_memory_are_computed_into_their_files(model, folder, tmp_path, monkeypatch):
     Image.new("RGB", (84, 56), "red").save(folder / "1.png")
     expected = model.extract(folder / "1.png", short_side_px="native")
     check = MemoryLimitedForward.check
@@ -117,12 +117,31 @@ def test_maps_too_large_for_memory_are_made_in_their_files(model, folder, tmp_pa
     assert (made.image_hw, made.stride) == (expected.image_hw, expected.stride)
     assert made.features.equal(expected.features)
     assert verify(tmp_path / "out") == []
-    for options in ({}, {"shard_bytes": 1}):  # these are written at once
+    for options in ({}, {"shard_bytes": 1}):  # these are written whole
         summary = extract(model, folder, tmp_path / f"other{len(options)}", short_side_px="native", **options)
         assert [path.name for path, _ in summary.failures] == ["1.png"]
 
 
-def test_shards_are_smaller_where_the_limit_is(model, folder, tmp_path):
+def test_shards_take_half_of_the_limit_at_most(model, folder, tmp_path, monkeypatch):
+    """With maps that cost nothing: two of them fit into a quarter of the limit, and the model gets the other half."""
+    features = torch.zeros(64, 8, 8)
+    size, limits = features.nbytes, []
+
+    def stream_all(images, *, memory_limit, **options):
+        limits.append(memory_limit)
+        for _ in images:
+            yield FeatureMap(features.clone(), (28, 28), (3.5, 3.5))
+
+    monkeypatch.setattr(model, "stream_all", stream_all)
+    for name, options, shards in (("whole", {}, 1), ("small", {"memory_limit": 10 * size}, 2)):
+        summary = extract(model, folder, tmp_path / name, shard_bytes=10**9, **options)
+        assert (summary.written, summary.failures) == (4, [])
+        assert len(list((tmp_path / name).glob("*.safetensors"))) == shards
+    assert limits == [None, 10 * size - 2 * (10 * size // 4)]
+
+
+@pytest.mark.slow
+def test_shards_are_smaller_where_the_memory_limit_is_small(model, folder, tmp_path):
     limit = 8 * model.plan((28, 28)).peak_bytes
     cells = model.extract(folder / "0.png").features.nbytes
     for index in range(4):  # two of their maps fit into a quarter of the limit
@@ -133,7 +152,7 @@ def test_shards_are_smaller_where_the_limit_is(model, folder, tmp_path):
         assert len(list((tmp_path / name).glob("*.safetensors"))) == shards
 
 
-def test_other_processes_work_counts_in_the_bar(model, folder, tmp_path, monkeypatch):
+def test_images_of_other_processes_count_in_the_progress_bar(model, folder, tmp_path, monkeypatch):
     images, out = find_images([folder]), tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -142,17 +161,6 @@ def test_other_processes_work_counts_in_the_bar(model, folder, tmp_path, monkeyp
     with Manifest(out, {}, ProcessShare(0, 1), overwrite=True) as manifest:
         manifest.written = manifest_module.read_manifests(out)
         assert count_finished_elsewhere(images, manifest, share) == written == len(latest_by_image(manifest.written))
-
-
-def test_a_file_system_without_locks_is_warned_of(model, folder, tmp_path, monkeypatch, caplog):
-    fcntl = pytest.importorskip("fcntl")
-
-    def flock(handle, operation):
-        raise OSError(errno.ENOSYS, "no locks here")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    assert extract(model, folder, tmp_path / "out").written == 4
-    assert "has no locks: mind that no other run writes there" in caplog.text
 
 
 @pytest.mark.slow
