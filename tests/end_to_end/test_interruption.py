@@ -72,16 +72,15 @@ def test_killed_before_any_step_on_the_disk_a_run_goes_on_to_the_same_bytes(
     """Every rename and every flush is once the step that fails, with all after it; then the run is started again."""
     images = find_images([many(tmp_path / "in", 3)])
     model = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
-    steps = []
-    count_steps(monkeypatch, steps)
-    assert extract_files(model, images, tmp_path / "whole", **options).written == 3
-    total = len(steps)
-    assert total >= 7  # the settings; for each file a rename, a flush, and a flush of the manifest
-    for last in range(total):
-        out = tmp_path / f"out{last}"
+    with monkeypatch.context() as patch:
+        steps = count_steps(patch)
+        assert extract_files(model, images, tmp_path / "whole", **options).written == 3
+    files = 2 if options else 3
+    assert steps == ["fsync", *files * ["replace", "fsync", "fsync"]]  # the settings; a map's file, its content, a line
+    for killed_at in range(len(steps)):
+        out = tmp_path / f"out{killed_at}"
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            steps.clear()
-            count_steps(patch, steps, last)
+            count_steps(patch, killed_at)
             extract_files(model, images, out, **options)
         (out / f".{'0' * 32}.part.safetensors").write_bytes(b"half")  # what a killed process leaves
         listed = len(MapFolder(out))
@@ -94,17 +93,22 @@ def test_killed_before_any_step_on_the_disk_a_run_goes_on_to_the_same_bytes(
         assert verify(out) == []
 
 
-def count_steps(patch, steps, last=sys.maxsize):
-    """Append the name of every flush and rename to ``steps``; raise `Killed` from step ``last`` on."""
-    for name in ("fsync", "replace"):
+def count_steps(patch, killed_at=None):
+    """A list that gets the name of every flush and rename; from step ``killed_at`` on each of them raises `Killed`."""
+    steps = []
 
-        def step(*arguments, name=name, function=getattr(os, name)):
-            if len(steps) >= last:
+    def counted(name, function):
+        def step(*arguments):
+            if len(steps) == killed_at:
                 raise Killed
             steps.append(name)
             return function(*arguments)
 
-        patch.setattr(os, name, step)
+        return step
+
+    for name in ("fsync", "replace"):
+        patch.setattr(os, name, counted(name, getattr(os, name)))
+    return steps
 
 
 # ---------------------------------------------------------------- processes
@@ -138,12 +142,15 @@ def start(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [(), (400_000,)])
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(backbone_folder, tmp_path, shards):
-    """200 images one by one, since other batches differ in the last digits; killed ten times. What the manifest listed by then is not done again."""
+    """200 images, killed five times; what the manifest listed by then is not done again.
+
+    One image a batch: the last digits of a map can depend on the images that share its batch.
+    """
     source = many(tmp_path / "in", 200)
     whole = start(backbone_folder, source, tmp_path / "whole", *shards)
     assert whole.communicate()[0] == "200 0\n"
     moments, out = random.Random(0), tmp_path / "out"
-    for _ in range(10):
+    for _ in range(5):
         process = start(backbone_folder, source, out, *shards)
         time.sleep(moments.uniform(0.02, 0.3))
         process.kill()
@@ -153,9 +160,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_bytes(backbone_folder, t
     assert last.communicate()[0] == f"{200 - listed} {listed}\n"
     ours, theirs = maps_in(out), maps_in(tmp_path / "whole")
     assert sorted(ours) == sorted(theirs)
-    assert [
-        name for name in ours if ours[name] != theirs[name]
-    ] == []  # names alone, since pytest would print the bytes
+    assert [name for name in ours if ours[name] != theirs[name]] == []  # names: pytest would print the bytes
     images = [source.relative_path for written in read_manifests(out) for source in written.images]
     assert len(images) == len(set(images)) == 200
     assert verify(out) == []
