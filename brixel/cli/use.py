@@ -19,7 +19,7 @@ from brixel.cli.options import (
 )
 from brixel.errors import BrixelError
 from brixel.extraction import extract_files
-from brixel.extraction.distributed import Share, own_device
+from brixel.extraction.distributed import ProcessShare, own_device
 from brixel.extraction.map_folder import verify
 from brixel.feature_maps.panel import check_panel_path, save_panel
 from brixel.images.find_images import SCENE, find_images
@@ -96,7 +96,7 @@ def _extract(options: argparse.Namespace) -> int:
         memory_limit=options.memory_limit,
         tiles=options.tiles,
     )
-    share = Share.of_environment()
+    share = ProcessShare.from_environment()
     who = f"process {share.rank} of {share.processes}: " if share.processes > 1 else ""
     print(f"{who}{report.written} written, {report.skipped} already there, {len(report.failures)} failed")
     return 1 if report.failures and share.processes == 1 else 0  # torchrun would stop the other processes

@@ -1,4 +1,4 @@
-"""Maps of folders of any length: files or shards, taken up where a run stopped, shared between processes."""
+"""Extraction of image folders into files or shards of maps, which continues where it stopped, in several processes."""
 
 from brixel.extraction.extract import extract_files
 from brixel.extraction.map_folder import MapFolder

@@ -1,4 +1,4 @@
-"""Work done in one background thread, in order and bounded."""
+"""One background thread that runs functions in order, with a limit on how many wait."""
 
 from collections import deque
 from collections.abc import Callable
@@ -6,43 +6,43 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
 
-Made = TypeVar("Made")
+T = TypeVar("T")
 
 
-class BackgroundWriter(Generic[Made]):
-    """One thread that does things after another, in the order given, at most ``depth`` of them outstanding.
+class BackgroundWriter(Generic[T]):
+    """A thread that runs submitted functions one after another; at most ``depth`` of them are unfinished.
 
-    ``done`` gets each result, in the caller's thread. An error is raised at the next call; what was given after it is
-    not done. On leaving the block all is done, or the first error raised.
+    ``on_result`` gets every result, in the caller's thread. An error is raised at the next call, and the functions
+    after it are not run. Leaving the block waits for all of them, or raises the first error.
     """
 
-    def __init__(self, done: Callable[[Made], None], *, depth: int) -> None:
-        self._done, self._depth = done, depth
-        self._waiting: deque[Future[Made]] = deque()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="brixel-behind")
+    def __init__(self, on_result: Callable[[T], None], *, depth: int) -> None:
+        self._on_result, self._depth = on_result, depth
+        self._pending: deque[Future[T]] = deque()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="brixel-writer")
 
-    def do(self, function: Callable[[], Made]) -> None:
-        """Have something done; waits while there is too much to do already."""
-        self._waiting.append(self._executor.submit(function))
-        while self._waiting and (len(self._waiting) > self._depth or self._waiting[0].done()):
-            self._take()
+    def submit(self, function: Callable[[], T]) -> None:
+        """Queue a function; blocks while more than ``depth`` are unfinished."""
+        self._pending.append(self._executor.submit(function))
+        while self._pending and (len(self._pending) > self._depth or self._pending[0].done()):
+            self._take_result()
 
-    def _take(self) -> None:
+    def _take_result(self) -> None:
         try:
-            self._done(self._waiting.popleft().result())
+            self._on_result(self._pending.popleft().result())
         except BaseException:
             self._executor.shutdown(cancel_futures=True)
-            self._waiting.clear()
+            self._pending.clear()
             raise
 
-    def __enter__(self) -> "BackgroundWriter[Made]":
+    def __enter__(self) -> "BackgroundWriter[T]":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            while self._waiting:
-                self._take()
+            while self._pending:
+                self._take_result()
         finally:
             self._executor.shutdown()

@@ -1,4 +1,4 @@
-"""Features of folders into files: decoded ahead, written behind, noted when safe, taken up where a run stopped."""
+"""Features of folders of images, extracted into files: decode, compute, write, list in the manifest."""
 
 import logging
 import signal
@@ -17,17 +17,22 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.fingerprint import digest
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.extraction.background_writer import BackgroundWriter
-from brixel.extraction.distributed import Share
-from brixel.extraction.manifest import Manifest, SourceImage, Written
-from brixel.extraction.pending_images import ExtractionSummary, check_free, finished_elsewhere, to_do
-from brixel.extraction.progress import Progress
-from brixel.extraction.writers import Files, Shards, converted
+from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile
+from brixel.extraction.pending_images import (
+    ExtractionSummary,
+    check_none_exists,
+    count_finished_elsewhere,
+    pending_images,
+)
+from brixel.extraction.progress import ProgressBar
+from brixel.extraction.writers import FileWriter, ShardWriter, convert
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.utils.devices import dtype_name
 from brixel.utils.memory import parse_bytes
 
 _LOG = logging.getLogger("brixel")
-_WRITES_BEHIND = 2  # maps that may wait to be written
+_MAX_WAITING_WRITES = 2
 
 
 def extract_files(
@@ -45,119 +50,153 @@ def extract_files(
     memory_limit: int | str | None = None,
     tiles: str = "auto",
 ) -> ExtractionSummary:
-    """Write the map of every image to ``folder / place + ending``; images and places as `find_images` gives them.
+    """Extract the dense map of every image into files that :class:`MapFolder` reads.
 
-    ``shard_bytes``: into shards of that size instead, read by :class:`MapFolder`. ``save_dtype``: of what is written.
-    What the folder's manifest says is finished, and whose image has not changed, is skipped unless ``overwrite``; a
-    image that cannot be used is listed. Under `torchrun` every process takes its share. Interrupted once, it finishes
-    what is in hand and raises KeyboardInterrupt. All others: as in :meth:`brixel.BrixelFeatures.stream`.
-    Raises BrixelError where the folder cannot be written to, is another run's, or holds maps of other settings.
+    The manifest of the folder lists what is finished, so the same call continues a run that was stopped. Under
+    `torchrun` every process extracts its share of the images. The first Ctrl-C finishes the maps in progress and raises
+    KeyboardInterrupt, the second stops at once.
+
+    Args:
+        model: the model to extract with.
+        images: pairs of an image's path and its relative path, as `find_images` returns them. The relative path names
+            the map in the output folder.
+        folder: the output folder; created if it is missing.
+        ending: ".safetensors" or ".npy": the map of an image is the file ``folder / relative_path + ending``.
+        shard_bytes: write safetensors files of about this many bytes instead, with many maps each.
+        save_dtype: dtype of the features in the files; None for the model's.
+        overwrite: extract everything again, over files that exist.
+        batch_size: images of one size that are computed at once.
+        workers: threads that decode images ahead; 0 for none.
+        short_side_px: length in pixels that the short side of an image is resized to, or "native"; None for the
+            length that the adapter was trained on.
+        memory_limit: limit of the memory on the model's device, in bytes or as text such as "4GiB"; on the CPU it
+            includes the shards. None for what is free.
+        tiles: "auto", "never" or "always", as in :meth:`brixel.BrixelFeatures.extract`.
+
+    Returns:
+        How many maps were written and skipped in this process, and the images that failed: those that cannot be read,
+        that do not fit into memory, or whose name is too long.
+
+    Raises:
+        BrixelError: if the folder cannot be written to, another run writes there, it holds maps of other settings, or
+            a file that is in no manifest is in the way.
+        KeyboardInterrupt: after the first Ctrl-C, once the maps in progress are written.
     """
-    _check(ending, shard_bytes, save_dtype)
-    share, kind = Share.of_environment(), ending if shard_bytes is None else "shards"
-    settings = _settings(model, short_side_px, kind, save_dtype, tiles)
-    report, own = ExtractionSummary(), [each for each in images if share.holds(each[1].as_posix())]
-    shard_bytes, memory_limit = _within(shard_bytes, memory_limit, model.device)
-    ways: dict[str, Any] = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
-    with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _stopping() as asked:
-        output: Files | Shards = (
-            Files(folder, ending) if shard_bytes is None else Shards(folder, shard_bytes, share.rank, manifest.written)
-        )
-        todo = to_do(own, manifest, output, report)
-        if isinstance(output, Files) and manifest.is_new and not manifest.written and not overwrite:
-            check_free([output.path(source.image) for _, source in todo])
+    _check_options(ending, shard_bytes, save_dtype)
+    share, summary = ProcessShare.from_environment(), ExtractionSummary()
+    settings = _settings(model, short_side_px, ending if shard_bytes is None else "shards", save_dtype, tiles)
+    shard_bytes, memory_limit = _split_memory(shard_bytes, memory_limit, model.device)
+    options = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
+    with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _finish_on_interrupt() as interrupted:
+        if shard_bytes is None:
+            writer: FileWriter | ShardWriter = FileWriter(folder, ending)
+        else:
+            writer = ShardWriter(folder, shard_bytes, share.rank, manifest.written)
+        pending = pending_images(images, share, manifest, writer, summary)
+        if isinstance(writer, FileWriter) and manifest.is_new and not manifest.written and not overwrite:
+            check_none_exists([writer.path(source.relative_path) for _, source in pending])
         manifest.begin()
-        done = report.skipped + finished_elsewhere(images, manifest, share)
-        bar, behind = (
-            Progress(len(images), done, manifest.path, share),
-            BackgroundWriter[int](report.add, depth=_WRITES_BEHIND),
-        )
-        with bar, _explained(folder), behind as writer:
-            run = _Run(model, ways, output, manifest, report, bar, writer, asked)
-            run.make_in_files(run.stream(todo, save_dtype, batch_size=batch_size, workers=workers))
-            run.write(output.finish)
-        if asked():
+        done = summary.skipped + count_finished_elsewhere(images, manifest, share)
+        with (
+            ProgressBar(len(images), done, manifest.path, share) as bar,
+            _disk_errors_explained(folder),
+            BackgroundWriter[int](summary.add_written, depth=_MAX_WAITING_WRITES) as background,
+        ):
+            run = _Run(model, options, writer, manifest, summary, bar, background, interrupted)
+            too_large = run.extract_stream(pending, save_dtype, batch_size=batch_size, workers=workers)
+            run.extract_to_disk(too_large)
+            run.submit(writer.finish)
+        if interrupted():
             raise KeyboardInterrupt
-    return report
+    return summary
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run goes on with while it lasts."""
+    """The parts of a run, while it lasts."""
 
     model: BrixelFeatures
-    ways: Mapping[str, Any]
-    output: Files | Shards
+    options: Mapping[str, Any]
+    writer: FileWriter | ShardWriter
     manifest: Manifest
-    report: ExtractionSummary
-    bar: Progress
-    writer: BackgroundWriter[int]
-    asked: Callable[[], bool]
+    summary: ExtractionSummary
+    bar: ProgressBar
+    background: BackgroundWriter[int]
+    interrupted: Callable[[], bool]
 
-    def stream(
-        self, todo: Sequence[tuple[Path, SourceImage]], save_dtype: torch.dtype | None, *, batch_size: int, workers: int
+    def extract_stream(
+        self,
+        pending: Sequence[tuple[Path, SourceImage]],
+        save_dtype: torch.dtype | None,
+        *,
+        batch_size: int,
+        workers: int,
     ) -> list[tuple[Path, SourceImage]]:
-        """Have the maps written; gives the images whose maps are too large for memory, and fit into files."""
-        images, too_large = (image for image, _ in todo), []
-        as_made = isinstance(self.output, Files) and self.output.takes_parts and save_dtype in (None, self.model.dtype)
-        results = self.model.stream_all(images, batch_size=batch_size, workers=workers, **self.ways)
-        for (image, source), result in zip(todo, results, strict=False):
-            made = _converted(result, save_dtype, image)
-            if as_made and isinstance(made, MemoryLimitError):
+        """Extract images and submit their maps; returns those too large for memory that a `.npy` file can take."""
+        images, too_large = (image for image, _ in pending), []
+        to_disk = (
+            isinstance(self.writer, FileWriter)
+            and self.writer.supports_memmap
+            and save_dtype in (None, self.model.dtype)
+        )
+        results = self.model.stream_all(images, batch_size=batch_size, workers=workers, **self.options)
+        for (image, source), result in zip(pending, results, strict=False):
+            converted = _converted(result, save_dtype, image)
+            if to_disk and isinstance(converted, MemoryLimitError):
                 too_large.append((image, source))
                 continue
             self.bar.add(1)
-            if isinstance(made, Exception):
-                self.report.fail(image, made)
+            if isinstance(converted, Exception):
+                self.summary.add_failure(image, converted)
             else:
-                self.write(partial(self.output.add, source, made))
-            if self.asked():
+                self.submit(partial(self.writer.add, source, converted))
+            if self.interrupted():
                 break
         return too_large
 
-    def make_in_files(self, too_large: Sequence[tuple[Path, SourceImage]]) -> None:
-        """Maps that are written as they are made, one by one, when nothing else is in memory."""
+    def extract_to_disk(self, too_large: Sequence[tuple[Path, SourceImage]]) -> None:
+        """Compute maps straight into their files, one by one, when no other map is in memory."""
         for image, source in too_large:
-            if self.asked():
+            if self.interrupted():
                 return
-            assert isinstance(self.output, Files)
+            assert isinstance(self.writer, FileWriter)
             try:
-                self.model.extract(image, out=self.output.place(source), **self.ways)
+                self.model.extract(image, out=self.writer.prepare_path(source), **self.options)
             except (BrixelError, FileNotFoundError) as error:
-                self.report.fail(image, error)
+                self.summary.add_failure(image, error)
             else:
-                self.write(partial(self.output.noted, source))
+                self.submit(partial(self.writer.sync, source))
             self.bar.add(1)
 
-    def write(self, write: Callable[[], Written | None]) -> None:
-        """Have something written and noted, behind what is computed."""
+    def submit(self, write: Callable[[], WrittenFile | None]) -> None:
+        """Write in the background, and list the file that results in the manifest."""
 
-        def noted() -> int:
+        def write_and_list() -> int:
             written = write()
             if written is None:
                 return 0
             self.manifest.add(written)
             return len(written.images)
 
-        self.writer.do(noted)
+        self.background.submit(write_and_list)
 
 
 def _converted(result: FeatureMap | Exception, save_dtype: torch.dtype | None, image: Path) -> FeatureMap | Exception:
-    """The map as it is saved, or why there is none."""
+    """The map in the dtype to save, or the error that took its place."""
     if isinstance(result, Exception):
         return result
     try:
-        return converted(result, save_dtype, image=image.name)
+        return convert(result, save_dtype, image=image.name)
     except BrixelError as error:
         return error
 
 
-def _within(
+def _split_memory(
     shard_bytes: int | None, memory_limit: int | str | None, device: torch.device
 ) -> tuple[int | None, int | str | None]:
-    """Sizes of shards and limit for the rest, where both are of one memory: maps wait there for theirs to fill.
+    """Shard size, and the limit that is left for the model, where maps that wait for a shard take the same memory.
 
-    Twice its bytes, as it is written. A shard is half of the limit at most.
+    A shard takes twice its bytes while it is written, so it gets at most a quarter of the limit.
     """
     if shard_bytes is None or memory_limit is None or device.type != "cpu":
         return shard_bytes, memory_limit
@@ -166,17 +205,17 @@ def _within(
     return shard_bytes, limit - 2 * shard_bytes
 
 
-def _check(ending: str, shard_bytes: int | None, save_dtype: torch.dtype | None) -> None:
+def _check_options(ending: str, shard_bytes: int | None, save_dtype: torch.dtype | None) -> None:
     if shard_bytes is not None and (shard_bytes < 1 or ending != ".safetensors"):
         raise BrixelError(f"shards of {shard_bytes} bytes as {ending}: expected a positive size, and safetensors")
     if ending == ".npy" and save_dtype == torch.bfloat16:
-        raise BrixelError("npy knows no bfloat16: write safetensors, or save as float16 or float32")
+        raise BrixelError("npy does not support bfloat16: write safetensors, or save as float16 or float32")
 
 
 def _settings(
     model: BrixelFeatures, short_side_px: int | str | None, kind: str, save_dtype: torch.dtype | None, tiles: str
 ) -> Mapping[str, str]:
-    """All that the maps depend on, beside the images."""
+    """Everything but the images that the maps depend on, as version 0.1 wrote it into manifests."""
     return {
         "backbone": f"{model.config.backbone.title} {model.config.backbone.fingerprint[:4]}",
         "weights": digest((model.adapter, model.head)),
@@ -188,31 +227,31 @@ def _settings(
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def _disk_errors_explained(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:  # the latter is how that library says of a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
         raise BrixelError(
-            f"cannot write into {folder} ({error}); what was finished before is kept: make room, and start the same "
-            "command again"
+            f"cannot write into {folder} ({error}); the maps that were finished are kept: free some space, and start "
+            "the same command again"
         ) from error
 
 
 @contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Inside, the first interruption only makes the function given here say so; the second one interrupts."""
+def _finish_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether the first Ctrl-C came; the second one interrupts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop.is_set
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def note(*_: object) -> None:
-        _LOG.warning("interrupted: what is in hand is finished first, and kept; once more stops at once")
+    def on_interrupt(*_: object) -> None:
+        _LOG.warning("interrupted: the maps in progress are finished and kept; interrupt again to stop at once")
         stop.set()
         signal.signal(signal.SIGINT, before)
 
-    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield stop.is_set
     finally:

@@ -1,7 +1,7 @@
-"""What is finished in an output folder: a line for each file of maps, appended once the file is safely on disk.
+"""Manifests: what is finished in an output folder, a line for each file of maps, appended once the file is on disk.
 
-Every process writes a manifest of its own and reads all. The first line holds the settings of the run. A last line that
-was cut off is not counted, and is cut away by the process that goes on writing there.
+Every process appends to its own manifest and reads all of them. The first line holds the settings of the run. A last
+line without its newline was cut off: readers ignore it, and the process that goes on writing there removes it.
 """
 
 import contextlib
@@ -12,83 +12,87 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from brixel.errors import BrixelError, DamagedFileError
-from brixel.extraction.distributed import Share
+from brixel.extraction.distributed import ProcessShare
 from brixel.utils.atomic_files import UNFINISHED
 
 FORMAT_VERSION = 1
 _LOG = logging.getLogger("brixel")
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as some file systems of clusters say
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems without locks, on some clusters
+_OTHER_SIZE_S = 2.0  # processes that start together may try the same file; a run holds its own for longer
 _NAME = "manifest-{}.jsonl"
 _SHARD = re.compile(r"maps-\d+-\d{5,}\.safetensors")
 
 
 @dataclass(frozen=True)
 class SourceImage:
-    """An image as it was read: where its map belongs, its bytes and its time of change, to see whether it changed."""
+    """An image as it was read: its path below the input folder, and what shows whether it has changed since."""
 
-    image: str
-    bytes: int
+    relative_path: str
+    size_bytes: int
     mtime_ns: int
 
 
 @dataclass(frozen=True)
-class Written:
-    """A file of maps: its bytes and their sha256, the images in it, and when it was written."""
+class WrittenFile:
+    """A file of maps: its path below the output folder, size and sha256, the images in it, the time it was listed."""
 
     file: str
-    bytes: int
+    size_bytes: int
     sha256: str
     images: tuple[SourceImage, ...]
-    at: float = 0.0
+    listed_s: float = 0.0
 
 
 class Manifest:
-    """The finished work of a folder, and the part of it that this process writes; locked while it is open.
+    """The manifest of this process, and the content of all; the folder is locked while it is open.
 
-    ``is_new``: whether this process never began here before. :meth:`begin` comes before the first :meth:`add`.
-    Raises BrixelError where another run writes there, or one with other settings has.
+    :meth:`begin` comes before the first :meth:`add`. ``written`` holds what all manifests list, oldest first; nothing
+    with ``overwrite``. ``is_new`` says that this process has not begun in the folder before.
+    Raises BrixelError where the folder cannot be written to, another run writes there, or its settings differ.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, str], share: Share, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, str], share: ProcessShare, *, overwrite: bool = False
+    ) -> None:
         self.path = folder / _NAME.format(share.rank)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
-        except OSError as error:
-            raise BrixelError(
-                f"cannot write into {folder} ({error}); give another folder, or mend its permissions"
-            ) from error
-        self._mark, self._settings = -1, dict(settings)
-        try:
-            _lock(self._file.fileno(), folder)
-            self._mark = _mark(folder, share)
+        self._settings = dict(settings)
+        with contextlib.ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_run_lock(folder, share))
+                self._file = stack.enter_context(self.path.open("a+b"))
+            except OSError as error:
+                raise BrixelError(
+                    f"cannot write into {folder} ({error}); give another folder, or correct its permissions"
+                ) from error
             if share.processes == 1:
-                self._tidy(folder)
+                _remove_unfinished(folder)
             if overwrite:
-                self._forget(folder, share)
-            self._keep_whole_lines()
+                self._file.truncate(0)
+                _remove_earlier_run(folder, share)
+            self._cut_to_whole_lines()
             self.written = [] if overwrite else read_manifests(folder, settings)
             self.is_new = self._file.tell() == 0
-        except BaseException:
-            self._close()
-            raise
+            self._open = stack.pop_all()
 
     def begin(self) -> None:
-        """Write what the run is, unless an earlier start did: from here on, files in the folder may be its own."""
+        """Write the settings, unless an earlier start did. From then on, files in the folder may be of this run."""
         if self.is_new:
             self._append({"format_version": FORMAT_VERSION, "settings": self._settings})
         self.is_new = False
 
-    def add(self, written: Written) -> None:
-        """Note a file that is safely on disk; when this returns, so is the note."""
-        self._append(_record(dataclasses.replace(written, at=time.time())))
+    def add(self, written: WrittenFile) -> None:
+        """List a file that is safely on disk; when this returns, the line is on disk as well."""
+        self._append(_record(dataclasses.replace(written, listed_s=time.time())))
 
     def __enter__(self) -> "Manifest":
         return self
@@ -96,94 +100,73 @@ class Manifest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._mark >= 0:
-            os.close(self._mark)
-        self._file.close()
+        self._open.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _keep_whole_lines(self) -> None:
+    def _cut_to_whole_lines(self) -> None:
         self._file.seek(0)
         content = self._file.read()
         self._file.truncate(content.rfind(b"\n") + 1)
         self._file.seek(0, os.SEEK_END)
 
-    def _tidy(self, folder: Path) -> None:
-        """Take away what a process that was killed had begun to write; nobody else writes here."""
-        for path in folder.rglob(".*.part*"):
-            if UNFINISHED.fullmatch(path.name):
-                path.unlink(missing_ok=True)
 
-    def _forget(self, folder: Path, share: Share) -> None:
-        """Empty this manifest, and take away shards, and manifests of processes that this run has not."""
-        self._file.truncate(0)
-        for path in manifests(folder):
-            rank = int(path.stem.partition("-")[2])
-            if rank >= share.processes and rank % share.processes == share.rank:
-                path.unlink(missing_ok=True)
-        for path in shards(folder):
-            if int(path.stem.split("-")[1]) % share.processes == share.rank:
-                path.unlink(missing_ok=True)
-
-
-def manifests(folder: Path) -> list[Path]:
-    """The manifests of a folder, by process."""
+def manifest_paths(folder: Path) -> list[Path]:
+    """The manifests of a folder, by rank."""
     paths = [path for path in folder.glob(_NAME.format("*")) if path.stem.partition("-")[2].isdecimal()]
     return sorted(paths, key=lambda path: int(path.stem.partition("-")[2]))
 
 
-def shards(folder: Path) -> list[Path]:
-    """The shards of a folder, named by process and number."""
-    return [path for path in folder.glob("maps-*.safetensors") if _SHARD.fullmatch(path.name)]
+def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> list[WrittenFile]:
+    """The files that the manifests of a folder list, oldest first.
 
-
-def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> list[Written]:
-    """All that is noted in a folder, the latest last. BrixelError where it was made with other ``settings``."""
-    written: list[Written] = []
-    for path in manifests(folder):
+    Raises BrixelError for a damaged manifest, one of a newer format, and where ``settings`` are given and differ.
+    """
+    written: list[WrittenFile] = []
+    for path in manifest_paths(folder):
         lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off
         with _damage_explained(path):
             records = [json.loads(line) for line in lines]
             if records:
                 _check_header(path, records[0], settings)
-            written += [_read(record) for record in records[1:]]
-    return sorted(written, key=lambda each: each.at)
+            written += [_parse(record) for record in records[1:]]
+    return sorted(written, key=lambda file: file.listed_s)
 
 
-def current(written: Iterable[Written]) -> dict[str, tuple[SourceImage, Written]]:
-    """By image, its last note: the image as it was read, and the file that holds its map."""
-    return {source.image: (source, each) for each in written for source in each.images}
+def latest_by_image(written: Iterable[WrittenFile]) -> dict[str, tuple[SourceImage, WrittenFile]]:
+    """For the relative path of every image, its last entry: the image as it was read, and the file with its map."""
+    return {image.relative_path: (image, file) for file in written for image in file.images}
 
 
-def _read(record: dict[str, Any]) -> Written:
-    images = tuple(SourceImage(each["picture"], each["bytes"], each["mtime_ns"]) for each in record["pictures"])
-    return Written(record["file"], record["bytes"], record["sha256"], images, record.get("at", 0.0))
+def _parse(record: dict[str, Any]) -> WrittenFile:
+    images = tuple(SourceImage(image["picture"], image["bytes"], image["mtime_ns"]) for image in record["pictures"])
+    return WrittenFile(record["file"], record["bytes"], record["sha256"], images, record.get("at", 0.0))
 
 
-def _record(written: Written) -> dict[str, Any]:
+def _record(written: WrittenFile) -> dict[str, Any]:
     """A line of the manifest; its keys are those of version 0.1."""
-    images = [{"picture": each.image, "bytes": each.bytes, "mtime_ns": each.mtime_ns} for each in written.images]
+    images = [
+        {"picture": image.relative_path, "bytes": image.size_bytes, "mtime_ns": image.mtime_ns}
+        for image in written.images
+    ]
     return {
-        **{"file": written.file, "bytes": written.bytes, "sha256": written.sha256},
-        **{"pictures": images, "at": written.at},
+        **{"file": written.file, "bytes": written.size_bytes, "sha256": written.sha256},
+        **{"pictures": images, "at": written.listed_s},
     }
 
 
 @contextlib.contextmanager
-def _damage_explained(path: Path) -> Any:
+def _damage_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, BrixelError):
             raise
         raise DamagedFileError(
-            f"{path} is damaged or no manifest of ours ({error}); with --overwrite all is done anew"
+            f"{path} is damaged or no manifest of brixel ({error}); --overwrite extracts everything again"
         ) from error
 
 
@@ -191,56 +174,61 @@ def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str
     version = header["format_version"]
     if version != FORMAT_VERSION:
         raise BrixelError(f"{path} has format {version!r}, this brixel reads {FORMAT_VERSION}; update brixel")
-    theirs = header["settings"]
+    if settings is None:
+        return
+    stored = header["settings"]
     wrong = [
-        f"{name}: {settings.get(name)}, not {theirs.get(name)}"
-        for name in (dict(theirs) | dict(settings) if settings is not None else {})
-        if settings is not None and settings.get(name) != theirs.get(name)
+        f"{name}: {settings.get(name)}, not {stored.get(name)}"
+        for name in stored | dict(settings)
+        if settings.get(name) != stored.get(name)
     ]
     if wrong:
         raise BrixelError(
-            f"{path.parent} holds maps made with other settings ({'; '.join(wrong)}): give those that it was started "
-            "with, another output folder, or --overwrite"
+            f"{path.parent} holds maps made with other settings ({'; '.join(wrong)}): give the settings of its first "
+            "run, another output folder, or --overwrite"
         )
 
 
-def _mark(folder: Path, share: Share) -> int:
-    """Hold an empty file that tells how many processes this run has; an error where one of another number runs.
+def _remove_unfinished(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed; only for a run of one process."""
+    for path in folder.rglob(".*.part*"):
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
-    The manifests' own locks would let processes of a larger run begin whose numbers the smaller one has not.
+
+def _remove_earlier_run(folder: Path, share: ProcessShare) -> None:
+    """Remove this process's part of the shards, and of the manifests of ranks that this run does not have."""
+    for path in manifest_paths(folder):
+        rank = int(path.stem.partition("-")[2])
+        if rank >= share.processes and rank % share.processes == share.rank:
+            path.unlink(missing_ok=True)
+    for path in folder.glob("maps-*.safetensors"):
+        if _SHARD.fullmatch(path.name) and int(path.stem.split("-")[1]) % share.processes == share.rank:
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _run_lock(folder: Path, share: ProcessShare) -> Iterator[None]:
+    """Lock the empty file `.run-RANK-of-N`. The system releases it when the process ends, also when it is killed.
+
+    A run with another N locks other files, so those that exist are locked for a moment to see that no such run is
+    alive. File systems without locks get a warning: filelock's own answer to them, a marker file, outlives a process
+    that is killed on another machine. In a folder with the sticky bit, filelock refuses the file of another user.
     """
-    own = os.open(folder / f".run-{share.rank}-of-{share.processes}", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        _lock(own, folder)
-        for path in folder.glob(".run-*-of-*"):
-            if path.name.rpartition("-")[2] != str(share.processes):
-                other = os.open(path, os.O_RDWR)
-                try:
-                    _lock(other, folder)
-                finally:
-                    os.close(other)
-    except BaseException:
-        os.close(own)
-        raise
-    return own
-
-
-def _lock(handle: int, folder: Path) -> None:
-    """Hold the file for this process until it is closed, also by the process's death."""
-    busy = f"another run writes to {folder}: wait for its end, or give another output folder"
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            os.lseek(handle, 1 << 40, os.SEEK_SET)  # far behind what others read
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        raise BrixelError(busy) from error
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        _LOG.warning("the file system of %s has no locks: mind that no other run writes there", folder)
+    own = FileLock(folder / f".run-{share.rank}-of-{share.processes}", timeout=0, fallback_to_soft=False)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(own)
+            for path in folder.glob(".run-*-of-*"):
+                if path.name.rpartition("-")[2] != str(share.processes):
+                    with FileLock(path, timeout=_OTHER_SIZE_S, fallback_to_soft=False):
+                        pass
+        except Timeout as error:
+            raise BrixelError(
+                f"another run writes to {folder}: wait until it ends, or give another output folder"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _LOG.warning("the file system of %s has no locks: make sure that no other run writes there", folder)
+        yield

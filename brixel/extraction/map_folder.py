@@ -1,4 +1,4 @@
-"""A folder of maps read back, whether in files or in shards; and checked against its manifest."""
+"""Reading a folder of maps, in files or in shards, and checking it against its manifests."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -7,26 +7,35 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from brixel.errors import BrixelError, DamagedFileError
-from brixel.extraction.manifest import Written, current, manifests, read_manifests
+from brixel.extraction.manifest import SourceImage, WrittenFile, latest_by_image, manifest_paths, read_manifests
 from brixel.extraction.writers import SHARD_KEY, checksum
 from brixel.feature_maps.feature_map import FeatureMap
 
 
 class MapFolder(Mapping[str, FeatureMap]):
-    """The maps that `brixel extract` wrote into a folder, by their images' places below the folders given to it.
+    """The maps in a folder that :func:`brixel.extraction.extract_files` or `brixel extract` wrote.
 
-    A map is read when it is asked for. Raises BrixelError for a folder without a manifest.
+    A mapping from the relative path of an image below its input folder, such as ``"cats/7.jpg"``, to its
+    :class:`brixel.FeatureMap`: features (D, Hf, Wf) on the CPU, in the dtype that was saved. A map is read from disk
+    when it is looked up. Iteration follows the order in which the maps were written.
+
+    Args:
+        folder: the output folder of an extraction, with files or shards.
+
+    Raises:
+        BrixelError: if the folder holds no manifest, or a damaged one. A lookup raises ``DamagedFileError`` for a file
+            that cannot be read, and ``KeyError`` for an image that has no map.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._files = {image: each for image, (_, each) in current(_noted(self.folder)).items()}
+        self._files = {name: file for name, (_, file) in _read_entries(self.folder).items()}
 
     def __getitem__(self, image: str) -> FeatureMap:
         written = self._files[image]
         path = self.folder / written.file
         if written.file != f"{image}{path.suffix}":
-            return _from_shard(path, image)
+            return _load_from_shard(path, image)
         return FeatureMap.load(path)
 
     def __iter__(self) -> Iterator[str]:
@@ -37,31 +46,31 @@ class MapFolder(Mapping[str, FeatureMap]):
 
 
 def verify(folder: Path) -> list[str]:
-    """What is wrong with the files of a folder: a line for each that is missing or is not what its manifest says.
+    """Compare the files of a folder with its manifests: a message for each file that is missing or differs.
 
-    Files whose maps were all made anew elsewhere are nobody's.
+    A file whose maps have all been written again to other files is not checked.
     """
-    wrong = []
-    for written in {each.file: each for _, each in current(_noted(folder)).values()}.values():
+    messages = []
+    for written in {file.file: file for _, file in _read_entries(folder).values()}.values():
         path = folder / written.file
         try:
-            if checksum(path) != (written.bytes, written.sha256):
-                wrong.append(f"{path}: changed or damaged")
+            if checksum(path) != (written.size_bytes, written.sha256):
+                messages.append(f"{path}: changed or damaged")
         except OSError as error:
-            wrong.append(f"{path}: cannot be read ({error.strerror or error})")
-    return wrong
+            messages.append(f"{path}: cannot be read ({error.strerror or error})")
+    return messages
 
 
-def _noted(folder: Path) -> list[Written]:
-    if not manifests(folder):
+def _read_entries(folder: Path) -> dict[str, tuple[SourceImage, WrittenFile]]:
+    if not manifest_paths(folder):
         raise BrixelError(f"{folder} holds no manifest: expected a folder that `brixel extract` wrote")
-    return read_manifests(folder)
+    return latest_by_image(read_manifests(folder))
 
 
-def _from_shard(path: Path, image: str) -> FeatureMap:
+def _load_from_shard(path: Path, image: str) -> FeatureMap:
     try:
         with safe_open(path, framework="pt") as file:
-            told = json.loads(file.metadata()[SHARD_KEY])[image]
-            return FeatureMap(file.get_tensor(image), told["image_hw"], told["stride"], told["meta"])
+            fields = json.loads(file.metadata()[SHARD_KEY])[image]
+            return FeatureMap(file.get_tensor(image), fields["image_hw"], fields["stride"], fields["meta"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"{path} is damaged or no shard of ours ({error}); extract again") from error
+        raise DamagedFileError(f"{path} is damaged or no shard of brixel ({error}); extract again") from error

@@ -1,82 +1,96 @@
-"""What of the images is left to do: all that is noted, still there, and of the image as it is now, is finished."""
+"""Which images are left to do: an image is finished if its map is listed, in place, and of the image as it is now."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from brixel.errors import BrixelError
-from brixel.extraction.distributed import Share
-from brixel.extraction.manifest import Manifest, SourceImage, Written, current
-from brixel.extraction.writers import Output, size_of
+from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile, latest_by_image
+from brixel.extraction.writers import MapWriter, file_size
 
 _LOG = logging.getLogger("brixel")
 
 
 @dataclass
 class ExtractionSummary:
-    """What became of the images of this process."""
+    """What became of the images of this process.
+
+    Attributes:
+        written: maps that are safely on disk.
+        skipped: images whose maps were finished before.
+        failures: images without a map, each with its error, in order.
+    """
 
     written: int = 0
     skipped: int = 0
     failures: list[tuple[Path, Exception]] = field(default_factory=list)
 
-    def add(self, count: int) -> None:
-        """So many more maps are safely on disk."""
+    def add_written(self, count: int) -> None:
+        """Count maps that are safely on disk."""
         self.written += count
 
-    def fail(self, image: Path, error: Exception) -> None:
-        """List an image that has no map, and say so now: a run may take long, and be killed."""
+    def add_failure(self, image: Path, error: Exception) -> None:
+        """List an image that has no map. It is logged at once, since a run may take long and be killed."""
         self.failures.append((image, error))
         message = str(error) if image.name in str(error) else f"{image}: {error}"
         _LOG.warning("skipped: %s", message.encode("utf-8", "backslashreplace").decode())
 
 
-def to_do(
-    own: Sequence[tuple[Path, Path]], manifest: Manifest, output: Output, report: ExtractionSummary
+def pending_images(
+    images: Sequence[tuple[Path, Path]],
+    share: ProcessShare,
+    manifest: Manifest,
+    writer: MapWriter,
+    summary: ExtractionSummary,
 ) -> list[tuple[Path, SourceImage]]:
-    """The images of this process whose maps are not finished, as they are now; those without a chance are listed."""
-    noted = current(manifest.written)
-    there = {each.file: _is_there(manifest.path.parent, each) for _, each in noted.values()}
-    todo, changed = [], 0
-    for image, place in own:
-        name = place.as_posix()
+    """The images of this process that are left to do, as they are now; ``summary`` gets its others."""
+    folder, entries = manifest.path.parent, latest_by_image(manifest.written)
+    in_place = {file.file: _is_in_place(folder, file) for _, file in entries.values()}
+    pending, changed = [], 0
+    for image, path in images:
+        relative_path = path.as_posix()
+        if not share.contains(relative_path):
+            continue
         try:
-            facts = image.stat()
-            output.check_name(name)
+            stat = image.stat()
+            writer.check_name(relative_path)
         except (OSError, BrixelError) as error:
-            report.fail(image, error)
+            summary.add_failure(image, error)
             continue
-        source = SourceImage(name, facts.st_size, facts.st_mtime_ns)
-        if name in noted and noted[name][0] == source and there[noted[name][1].file]:
-            report.skipped += 1
+        source = SourceImage(relative_path, stat.st_size, stat.st_mtime_ns)
+        listed, file = entries.get(relative_path, (source, None))
+        if file is not None and listed == source and in_place[file.file]:
+            summary.skipped += 1
             continue
-        changed += name in noted and noted[name][0] != source
-        todo.append((image, source))
+        changed += listed != source
+        pending.append((image, source))
     if changed:
-        _LOG.warning("%d images are others than those whose maps are in %s: made anew", changed, manifest.path.parent)
-    return todo
+        _LOG.warning("%d images differ from those whose maps are in %s: they are extracted again", changed, folder)
+    return pending
 
 
-def finished_elsewhere(images: Sequence[tuple[Path, Path]], manifest: Manifest, share: Share) -> int:
-    """How many of the other processes' images have a note, for the bar."""
-    noted: Mapping[str, object] = current(manifest.written)
-    return sum(place.as_posix() in noted and not share.holds(place.as_posix()) for _, place in images)
+def count_finished_elsewhere(images: Sequence[tuple[Path, Path]], manifest: Manifest, share: ProcessShare) -> int:
+    """How many images of other processes have an entry, for the progress bar."""
+    entries = latest_by_image(manifest.written)
+    names = (path.as_posix() for _, path in images)
+    return sum(name in entries and not share.contains(name) for name in names)
 
 
-def check_free(paths: Sequence[Path]) -> None:
-    """Raise BrixelError where a file is in the way of a first run."""
-    taken = next((path for path in paths if path.exists()), None)
-    if taken is not None:
+def check_none_exists(paths: Sequence[Path]) -> None:
+    """Raise BrixelError where a first run would write over a file."""
+    existing = next((path for path in paths if path.exists()), None)
+    if existing is not None:
         raise BrixelError(
-            f"{taken} exists and is in no manifest, so that it may be something else: give another output folder, "
+            f"{existing} exists and is in no manifest, so it may not be a map: give another output folder, "
             "or --overwrite"
         )
 
 
-def _is_there(folder: Path, written: Written) -> bool:
-    """Whether a file is still there, whole; `verify` is for what is in it."""
+def _is_in_place(folder: Path, written: WrittenFile) -> bool:
+    """Whether a file exists with its listed size; `verify` compares the content."""
     try:
-        return size_of(folder / written.file) == written.bytes
+        return file_size(folder / written.file) == written.size_bytes
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""A bar over the images of all processes, shown by the first."""
+"""A progress bar over the images of all processes, shown by the first process."""
 
 import time
 from pathlib import Path
@@ -6,42 +6,42 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from brixel.extraction.distributed import Share
-from brixel.extraction.manifest import manifests
+from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.manifest import manifest_paths
 
 _EVERY_S = 5.0
 
 
-class Progress:
-    """Counts this process's images, and those of the others by the lines that their manifests grow by."""
+class ProgressBar:
+    """Counts the images of this process, and those of the others by what is appended to their manifests."""
 
-    def __init__(self, total: int, done: int, own: Path, share: Share) -> None:
-        self._own, self._share = own, share
-        self._bar = tqdm(total=total, initial=done, unit="picture", disable=None if share.rank == 0 else True)
-        self._read = {path: path.stat().st_size for path in self._others()}
-        self._next = time.monotonic() + _EVERY_S
+    def __init__(self, total: int, done: int, own_manifest: Path, share: ProcessShare) -> None:
+        self._own_manifest, self._share = own_manifest, share
+        self._bar = tqdm(total=total, initial=done, unit="image", disable=None if share.rank == 0 else True)
+        self._read_bytes = {path: path.stat().st_size for path in self._other_manifests()}
+        self._next_s = time.monotonic() + _EVERY_S
 
     def add(self, count: int) -> None:
-        """So many more images are finished here."""
+        """Advance the bar by images that are finished in this process."""
         self._bar.update(count)
-        if self._share.processes > 1 and not self._bar.disable and time.monotonic() > self._next:
+        if self._share.processes > 1 and not self._bar.disable and time.monotonic() > self._next_s:
             self._bar.update(self._count_others())
-            self._next = time.monotonic() + _EVERY_S
+            self._next_s = time.monotonic() + _EVERY_S
 
-    def _others(self) -> list[Path]:
-        return [path for path in manifests(self._own.parent) if path != self._own]
+    def _other_manifests(self) -> list[Path]:
+        return [path for path in manifest_paths(self._own_manifest.parent) if path != self._own_manifest]
 
     def _count_others(self) -> int:
         count = 0
-        for path in self._others():
+        for path in self._other_manifests():
             with open(path, "rb") as file:
-                file.seek(self._read.get(path, 0))
+                file.seek(self._read_bytes.get(path, 0))
                 added = file.read()
-            self._read[path] = self._read.get(path, 0) + len(added)
-            count += added.count(b'"picture":')
+            self._read_bytes[path] = self._read_bytes.get(path, 0) + len(added)
+            count += added.count(b'"picture":')  # the key that the manifest has for an image
         return count
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(

@@ -1,22 +1,22 @@
-"""Runs taken up again after what users do to folders, and images that one run cannot take."""
+"""Runs that are started again after users changed a folder, and images that a run cannot use."""
 
-import errno
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder
 from brixel.errors import MemoryLimitError
 from brixel.extraction import extract_files
 from brixel.extraction import manifest as manifest_module
-from brixel.extraction.distributed import Share
-from brixel.extraction.manifest import Manifest, current
+from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.manifest import Manifest, latest_by_image
 from brixel.extraction.map_folder import verify
-from brixel.extraction.pending_images import finished_elsewhere
+from brixel.extraction.pending_images import count_finished_elsewhere
 from brixel.images.find_images import find_images
 from brixel.inference.memory.limited_forward import MemoryLimitedForward
 
@@ -40,14 +40,14 @@ def extract(model, folder, out, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"shard_bytes": 1}])
-def test_an_image_that_was_put_back_is_done_again(model, folder, tmp_path, caplog, options):
+def test_an_image_that_was_put_back_is_extracted_again(model, folder, tmp_path, caplog, options):
     out, first = tmp_path / "out", tmp_path / "first.png"
     extract(model, folder, out, **options)
     before = MapFolder(out)["0.png"].features
     shutil.copy2(folder / "0.png", first)
     Image.new("RGB", (28, 56), "white").save(folder / "0.png")
     assert extract(model, folder, out, **options).written == 1
-    assert "1 images are others than those whose maps are in" in caplog.text
+    assert "1 images differ from those whose maps are in" in caplog.text
     shutil.copy2(first, folder / "0.png")  # with its old time of change
     assert extract(model, folder, out, **options).written == 1
     assert MapFolder(out)["0.png"].features.equal(before)
@@ -55,7 +55,7 @@ def test_an_image_that_was_put_back_is_done_again(model, folder, tmp_path, caplo
     assert verify(out) == []
 
 
-def test_a_lost_shard_is_nobodys_once_its_maps_were_made_anew(model, folder, tmp_path):
+def test_a_lost_shard_is_not_missed_once_its_maps_are_written_again(model, folder, tmp_path):
     out = tmp_path / "out"
     extract(model, folder, out, shard_bytes=1)
     (out / "maps-0-00001.safetensors").unlink()
@@ -64,7 +64,7 @@ def test_a_lost_shard_is_nobodys_once_its_maps_were_made_anew(model, folder, tmp
     assert verify(out) == []
 
 
-def test_killed_between_the_first_map_and_its_note_a_run_goes_on(model, folder, tmp_path):
+def test_killed_between_the_first_map_and_its_entry_a_run_goes_on(model, folder, tmp_path):
     out = tmp_path / "out"
     extract(model, folder, out)
     path = out / "manifest-0.jsonl"
@@ -72,7 +72,7 @@ def test_killed_between_the_first_map_and_its_note_a_run_goes_on(model, folder, 
     assert extract(model, folder, out).written == 4
 
 
-def test_what_is_in_the_way_of_a_first_run_is_so_at_the_second_try(model, folder, tmp_path):
+def test_a_file_in_the_way_stops_the_first_run_and_the_second(model, folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "0.png.safetensors").write_bytes(b"mine")
@@ -85,22 +85,22 @@ def test_what_is_in_the_way_of_a_first_run_is_so_at_the_second_try(model, folder
 def test_a_name_that_cannot_be_written_costs_no_other_map(model, folder, tmp_path):
     long = folder / f"{'x' * 248}.png"
     shutil.copy(folder / "0.png", long)
-    report = extract(model, folder, tmp_path / "out")
-    assert (report.written, [path for path, _ in report.failures]) == (4, [long])
-    assert "is longer than 255 bytes" in str(report.failures[0][1])
+    summary = extract(model, folder, tmp_path / "out")
+    assert (summary.written, [path for path, _ in summary.failures]) == (4, [long])
+    assert "is longer than 255 bytes" in str(summary.failures[0][1])
     assert extract(model, folder, tmp_path / "shards", shard_bytes=1).written == 5
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names that are not UTF-8")
-def test_a_name_that_is_no_text_goes_into_a_file_and_into_no_shard(model, folder, tmp_path):
+def test_a_name_that_is_not_utf8_goes_into_a_file_and_into_no_shard(model, folder, tmp_path):
     shutil.copy(folder / "0.png", os.path.join(os.fsencode(folder), b"0\xff.png"))
     assert extract(model, folder, tmp_path / "out").written == 5
-    report = extract(model, folder, tmp_path / "shards", shard_bytes=1)
-    assert (report.written, len(report.failures)) == (4, 1)
-    assert "is no UTF-8" in str(report.failures[0][1])
+    summary = extract(model, folder, tmp_path / "shards", shard_bytes=1)
+    assert (summary.written, len(summary.failures)) == (4, 1)
+    assert "is no UTF-8" in str(summary.failures[0][1])
 
 
-def test_maps_too_large_for_memory_are_made_in_their_files(model, folder, tmp_path, monkeypatch):
+def test_maps_too_large_for_memory_are_computed_into_their_files(model, folder, tmp_path, monkeypatch):
     Image.new("RGB", (84, 56), "red").save(folder / "1.png")
     expected = model.extract(folder / "1.png", short_side_px="native")
     check = MemoryLimitedForward.check
@@ -111,48 +111,56 @@ def test_maps_too_large_for_memory_are_made_in_their_files(model, folder, tmp_pa
         check(run, image_hw, **options)
 
     monkeypatch.setattr(MemoryLimitedForward, "check", stingy)
-    report = extract(model, folder, tmp_path / "out", ending=".npy", short_side_px="native")
-    assert (report.written, report.failures) == (4, [])
+    summary = extract(model, folder, tmp_path / "out", ending=".npy", short_side_px="native")
+    assert (summary.written, summary.failures) == (4, [])
     made = FeatureMap.load(tmp_path / "out" / "1.png.npy")
     assert (made.image_hw, made.stride) == (expected.image_hw, expected.stride)
     assert made.features.equal(expected.features)
     assert verify(tmp_path / "out") == []
-    for options in ({}, {"shard_bytes": 1}):  # these are written at once
-        report = extract(model, folder, tmp_path / f"other{len(options)}", short_side_px="native", **options)
-        assert [path.name for path, _ in report.failures] == ["1.png"]
+    for options in ({}, {"shard_bytes": 1}):  # these are written whole
+        summary = extract(model, folder, tmp_path / f"other{len(options)}", short_side_px="native", **options)
+        assert [path.name for path, _ in summary.failures] == ["1.png"]
 
 
-def test_shards_are_smaller_where_the_limit_is(model, folder, tmp_path):
+def test_shards_take_half_of_the_limit_at_most(model, folder, tmp_path, monkeypatch):
+    """With maps that cost nothing: two of them fit into a quarter of the limit, and the model gets the other half."""
+    features = torch.zeros(64, 8, 8)
+    size, limits = features.nbytes, []
+
+    def stream_all(images, *, memory_limit, **options):
+        limits.append(memory_limit)
+        for _ in images:
+            yield FeatureMap(features.clone(), (28, 28), (3.5, 3.5))
+
+    monkeypatch.setattr(model, "stream_all", stream_all)
+    for name, options, shards in (("whole", {}, 1), ("small", {"memory_limit": 10 * size}, 2)):
+        summary = extract(model, folder, tmp_path / name, shard_bytes=10**9, **options)
+        assert (summary.written, summary.failures) == (4, [])
+        assert len(list((tmp_path / name).glob("*.safetensors"))) == shards
+    assert limits == [None, 10 * size - 2 * (10 * size // 4)]
+
+
+@pytest.mark.slow
+def test_shards_are_smaller_where_the_memory_limit_is_small(model, folder, tmp_path):
     limit = 8 * model.plan((28, 28)).peak_bytes
     cells = model.extract(folder / "0.png").features.nbytes
     for index in range(4):  # two of their maps fit into a quarter of the limit
         Image.new("RGB", (28, 28 * (limit // 10 // cells)), "red").save(folder / f"{index}.png")
     for name, options, shards in (("whole", {}, 1), ("small", {"memory_limit": limit}, 2)):
-        report = extract(model, folder, tmp_path / name, shard_bytes=10**9, **options)
-        assert (report.written, report.failures) == (4, [])
+        summary = extract(model, folder, tmp_path / name, shard_bytes=10**9, **options)
+        assert (summary.written, summary.failures) == (4, [])
         assert len(list((tmp_path / name).glob("*.safetensors"))) == shards
 
 
-def test_other_processes_work_counts_in_the_bar(model, folder, tmp_path, monkeypatch):
+def test_images_of_other_processes_count_in_the_progress_bar(model, folder, tmp_path, monkeypatch):
     images, out = find_images([folder]), tmp_path / "out"
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     written = extract_files(model, images, out).written
-    share = Share(0, 2)
-    with Manifest(out, {}, Share(0, 1), overwrite=True) as manifest:
+    share = ProcessShare(0, 2)
+    with Manifest(out, {}, ProcessShare(0, 1), overwrite=True) as manifest:
         manifest.written = manifest_module.read_manifests(out)
-        assert finished_elsewhere(images, manifest, share) == written == len(current(manifest.written))
-
-
-def test_a_file_system_without_locks_is_warned_of(model, folder, tmp_path, monkeypatch, caplog):
-    fcntl = pytest.importorskip("fcntl")
-
-    def flock(handle, operation):
-        raise OSError(errno.ENOSYS, "no locks here")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    assert extract(model, folder, tmp_path / "out").written == 4
-    assert "has no locks: mind that no other run writes there" in caplog.text
+        assert count_finished_elsewhere(images, manifest, share) == written == len(latest_by_image(manifest.written))
 
 
 @pytest.mark.slow

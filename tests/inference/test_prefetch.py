@@ -70,7 +70,7 @@ def test_things_are_done_behind_in_order_and_all_of_them():
     done = []
     with BackgroundWriter(done.append, depth=2) as behind:
         for number in range(9):
-            behind.do(lambda number=number: time.sleep(0.002) or number)
+            behind.submit(lambda number=number: time.sleep(0.002) or number)
             assert len(done) >= number - 2
     assert done == list(range(9))
     assert threads() == set()
@@ -87,7 +87,7 @@ def test_an_error_behind_is_raised_and_ends_it():
 
     with pytest.raises(OSError, match="full"), BackgroundWriter(done.append, depth=1) as behind:
         for number in range(9):
-            behind.do(lambda number=number: work(number))
+            behind.submit(lambda number=number: work(number))
     assert done == [0, 1]
     assert 8 not in began
     assert threads() == set()
@@ -97,7 +97,7 @@ def test_an_error_in_the_block_lets_what_was_given_be_done():
     done = []
     with pytest.raises(KeyError), BackgroundWriter(done.append, depth=5) as behind:
         for number in range(4):
-            behind.do(lambda number=number: number)
+            behind.submit(lambda number=number: number)
         raise KeyError("elsewhere")
     assert done == [0, 1, 2, 3]
 
