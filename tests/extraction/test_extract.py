@@ -170,7 +170,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_finished(model, album, tmp
         save_file(array, path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("brixel.feature_maps.feature_map.save_file", fail)
+        patch.setattr("brixel.feature_maps.storage.save_file", fail)
         with pytest.raises(BrixelError, match="No space left on device.*; what was finished before is kept: make room"):
             extract_files(model, find_images([album]), out)
     assert [path.name for path in out.rglob("*") if path.is_file()].count("a.png.safetensors") == 1
@@ -224,7 +224,7 @@ def test_what_the_writer_of_safetensors_says_of_a_full_disk_is_explained(model, 
     def fail(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("brixel.feature_maps.feature_map.save_file", fail)
+    monkeypatch.setattr("brixel.feature_maps.storage.save_file", fail)
     with pytest.raises(BrixelError, match="No space left on device.*start the same command again"):
         extract_files(model, find_images([album]), tmp_path / "out")
 
