@@ -86,7 +86,7 @@ def build_panel(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 def check_panel_path(path: Path, images: Sequence[str | Path] = ()) -> None:
     """Raise BrixelError if no panel can be written to ``path``, or if it is one of ``images``."""
     if any(path.resolve() == Path(image).resolve() for image in images):
-        raise BrixelError(f"{path} is one of the images to show; give another name for the panel")
+        raise BrixelError(f"{path} is itself an image to be shown; give another name for the panel")
     check_folder(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise BrixelError(f"{path}: expected a name that ends in .png, .jpg or .webp")
