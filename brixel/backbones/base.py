@@ -1,4 +1,4 @@
-"""What a backbone must offer, whoever wrote it, and the check of one that came from outside.
+"""The protocol of a backbone, and the check of one that a user gives.
 
 `docs/add-a-backbone.md` shows how to write one. Shapes: B batch, D width, h x w patch grid.
 """
@@ -15,9 +15,10 @@ _MEMBERS = ("width", "patch_px", "depth", "mean", "std", "block_maps")
 
 
 class Backbone(Protocol):
-    """A frozen vision transformer as :class:`brixel.model.student.Student` uses it.
+    """A frozen vision transformer, as :class:`brixel.model.student.Student` uses it.
 
-    Not checkable by `isinstance`, which does not see a module's buffers and parameters; see :func:`check_backbone`.
+    Any ``nn.Module`` with these members is one; it need not inherit from this class. ``isinstance`` cannot check it,
+    since it does not see a module's buffers and parameters.
     """
 
     @property
@@ -34,17 +35,21 @@ class Backbone(Protocol):
 
     @property
     def mean(self) -> Sequence[float]:
-        """What is taken from red, green and blue in [0, 1]."""
+        """Mean of red, green and blue, for pixels in [0, 1]; subtracted from them."""
 
     @property
     def std(self) -> Sequence[float]:
-        """What they are divided by after that."""
+        """Standard deviation of red, green and blue; the pixels less the mean are divided by it."""
 
     def block_maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Patch tokens after the given blocks (from 0), each through the final norm if there is one, as maps.
+        """Compute the patch tokens after the given blocks, each through the final norm if there is one, as maps.
 
-        ``pixels``: (B, 3, H, W), normalised, H and W any multiples of ``patch_px``. Returns one (B, D, h, w) per entry
-        of ``blocks``, in that order.
+        Args:
+            pixels: (B, 3, H, W), normalised, H and W any multiples of ``patch_px``.
+            blocks: Indices of blocks, from 0, in any order.
+
+        Returns:
+            One map (B, D, h, w) per entry of ``blocks``, in that order.
         """
 
     # of every torch module
@@ -55,7 +60,7 @@ class Backbone(Protocol):
 
 
 def check_members(module: nn.Module) -> None:
-    """Raise BrixelError where a module lacks what :class:`Backbone` asks for; all of it is named."""
+    """Raise BrixelError, which names all that is missing, where a module lacks members of :class:`Backbone`."""
     missing = [name for name in _MEMBERS if not hasattr(module, name)]
     if missing:
         raise BrixelError(
@@ -65,11 +70,11 @@ def check_members(module: nn.Module) -> None:
 
 
 def weights_of(module: nn.Module) -> list[Tensor]:
-    """The parameters and buffers of floating point, in their order."""
-    return [each.detach() for each in module.state_dict().values() if each.is_floating_point()]
+    """The floating-point parameters and buffers, in the order of the state dict."""
+    return [tensor.detach() for tensor in module.state_dict().values() if tensor.is_floating_point()]
 
 
-def whereabouts(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a module's first weight; the CPU and float32 if it has none."""
     weights = weights_of(module)
     return (weights[0].device, weights[0].dtype) if weights else (torch.device("cpu"), torch.float32)
@@ -83,12 +88,12 @@ def check_maps(backbone: Backbone, blocks: Sequence[int], device: torch.device, 
     try:
         with torch.no_grad():
             maps = backbone.block_maps(pixels, blocks)
-    except Exception as error:  # whatever it is, the user's module raised it
+    except Exception as error:  # the user's module may raise anything
         raise BrixelError(f"{call} raised {type(error).__name__}: {error}") from error
-    expected = (1, backbone.width, 1, 2)
-    wanted = f"expected a list of {len(blocks)} tensors {expected}: one a block, (B, width, H / patch_px, W / patch_px)"
-    if not isinstance(maps, list | tuple) or not all(isinstance(each, Tensor) for each in maps):
-        raise BrixelError(f"{call} gave a {type(maps).__name__}; {wanted}")
-    shapes = [tuple(each.shape) for each in maps]
-    if shapes != [expected] * len(blocks):
-        raise BrixelError(f"{call} gave shapes {shapes}; {wanted}")
+    shape = (1, backbone.width, 1, 2)
+    expected = f"expected a list of {len(blocks)} tensors {shape}: one a block, (B, width, H / patch_px, W / patch_px)"
+    if not isinstance(maps, list | tuple) or not all(isinstance(block_map, Tensor) for block_map in maps):
+        raise BrixelError(f"{call} gave a {type(maps).__name__}; {expected}")
+    shapes = [tuple(block_map.shape) for block_map in maps]
+    if shapes != [shape] * len(blocks):
+        raise BrixelError(f"{call} gave shapes {shapes}; {expected}")

@@ -1,7 +1,7 @@
-"""The Vision Transformer of DINOv3, DINOv2 and SigLIP, at inference: images in, normalised maps of any blocks out.
+"""The Vision Transformer of DINOv3, DINOv2 and SigLIP for inference: images in, normalised maps of any blocks out.
 
-One model for all families; they differ only in the fields of :class:`ViTConfig`. Left out on purpose: masking, drop
-path, the random rescaling of rotary positions in training (the backbone is frozen), pooling heads.
+One model for all families; they differ only in the fields of :class:`ViTConfig`. The backbone is frozen, so masking,
+drop path, the random rescaling of rotary positions in training and pooling heads are left out.
 Papers: DINOv3 arXiv 2508.10104, DINOv2 arXiv 2304.07193, registers arXiv 2309.16588, SigLIP arXiv 2303.15343, SigLIP 2
 arXiv 2502.14786. Facts: `docs/backbones.md`.
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from brixel.backbones.position_embeddings import interpolate_positions, rotary_periods, rotary_table, rotate
@@ -30,18 +31,18 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B, N, D) -> (B, N, D); ``rotary`` as :func:`rotary_table` gives it, or None."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # B N 3 A E
-        query_key, value = qkv[:, :, :2].transpose(1, 3), qkv[:, :, 2].transpose(1, 2)  # B A 2 N E, B A N E
+        """(B, N, D) -> (B, N, D); ``rotary`` is what :func:`rotary_table` returns, or None."""
+        qkv = rearrange(self.qkv(x), "B N (qkv A E) -> B A qkv N E", qkv=3, A=self.heads)  # a view
+        query_key, value = qkv[:, :, :2], qkv[:, :, 2]  # B A 2 N E, B A N E
         if rotary is not None:
             query_key = rotate(query_key, *rotary)
         query, key = query_key.unbind(2)  # B A N E
         mixed = F.scaled_dot_product_attention(query, key, value)  # B A N E
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return self.out(rearrange(mixed, "B A N E -> B N (A E)"))
 
 
 class Mlp(nn.Module):
-    """Two layers with a GELU between."""
+    """Linear, GELU, linear."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class SwiGlu(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each scaled per channel (LayerScale) where the family does so."""
+    """Pre-norm attention and feed-forward, each scaled per channel (LayerScale) if the family has it."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -91,12 +92,12 @@ def _layer_scale(config: ViTConfig) -> nn.Parameter | None:
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    """A branch onto its input (B, N, D), scaled per channel (D) or not."""
+    """A branch added to its input (B, N, D), scaled per channel (D) or not."""
     return x + branch if scale is None else torch.addcmul(x, scale, branch)
 
 
 class ViT(nn.Module):
-    """The backbone. Its parameter names are ours; `checkpoints/backbone_key_maps.py` maps other people's."""
+    """The backbone. `checkpoints/backbone_key_maps.py` maps the parameter names of other formats to these."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -128,20 +129,26 @@ class ViT(nn.Module):
 
     @property
     def mean(self) -> tuple[float, float, float]:
-        """What is taken from red, green and blue in [0, 1] before the model sees them."""
+        """Mean of red, green and blue, for pixels in [0, 1]; subtracted from them."""
         return self.config.mean
 
     @property
     def std(self) -> tuple[float, float, float]:
-        """What they are divided by after that."""
+        """Standard deviation of red, green and blue; the pixels less the mean are divided by it."""
         return self.config.std
 
     def block_maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Patch tokens after the given blocks, each through the final LayerNorm, as maps.
+        """Compute the patch tokens after the given blocks, each through the final LayerNorm, as maps.
 
-        ``pixels``: (B, 3, H, W), normalised, H and W multiples of ``patch_px``. ``blocks``: indices from 0, in any
-        order; no block after the last of them is computed. Returns one (B, D, h, w) per entry of ``blocks``, in that
-        order; in memory channels come last, so that tokens and maps are the same bytes.
+        Args:
+            pixels: (B, 3, H, W), normalised, H and W multiples of ``patch_px``.
+            blocks: Indices of blocks, from 0, in any order; no block after the last of them is computed.
+
+        Returns:
+            One map (B, D, h, w) per entry of ``blocks``, in that order; a view of the tokens, channels last in memory.
+
+        Raises:
+            BrixelError: An index is not a block's, or the pixels have another shape, dtype or device.
         """
         x, rotary, grid_hw = self.embed(pixels, blocks)
         maps = {}
@@ -154,9 +161,9 @@ class ViT(nn.Module):
     def embed(
         self, pixels: Tensor, blocks: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, tuple[int, int]]:
-        """What the first block reads, (B, N, D), rotary tables if the family has them, and the patch grid.
+        """The input of the first block (B, N, D), the rotary tables or None, and the patch grid.
 
-        ``pixels``, ``blocks``: as for :meth:`block_maps`, and checked.
+        Checks ``pixels`` and ``blocks``, which are those of :meth:`block_maps`.
         """
         self._check(pixels, blocks)
         grid_hw = (pixels.shape[2] // self.patch_px, pixels.shape[3] // self.patch_px)
@@ -164,9 +171,9 @@ class ViT(nn.Module):
         return x, self._rotary(grid_hw, x) if self.config.positions == "rotary" else None, grid_hw
 
     def map_after(self, x: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-        """The patches among the tokens (B, N, D), through the final norm, as a map (B, D, h, w)."""
-        patches = self.norm(x[:, self.config.prefix :])  # B h*w D
-        return patches.unflatten(1, grid_hw).permute(0, 3, 1, 2)  # B D h w
+        """The patch tokens of ``x`` (B, N, D), through the final norm, as a map (B, D, h, w)."""
+        patches = self.norm(x[:, self.config.prefix :])
+        return rearrange(patches, "B (h w) D -> B D h w", h=grid_hw[0], w=grid_hw[1])
 
     def _check(self, pixels: Tensor, blocks: Sequence[int]) -> None:
         if not blocks or any(not 0 <= index < self.depth for index in blocks):
@@ -175,11 +182,11 @@ class ViT(nn.Module):
             raise BrixelError(f"pixels are a {type(pixels).__name__}; expected a tensor (B, 3, H, W)")
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise BrixelError(f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W)")
-        ours = self.norm.weight
+        weight = self.norm.weight
         cast = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        if pixels.device != ours.device or (pixels.dtype != ours.dtype and not cast):
+        if pixels.device != weight.device or (pixels.dtype != weight.dtype and not cast):
             raise BrixelError(
-                f"pixels are {pixels.dtype} on {pixels.device}, the model is {ours.dtype} on {ours.device}; "
+                f"pixels are {pixels.dtype} on {pixels.device}, the model is {weight.dtype} on {weight.device}; "
                 "give pixels.to(model.device, model.dtype)"
             )
         height, width = pixels.shape[2:]
@@ -190,7 +197,7 @@ class ViT(nn.Module):
             )
 
     def _embed(self, pixels: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-        """Patches, positions, and the prefix tokens before them: (B, N, D)."""
+        """Prefix tokens, then patches with their positions: (B, N, D)."""
         patches = self.patch_embed(pixels).flatten(2).transpose(1, 2)  # B h*w D
         learned = self.config.positions == "learned"
         if learned:
@@ -199,13 +206,13 @@ class ViT(nn.Module):
         if self.config.class_token:
             prefix.append(self.cls_token + self.positions[:, :1] if learned else self.cls_token)
         if self.config.registers:
-            prefix.append(self.registers)  # they get no position
-        return torch.cat([*(each.expand(pixels.shape[0], -1, -1) for each in prefix), patches], dim=1)
+            prefix.append(self.registers)  # without a position
+        return torch.cat([*(tokens.expand(pixels.shape[0], -1, -1) for tokens in prefix), patches], dim=1)
 
     def _learned_positions(self, grid_hw: tuple[int, int]) -> Tensor:
         native = self.config.native_grid
-        positions = self.positions[:, self.config.class_token :]  # 1 h0*w0 D
-        positions = positions.float().transpose(1, 2).unflatten(2, (native, native))  # 1 D h0 w0
+        positions = self.positions[:, self.config.class_token :].float()  # without the class token's
+        positions = rearrange(positions, "1 (h0 w0) D -> 1 D h0 w0", h0=native)
         resized = interpolate_positions(
             positions,
             grid_hw,

@@ -1,4 +1,4 @@
-"""Other people's models as backbones: those of `transformers` and timm, and a user's own; neither package is imported.
+"""Models of `transformers` and timm, and users' own modules, as backbones; neither package is imported.
 
 Shapes: B batch, D width, h x w patch grid, N = prefix + h*w tokens.
 """
@@ -9,22 +9,32 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from brixel.backbones.base import Backbone, check_members, whereabouts
+from brixel.backbones.base import Backbone, check_members, device_and_dtype
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
 from brixel.errors import BrixelError
 
-_FINAL_NORMS = ("layernorm", "post_layernorm", "norm")  # as transformers calls them
+_FINAL_NORMS = ("layernorm", "post_layernorm", "norm")  # names in transformers
 
 
 class TransformersBackbone(nn.Module):
-    """A ViT of `transformers` that gives its hidden states: DINOv2, CLIP's vision tower, ViT, I-JEPA and their like.
+    """A ViT of `transformers` that returns hidden states: DINOv2, CLIP's vision tower, ViT, I-JEPA and others.
 
-    ``model``: the model, or one with a head or a text tower, of which the vision transformer alone is taken.
-    ``processor``: its image processor, for mean and deviation; or give ``mean`` and ``std``.
-    Maps go through the final norm where the model has one. The tokens before the patches are counted.
+    Maps go through the final norm if the model has one. The number of tokens before the patches is found by a forward
+    pass of one patch.
+
+    Args:
+        model: The model. Of one with a head or a text tower only the vision transformer is used.
+        processor: Its image processor, for mean and standard deviation.
+        mean: Mean of red, green and blue, for pixels in [0, 1]; default: the processor's.
+        std: Standard deviation of red, green and blue; default: the processor's.
+
+    Raises:
+        BrixelError: The model is no vision transformer with square patches and hidden states, or ``mean`` or ``std``
+            is not known.
     """
 
     def __init__(
@@ -43,25 +53,25 @@ class TransformersBackbone(nn.Module):
         self.patch_px = _square(_setting(config, "patch_size", name), name)
         self.mean = _numbers(mean, getattr(processor, "image_mean", None), name)
         self.std = _numbers(std, getattr(processor, "image_std", None), name)
-        self._norm_name = next((each for each in _FINAL_NORMS if hasattr(self.model, each)), None)
+        self._norm_name = next((name for name in _FINAL_NORMS if hasattr(self.model, name)), None)
         any_size = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if any_size else {}
         self._prefix, self._last_is_normed = self._probe()
 
     def block_maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Maps (B, D, h, w) after the given blocks, as :class:`Backbone` says."""
-        grid_hw = _grid_hw(pixels, self.patch_px)
+        """Maps (B, D, h, w) after the given blocks; see :meth:`Backbone.block_maps`."""
+        height, width = _grid_hw(pixels, self.patch_px)
         states = self._hidden_states(pixels)
         tokens = [self._normed(states[index + 1], index)[:, self._prefix :] for index in blocks]  # B h*w D
-        if tokens[0].shape[1] != grid_hw[0] * grid_hw[1]:
+        if tokens[0].shape[1] != height * width:
             raise BrixelError(
                 f"{type(self.model).__name__} gave {tokens[0].shape[1]} patch tokens for a grid of "
-                f"{grid_hw[0]} x {grid_hw[1]}; expected one a patch, after {self._prefix} others"
+                f"{height} x {width}; expected one a patch, after {self._prefix} others"
             )
-        return [each.unflatten(1, grid_hw).permute(0, 3, 1, 2) for each in tokens]  # B D h w
+        return [rearrange(patches, "B (h w) D -> B D h w", h=height, w=width) for patches in tokens]
 
     def _hidden_states(self, pixels: Tensor) -> Sequence[Tensor]:
-        """The tokens (B, N, D) before the first block and after each."""
+        """The tokens (B, N, D) before the first block and after every block."""
         output = self.model(pixel_values=pixels, output_hidden_states=True, return_dict=True, **self._options)
         states = getattr(output, "hidden_states", None)
         if states is None or len(states) != self.depth + 1 or states[-1].ndim != 3:
@@ -77,22 +87,32 @@ class TransformersBackbone(nn.Module):
         return self.model.get_submodule(self._norm_name)(tokens)
 
     def _probe(self) -> tuple[int, bool]:
-        """From an image of one patch: the number of tokens before it, and whether the last state is normed already."""
-        seen: list[Tensor] = []
+        """Run an image of one patch: the number of prefix tokens, and whether the last state is normed already."""
+        normed: list[Tensor] = []  # outputs of the final norm
         norm = nn.Identity() if self._norm_name is None else self.model.get_submodule(self._norm_name)
-        hook = norm.register_forward_hook(lambda *call: seen.append(call[-1]))
-        device, dtype = whereabouts(self.model)
+        hook = norm.register_forward_hook(lambda *call: normed.append(call[-1]))
+        device, dtype = device_and_dtype(self.model)
         try:
             with torch.no_grad():
                 pixels = torch.zeros(1, 3, self.patch_px, self.patch_px, device=device, dtype=dtype)
                 last = self._hidden_states(pixels)[-1]
         finally:
             hook.remove()
-        return last.shape[1] - 1, any(each.shape == last.shape and torch.equal(each, last) for each in seen)
+        return last.shape[1] - 1, any(output.shape == last.shape and torch.equal(output, last) for output in normed)
 
 
 class TimmBackbone(nn.Module):
-    """A ViT of timm, by its ``forward_intermediates``; mean and deviation are those of its ``pretrained_cfg``."""
+    """A ViT of timm, through its ``forward_intermediates``.
+
+    Args:
+        model: The model, made with ``dynamic_img_size=True``.
+        mean: Mean of red, green and blue, for pixels in [0, 1]; default: that of the model's ``pretrained_cfg``.
+        std: Standard deviation of red, green and blue; default: that of the model's ``pretrained_cfg``.
+
+    Raises:
+        BrixelError: The model takes images of one size only, is no ViT with square patches, or ``mean`` or ``std`` is
+            not known.
+    """
 
     def __init__(self, model: Any, *, mean: Iterable[float] | None = None, std: Iterable[float] | None = None) -> None:
         super().__init__()
@@ -103,11 +123,12 @@ class TimmBackbone(nn.Module):
         self.width = _setting(model, "embed_dim", name)
         self.depth = len(_setting(model, "blocks", name))
         self.patch_px = _square(_setting(_setting(model, "patch_embed", name), "patch_size", name), name)
-        stated = getattr(model, "pretrained_cfg", None) or {}
-        self.mean, self.std = _numbers(mean, stated.get("mean"), name), _numbers(std, stated.get("std"), name)
+        defaults = getattr(model, "pretrained_cfg", None) or {}
+        self.mean = _numbers(mean, defaults.get("mean"), name)
+        self.std = _numbers(std, defaults.get("std"), name)
 
     def block_maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
-        """Maps (B, D, h, w) after the given blocks, as :class:`Backbone` says."""
+        """Maps (B, D, h, w) after the given blocks; see :meth:`Backbone.block_maps`."""
         _grid_hw(pixels, self.patch_px)
         ascending = sorted(set(blocks))
         maps = self.model.forward_intermediates(
@@ -120,12 +141,12 @@ class TimmBackbone(nn.Module):
 def as_backbone(
     module: nn.Module, *, mean: Iterable[float] | None = None, std: Iterable[float] | None = None
 ) -> Backbone:
-    """A module as it is if it has ``block_maps``, else in the adapter for its kind, frozen and in evaluation mode.
+    """A module as a frozen backbone in evaluation mode: itself if it has ``block_maps``, else in a wrapper.
 
-    ``mean``, ``std``: of a model of `transformers`, which does not know them, or over those that timm states.
-    Raises BrixelError for a module that lacks something.
+    ``mean``, ``std``: for a model of `transformers`, which does not know them, or in place of those that timm knows.
+    Raises BrixelError for a module that lacks members of :class:`Backbone`.
     """
-    modeling = sys.modules.get("transformers.modeling_utils")  # loaded, if the module is one of its
+    modeling = sys.modules.get("transformers.modeling_utils")  # imported already if the module is from there
     if hasattr(module, "block_maps"):
         if mean is not None or std is not None:
             raise BrixelError(f"{type(module).__name__} has mean and std of its own; set them there")
@@ -138,17 +159,17 @@ def as_backbone(
 
 
 def config_of(backbone: Backbone) -> ViTConfig | ForeignConfig:
-    """What a saved model says of its backbone: all of our own ViT, the sizes of any other."""
+    """The configuration that is saved for a backbone: all fields of our own ViT, the sizes of any other."""
     if isinstance(backbone, ViT):
         return backbone.config
     inner = backbone.model if isinstance(backbone, TransformersBackbone | TimmBackbone) else backbone
-    mean, std = (cast("tuple[float, float, float]", each) for each in (backbone.mean, backbone.std))
+    mean, std = (cast("tuple[float, float, float]", values) for values in (backbone.mean, backbone.std))
     return ForeignConfig(type(inner).__name__, backbone.width, backbone.depth, backbone.patch_px, mean, std)
 
 
 def _vision_transformer(model: Any) -> Any:
-    """The part of a model of `transformers` from pixels to tokens, without heads or a text tower."""
-    base = getattr(model, "base_model", model)  # of DINOv3 only its blocks
+    """The vision transformer inside a model of `transformers`, without heads or a text tower."""
+    base = getattr(model, "base_model", model)  # for DINOv3 only its blocks, without embeddings
     model = base if hasattr(base, "embeddings") else model
     return getattr(model, "vision_model", model)
 
@@ -167,8 +188,8 @@ def _square(patch: Any, model: str) -> int:
     return sides[0]
 
 
-def _numbers(given: Iterable[float] | None, stated: Iterable[float] | None, model: str) -> tuple[float, ...]:
-    numbers = stated if given is None else given
+def _numbers(given: Iterable[float] | None, default: Iterable[float] | None, model: str) -> tuple[float, ...]:
+    numbers = default if given is None else given
     if numbers is None:
         raise BrixelError(
             f"{model} does not say how its images are normalised; give mean=(...) and std=(...), for instance "
@@ -178,7 +199,7 @@ def _numbers(given: Iterable[float] | None, stated: Iterable[float] | None, mode
 
 
 def _grid_hw(pixels: Tensor, patch_px: int) -> tuple[int, int]:
-    """The patch grid of pixels (B, 3, H, W); BrixelError where they are not whole patches."""
+    """The patch grid of pixels (B, 3, H, W); BrixelError if they are not whole patches."""
     if pixels.ndim != 4 or pixels.shape[2] % patch_px or pixels.shape[3] % patch_px:
         raise BrixelError(
             f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W), H and W multiples of the patch, "

@@ -7,7 +7,7 @@ from os import PathLike
 import torch
 from torch import nn
 
-from brixel.backbones.base import Backbone, whereabouts
+from brixel.backbones.base import Backbone, device_and_dtype
 from brixel.backbones.registry import KNOWN_BACKBONES
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
@@ -111,8 +111,8 @@ def move_module(
     if device != "auto":
         module.to(choose_device(device))
     if dtype != "auto":
-        module.to(choose_dtype(dtype, whereabouts(module)[0]))
-    return whereabouts(module)
+        module.to(choose_dtype(dtype, device_and_dtype(module)[0]))
+    return device_and_dtype(module)
 
 
 def _published(architecture: str | None) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Feature maps: the class, its files, and its colours."""
+"""Feature maps: the class, its file formats, colours of principal components, and panels."""

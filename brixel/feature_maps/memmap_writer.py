@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.feature_maps.feature_map import FeatureMap, check_place, write_sidecar
+from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.storage import check_writable, write_sidecar
 from brixel.utils.atomic_files import atomic_path
 from brixel.utils.devices import dtype_name
 
@@ -19,7 +20,7 @@ def check_map_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     if target.suffix != ".npy":
         raise BrixelError(f"{target} ends in {target.suffix!r}; a map is written as it is made to *.npy alone")
-    check_place(target)
+    check_writable(target)
     return target
 
 

@@ -1,6 +1,6 @@
 """Panels: an image and its feature maps side by side, as labelled tiles of one size.
 
-Legend: D channels, Hf x Wf cells of a map, H x W pixels of a tile.
+Shapes: D channels, Hf x Wf cells of a map, H x W pixels of a tile.
 """
 
 import math
@@ -16,23 +16,23 @@ from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.pca import PcaBasis
 from brixel.utils.atomic_files import atomic_path, check_folder
 
-HEIGHT_PX = 384  # of a tile, about; it is at most four times as wide
+HEIGHT_PX = 384  # of a tile, approximately; a tile is at most four times as wide
 MARGIN_PX = 12
-LABEL_PX = 22
+LABEL_PX = 22  # height of a label
 
 Colours = npt.NDArray[np.uint8]
 """RGB values (H, W, 3)."""
 
 
 def tile_size(finest: FeatureMap) -> tuple[int, int]:
-    """Height and width in pixels at which the cells of ``finest`` are whole squares and the image ends the tile."""
+    """Height and width in pixels of a tile of the image in which the cells of ``finest`` are whole squares."""
     zoom = max(1, round(min(HEIGHT_PX / finest.grid_hw[0], 4 * HEIGHT_PX / finest.grid_hw[1])))
     height, width = (round(side / step * zoom) for side, step in zip(finest.image_hw, finest.stride, strict=True))
     return height, width
 
 
 def image_tile(rgb: npt.NDArray[np.generic], size_hw: tuple[int, int], title: str) -> Image.Image:
-    """A tile that shows an image.
+    """Draw a tile of an image.
 
     Args:
         rgb: (3, H, W), uint8 or floats in [0, 1].
@@ -46,12 +46,12 @@ def image_tile(rgb: npt.NDArray[np.generic], size_hw: tuple[int, int], title: st
 
 def map_tiles(maps: Mapping[str, FeatureMap], size_hw: tuple[int, int]) -> list[Image.Image]:
     """Tiles of several maps of one image, in the colours of one PCA basis, labelled with name and grid."""
-    basis = PcaBasis.fit([each.features for each in maps.values()])
-    return [cells_tile(each, each.pca(basis), size_hw, name) for name, each in maps.items()]
+    basis = PcaBasis.fit([feature_map.features for feature_map in maps.values()])
+    return [cells_tile(feature_map, feature_map.pca(basis), size_hw, name) for name, feature_map in maps.items()]
 
 
 def cells_tile(feature_map: FeatureMap, colours: Colours, size_hw: tuple[int, int], name: str) -> Image.Image:
-    """A tile that shows every cell of a map as a sharp square, cut where the image ends.
+    """Draw a tile of a map: cells are sharp squares, cut off at the edge of the image.
 
     Args:
         feature_map: The map, for its geometry.
@@ -69,7 +69,7 @@ def cells_tile(feature_map: FeatureMap, colours: Colours, size_hw: tuple[int, in
 
 
 def build_panel(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Rows of tiles below each other on white; a row is as high as its highest tile."""
+    """Stack rows of tiles on white; a row is as high as its highest tile."""
     heights = [max(tile.height for tile in row) for row in rows]
     width = max(sum(tile.width + MARGIN_PX for tile in row) for row in rows) + MARGIN_PX
     panel = Image.new("RGB", (width, sum(height + MARGIN_PX for height in heights) + MARGIN_PX), "white")
@@ -84,7 +84,7 @@ def build_panel(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
 
 
 def check_panel_path(path: Path, images: Sequence[str | Path] = ()) -> None:
-    """Raise BrixelError where no panel can be written to ``path``, or it is one of ``images``."""
+    """Raise BrixelError if no panel can be written to ``path``, or if it is one of ``images``."""
     if any(path.resolve() == Path(image).resolve() for image in images):
         raise BrixelError(f"{path} is itself an image to be shown; give another name for the panel")
     check_folder(path)
@@ -93,14 +93,14 @@ def check_panel_path(path: Path, images: Sequence[str | Path] = ()) -> None:
 
 
 def save_panel(panel: Image.Image, path: Path) -> None:
-    """Write a panel, whole or not at all; the ending chooses the format."""
+    """Write a panel, completely or not at all, in the format of the suffix."""
     check_panel_path(path)
     with atomic_path(path) as temporary:
         panel.save(temporary)
 
 
 def _labelled(tile: Colours, text: str) -> Image.Image:
-    """A tile (H, W, 3) with a line of text above it."""
+    """A tile (H, W, 3) with a label above it."""
     font = ImageFont.load_default(14)
     width = max(tile.shape[1], math.ceil(font.getlength(text)))
     labelled = Image.new("RGB", (width, tile.shape[0] + LABEL_PX), "white")

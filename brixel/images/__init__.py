@@ -1,1 +1,1 @@
-"""Images in: found, read, and prepared for the patch grid."""
+"""Images: finding and reading them, the patch grid, preprocessing, and crops for training."""

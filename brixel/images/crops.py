@@ -1,6 +1,6 @@
-"""Square crops of images, for training and for comparing: what a teacher sees, and what its student sees of it.
+"""Square crops of images for training and evaluation: the teacher's crop, and the student's smaller view of it.
 
-Shapes: H x W an image, T the side of the teacher's crop, all in pixels.
+Shapes: H x W an image, T the side of the teacher's crop, in pixels.
 """
 
 import math
@@ -14,17 +14,21 @@ from torch import Tensor
 
 from brixel.errors import BrixelError
 
-DOWNSAMPLING = 4  # how much smaller the student's view is, along each side
+DOWNSAMPLING = 4  # side of the teacher's crop / side of the student's view
 
 
 @dataclass(frozen=True)
 class CropSettings:
     """How square crops are cut from images; plain JSON values only.
 
-    ``teacher_px``: side of the teacher's crop, see :func:`check_teacher_px`. ``max_zoom``: the image's short side
-    becomes ``teacher_px`` times a random factor from 1 to this, yet no more than it is, if that is more. ``flip``:
-    mirror half of the crops. ``small``: what becomes of images with a short side below ``teacher_px``. ``random``:
-    False for centre crops without zoom and flip, as in validation.
+    Args:
+        teacher_px: Side of the teacher's crop; see :func:`check_teacher_px`.
+        max_zoom: The image's short side is resized to ``teacher_px`` times a random factor from 1 to this, but not
+            enlarged, unless it is below ``teacher_px``.
+        flip: Mirror half of the crops.
+        small: Whether images with a short side below ``teacher_px`` are enlarged or skipped.
+        seed: Seed of the random crops.
+        random: False for centre crops without zoom and flip, as in validation.
     """
 
     teacher_px: int
@@ -43,7 +47,7 @@ class CropSettings:
 
 
 def check_teacher_px(teacher_px: int, patch_px: int) -> None:
-    """Raise BrixelError unless the student's view, a quarter of the crop, is made of whole patches."""
+    """Raise BrixelError unless the sides of the student's view, a quarter of ``teacher_px``, are whole patches."""
     unit = DOWNSAMPLING * patch_px
     if isinstance(teacher_px, bool) or not isinstance(teacher_px, int) or teacher_px <= 0:
         raise BrixelError(f"teacher_px is {teacher_px!r}; expected a whole number of pixels, such as {64 * patch_px}")
@@ -53,41 +57,41 @@ def check_teacher_px(teacher_px: int, patch_px: int) -> None:
         raise BrixelError(f"teacher_px is {teacher_px}; expected a multiple of {unit}, 4 x {patch_px}: take {near}")
 
 
-def teacher_crop(planes: Tensor, settings: CropSettings, generator: torch.Generator) -> Tensor:
-    """A square crop of an image, resized: (3, H, W) from `load_image` -> (3, T, T), float32 in [0, 1].
+def teacher_crop(rgb: Tensor, settings: CropSettings, generator: torch.Generator) -> Tensor:
+    """Cut a square crop of an image: (3, H, W) from `load_image` -> (3, T, T), float32 in [0, 1].
 
-    As if the image were resized to cover the crop and then cropped; but a region of whole pixels is cut first, and
-    only that is resized. The generator moves on by the same amount whatever the settings.
+    As if the image were resized and then cropped, but a region of whole pixels is cut first, and only that is resized.
+    The generator draws the same amount of numbers whatever the settings.
     """
     zoom, down, right, flip = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     if not settings.random:
         zoom, down, right, flip = 0.0, 0.5, 0.5, 1.0
-    crop_px, (height_px, width_px) = settings.teacher_px, planes.shape[-2:]
+    crop_px, (height_px, width_px) = settings.teacher_px, rgb.shape[-2:]
     short_px = min(height_px, width_px)
     resized_px = min(crop_px * (1 + zoom * (settings.max_zoom - 1)), max(short_px, crop_px))  # of the short side
     region_px = max(1, round(short_px * crop_px / resized_px))
-    top, left = (int(at * (side - region_px + 1)) for at, side in ((down, height_px), (right, width_px)))
-    region = planes[:, top : top + region_px, left : left + region_px]  # 3 region_px region_px
+    top, left = (int(share * (side - region_px + 1)) for share, side in ((down, height_px), (right, width_px)))
+    region = rgb[:, top : top + region_px, left : left + region_px]  # 3 region_px region_px
     region = region.float().div_(255) if region.dtype == torch.uint8 else region.float()
     crop = _resized(region, crop_px)
     return crop.flip(-1) if settings.flip and flip < 0.5 else crop.contiguous()
 
 
 def student_view(crop: Tensor) -> Tensor:
-    """What the student sees of the teacher's crop: (..., 3, T, T) in [0, 1] -> (..., 3, T/4, T/4), antialiased."""
+    """Downsample a teacher's crop for the student, antialiased: (..., 3, T, T) in [0, 1] -> (..., 3, T/4, T/4)."""
     side_px = crop.shape[-1] // DOWNSAMPLING
     assert crop.shape[-2:] == (DOWNSAMPLING * side_px, DOWNSAMPLING * side_px), tuple(crop.shape)
     return _resized(crop, side_px)
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels (..., 3, H, W) less a mean and over a deviation per channel."""
+    """Subtract the mean from pixels (..., 3, H, W) and divide by the standard deviation, per channel."""
     means, deviations = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
     return (pixels - means) / deviations
 
 
 def _resized(square: Tensor, side_px: int) -> Tensor:
-    """Squares (..., 3, S, S) at another size, by bicubic interpolation with antialiasing, in [0, 1]."""
+    """Resize squares (..., 3, S, S) by bicubic interpolation with antialiasing, clamped to [0, 1]."""
     if square.shape[-1] == side_px:
         return square.clamp(0, 1)
     batch = square.reshape(-1, *square.shape[-3:])

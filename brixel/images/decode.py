@@ -1,4 +1,4 @@
-"""Images from files and from Pillow: found out about, decoded, turned upright, brought to planes (3, H, W)."""
+"""Image files and PIL images: opened, decoded, turned upright, and converted to RGB tensors (3, H, W)."""
 
 import errno
 import os
@@ -20,11 +20,11 @@ from brixel.images.from_arrays import check_range, check_size, to_rgb
 from brixel.images.patch_grid import MAX_PIXELS
 
 REDUCTIONS = (1, 2, 4, 8)
-"""By what a JPEG's sides can be divided while it is decoded, rounded up."""
+"""Divisors of a JPEG's sides (rounded up) at which it can be decoded."""
 
-_SPARE = 3  # pixels a side that are left for each one wanted: with fewer the reduction would begin to be seen
+_OVERSAMPLING = 3  # pixels per wanted pixel along a side after a reduction; with fewer it would become visible
 
-_UPRIGHT = {  # EXIF orientation: the turn that undoes it
+_UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -41,12 +41,12 @@ _SIDEWAYS = (
 )
 _FILTERS_LOCK = threading.Lock()
 
-_BAND_PX = 256  # rows that are brought to planes at a time
+_BAND_PX = 256  # rows that are converted at a time
 
 
 @contextmanager
 def open_image_file(path: str) -> Iterator[Image.Image]:
-    """An image's file, its head read. Raises `FileNotFoundError` or `ImageError`."""
+    """Open an image file and read its header. Raises `FileNotFoundError` or `ImageError`."""
     with _open_file(path) as file:
         with _pillow_errors(path):
             image = _identify(file, path)
@@ -54,44 +54,44 @@ def open_image_file(path: str) -> Iterator[Image.Image]:
 
 
 def jpeg_hw(image: Image.Image, name: str) -> tuple[int, int] | None:
-    """Height and width of a JPEG, upright, of which nothing was decoded yet; None of any other file.
+    """Upright height and width of a JPEG that is not decoded yet; None for other formats.
 
-    Others may have to be decoded before they tell their orientation.
+    Some of them must be decoded before their orientation is known.
     """
     if not isinstance(image, JpegImageFile):
         return None
     check_size((image.height, image.width), name)
-    return image.size if _turn(image) in _SIDEWAYS else image.size[::-1]
+    return image.size if _transposition(image) in _SIDEWAYS else image.size[::-1]
 
 
-def reduce(image: Image.Image, wanted_hw: tuple[int, int]) -> None:
-    """Have a JPEG decoded at one of `REDUCTIONS` where far fewer pixels are wanted: `wanted_hw`, upright.
+def reduce_jpeg(image: Image.Image, wanted_hw: tuple[int, int]) -> None:
+    """Make Pillow decode a JPEG at one of `REDUCTIONS` if far fewer pixels are wanted: `wanted_hw`, upright.
 
-    What is rounded up lies at the right and at the bottom. An image that has yet to be turned is reduced only by what
-    divides its sides.
+    Sides are rounded up at the right and at the bottom. An image that will be turned is reduced only by divisors of its
+    sides.
     """
-    turn = _turn(image)
-    wanted = wanted_hw if turn in _SIDEWAYS else wanted_hw[::-1]
-    spare = min(side_px // (_SPARE * wanted_px) for side_px, wanted_px in zip(image.size, wanted, strict=True))
+    transposition = _transposition(image)
+    wanted_wh = wanted_hw if transposition in _SIDEWAYS else wanted_hw[::-1]
+    most = min(side_px // (_OVERSAMPLING * wanted_px) for side_px, wanted_px in zip(image.size, wanted_wh, strict=True))
     for reduction in reversed(REDUCTIONS):
         divides = all(side_px % reduction == 0 for side_px in image.size)
-        if reduction <= max(1, spare) and (divides or turn is None):
+        if reduction <= max(1, most) and (divides or transposition is None):
             image.draft(image.mode, (image.width // reduction, image.height // reduction))
             return
 
 
 def from_pil(image: Image.Image, name: str) -> Tensor:
-    """Decode, and turn upright: uint8, or float32 in [0, 1] of what is deeper; else ImageError."""
+    """Decode an image and turn it upright: (3, H, W) uint8, or float32 in [0, 1] for deeper modes; else ImageError."""
     check_size((image.height, image.width), name)
     with _pillow_errors(name), _no_size_warning(image):
         image.load()
-        turn = _turn(image)
-        upright = image if turn is None else image.transpose(turn)
+        transposition = _transposition(image)
+        upright = image if transposition is None else image.transpose(transposition)
         if upright.mode == "F":
             return check_range(to_rgb(np.asarray(upright)), name)
         if upright.mode.startswith("I"):
             return _from_deep_grey(upright, name)
-        return _in_bands(upright)
+        return _to_rgb_in_bands(upright)
 
 
 def _open_file(path: str) -> BinaryIO:
@@ -107,10 +107,10 @@ def _open_file(path: str) -> BinaryIO:
 
 
 def _identify(file: BinaryIO, path: str) -> Image.Image:
-    """What `Image.open` does, less its warning for large images.
+    """Do what `Image.open` does, without its warning for large images.
 
-    That warning comes below our limit, and could be silenced there only by changing the warning filters,
-    which belong to the whole process, for every image read.
+    Pillow warns below our limit, and silencing it would change the warning filters of the whole process for every
+    image.
     """
     start = file.read(16)
     if not start:
@@ -120,10 +120,10 @@ def _identify(file: BinaryIO, path: str) -> Image.Image:
         for reader, accepts in list(Image.OPEN.values()):
             try:
                 verdict = accepts is None or accepts(start)
-                if verdict and not isinstance(verdict, str):  # text says why a known format is not supported
+                if verdict and not isinstance(verdict, str):  # a text says why a known format is not supported
                     file.seek(0)
                     return reader(file, path)
-            except (SyntaxError, IndexError, TypeError, struct.error):  # how readers say "not mine"
+            except (SyntaxError, IndexError, TypeError, struct.error):  # not the format of this reader
                 continue
     raise ImageError(
         f"{path}: is not an image that the installed Pillow can read, or its head is damaged; "
@@ -133,7 +133,7 @@ def _identify(file: BinaryIO, path: str) -> Image.Image:
 
 @contextmanager
 def _pillow_errors(name: str) -> Iterator[None]:
-    """Pillow's readers raise nearly anything on damaged data; say which image it was."""
+    """Name the image in errors: Pillow's readers raise nearly anything on damaged data."""
     try:
         yield
     except (ImageError, MemoryError):
@@ -149,9 +149,9 @@ def _pillow_errors(name: str) -> Iterator[None]:
 
 @contextmanager
 def _no_size_warning(image: Image.Image) -> Iterator[None]:
-    """Some readers (TIFF) warn of a large image while decoding it, too.
+    """Silence the warning for large images, which some readers (TIFF) repeat while decoding.
 
-    Warning filters are shared by all threads, so they are touched for such images only, one at a time.
+    All threads share the warning filters, so they are changed for large images only, one at a time.
     """
     if image.width * image.height <= (Image.MAX_IMAGE_PIXELS or MAX_PIXELS):
         yield
@@ -161,31 +161,31 @@ def _no_size_warning(image: Image.Image) -> Iterator[None]:
         yield
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the image upright, where that is anything."""
+def _transposition(image: Image.Image) -> Image.Transpose | None:
+    """The transposition that turns the image upright; None if it is upright already."""
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # unreadable EXIF data: the image as it is stored, which is what viewers show
+    except Exception:  # unreadable EXIF data is ignored, as viewers do
         return None
 
 
-def _in_bands(image: Image.Image) -> Tensor:
-    """An image of any 8-bit mode as uint8 planes, some rows after others: what lies between is never whole."""
-    planes = torch.empty(3, image.height, image.width, dtype=torch.uint8)
+def _to_rgb_in_bands(image: Image.Image) -> Tensor:
+    """An image of any 8-bit mode as uint8 (3, H, W), converted in bands of rows to save memory."""
+    rgb = torch.empty(3, image.height, image.width, dtype=torch.uint8)
     for top in range(0, image.height, _BAND_PX):
         band = image.crop((0, top, image.width, min(top + _BAND_PX, image.height)))
-        planes[:, top : top + band.height] = torch.from_numpy(np.array(_over_white(band))).permute(2, 0, 1)
-    return planes
+        rgb[:, top : top + band.height] = torch.from_numpy(np.array(_over_white(band))).permute(2, 0, 1)
+    return rgb
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Any 8-bit mode as RGB."""
+    """Any 8-bit mode as RGB, transparency over white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     if image.mode == "La":
-        image = image.convert("LA")  # the only mode that La converts to
+        image = image.convert("LA")  # La converts to no other mode
     elif image.mode == "P":
-        image = image.copy()  # converting writes the transparency into the palette
+        image = image.copy()  # converting changes the palette of the original
     rgba = image.convert("RGBA")
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba)
@@ -193,7 +193,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image, name: str) -> Tensor:
-    """Modes I and I;16*: integers that mean 0..65535."""
+    """Modes I and I;16*, whose integers range over 0..65535."""
     grey = np.asarray(image)
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high > 65535:
@@ -201,7 +201,7 @@ def _from_deep_grey(image: Image.Image, name: str) -> Tensor:
             f"{name}: values go from {low} to {high}; greys of mode {image.mode} must lie in 0..65535: "
             "scale them, or give an array of floats in [0, 1]"
         )
-    transparent = image.info.get("transparency")  # of a PNG: the one grey that is see-through
+    transparent = image.info.get("transparency")  # the transparent grey of a PNG
     if transparent is not None:
         grey = np.where(grey == transparent, 65535, grey)
     return to_rgb(grey.astype(np.float32)).div_(65535)

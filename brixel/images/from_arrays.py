@@ -1,4 +1,4 @@
-"""Images as arrays and tensors: checked, and brought to planes (3, H, W), uint8 or float32 in [0, 1]."""
+"""Arrays and tensors that hold images: checked, and converted to RGB tensors (3, H, W), uint8 or float32 in [0, 1]."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _TENSOR_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, tor
 
 
 def from_array(array: np.ndarray[Any, Any]) -> Tensor:
-    """An array (H, W, 3) or (H, W), uint8, uint16 or floats in [0, 1], as planes of its own; else ImageError."""
+    """Copy an array (H, W, 3) or (H, W), uint8, uint16 or floats in [0, 1], to (3, H, W); else ImageError."""
     name = f"array of shape {array.shape} and dtype {array.dtype}"
     native = array.dtype.newbyteorder("=")
     if native not in _ARRAY_DTYPES:
@@ -33,7 +33,7 @@ def from_array(array: np.ndarray[Any, Any]) -> Tensor:
 
 
 def from_tensor(tensor: Tensor) -> Tensor:
-    """A tensor (3, H, W), uint8 or floats in [0, 1], as planes on the CPU, not copied if it fits; else ImageError."""
+    """Move a tensor (3, H, W), uint8 or floats in [0, 1], to the CPU, without a copy if possible; else ImageError."""
     name = f"tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
     if tensor.dtype not in _TENSOR_DTYPES:
         raise ImageError(
@@ -48,9 +48,9 @@ def from_tensor(tensor: Tensor) -> Tensor:
 
 
 def to_rgb(array: np.ndarray[Any, Any]) -> Tensor:
-    """(H, W, 3) or (H, W) as a tensor (3, H, W) that shares no memory with it."""
-    planes = np.broadcast_to(array, (3, *array.shape)) if array.ndim == 2 else array.transpose(2, 0, 1)
-    return torch.from_numpy(np.array(planes, dtype=array.dtype.newbyteorder("="), order="C"))
+    """Copy an array (H, W, 3) or (H, W) to a tensor (3, H, W)."""
+    rgb = np.broadcast_to(array, (3, *array.shape)) if array.ndim == 2 else array.transpose(2, 0, 1)
+    return torch.from_numpy(np.array(rgb, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
 def _array_hint(shape: tuple[int, ...]) -> str:
@@ -80,19 +80,19 @@ def _tensor_hint(shape: tuple[int, ...]) -> str:
 
 
 def check_size(image_hw: tuple[int, ...], name: str) -> None:
-    """Raise ImageError for an image that is empty or too large to be read."""
+    """Raise ImageError for an image without pixels or with more than `MAX_PIXELS`."""
     height_px, width_px = image_hw
     if height_px == 0 or width_px == 0:
         raise ImageError(f"{name}: is empty, {height_px}x{width_px} pixels; give one with at least one pixel")
     if height_px * width_px > MAX_PIXELS:
         raise ImageError(
             f"{name}: has {height_px}x{width_px} pixels (height x width), and the limit is {MAX_PIXELS:,}; "
-            "make it smaller, or cut it into pieces"
+            "make it smaller, or cut it into several"
         )
 
 
 def check_range(tensor: Tensor, name: str) -> Tensor:
-    """Floats of any width as float32, or an error where they leave [0, 1]."""
+    """Convert floats to float32; ImageError if they are not in [0, 1]."""
     tensor = tensor.to(torch.float32)
     low, high = (float(value) for value in tensor.aminmax())
     if not (low >= 0 and high <= 1):

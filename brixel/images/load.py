@@ -1,6 +1,6 @@
-"""Images in: a file, a PIL image, an array or a tensor, read as an RGB tensor.
+"""Reading an image of any kind: a file, a PIL image, an array or a tensor.
 
-Shapes: H, W height and width in pixels. Colours are taken as sRGB; ICC profiles are not applied.
+Shapes: H, W height and width in pixels. Colours are interpreted as sRGB; ICC profiles are not applied.
 """
 
 import os
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from brixel.errors import ImageError
-from brixel.images.decode import from_pil, jpeg_hw, open_image_file, reduce
+from brixel.images.decode import from_pil, jpeg_hw, open_image_file, reduce_jpeg
 from brixel.images.from_arrays import from_array, from_tensor
 
 ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
@@ -22,20 +22,56 @@ ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, A
 
 
 def load_image(image: ImageInput) -> Tensor:
-    """The image as an RGB tensor (3, H, W) on the CPU: uint8, or float32 in [0, 1] where it came deeper.
+    """Read an image as an RGB tensor; the input is not changed.
 
-    A path or PIL image may have any mode. EXIF orientation is applied, transparency laid over white, 16-bit
-    greys divided by 65535; of an animation the first frame is read (of a PIL image the frame it stands at).
-    An array is (H, W, 3) or (H, W), uint8, uint16 or floats in [0, 1]; a tensor is (3, H, W), uint8 or floats
-    in [0, 1], and not copied where it fits. The input is left as it was.
-    Raises `FileNotFoundError` for a missing file, `ImageError` for all else that cannot be used.
+    EXIF orientation is applied, transparency is laid over white, and of an animation the first frame is read (of a PIL
+    image the current one).
+
+    Args:
+        image: A path or PIL image of any mode; an array (H, W, 3) or (H, W), uint8, uint16 or floats in [0, 1]; or a
+            tensor (3, H, W), uint8 or floats in [0, 1], which is not copied if possible.
+
+    Returns:
+        (3, H, W) on the CPU: uint8, or float32 in [0, 1] for 16-bit and floating-point images.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImageError: The image cannot be read or used.
     """
     with open_image(image) as source:
         return source.read(source.image_hw)
 
 
-def _load(image: ImageInput) -> Tensor:
-    """Of what is no path."""
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image of known size that may not be decoded yet.
+
+    Args:
+        image_hw: Upright height and width in pixels.
+        read: Returns what `load_image` returns, at this size, or smaller for a JPEG file if far fewer pixels are
+            wanted; its argument is the wanted height and width.
+    """
+
+    image_hw: tuple[int, int]
+    read: Callable[[tuple[int, int]], Tensor]
+
+
+@contextmanager
+def open_image(image: ImageInput) -> Iterator[OpenedImage]:
+    """Open an image of any kind. A JPEG file is decoded when it is read. Raises as `load_image` does."""
+    if not isinstance(image, (str, os.PathLike)):
+        yield _decoded(_from_memory(image))
+        return
+    path = os.fspath(image)
+    with open_image_file(path) as file:
+        image_hw = jpeg_hw(file, path)
+        if image_hw is None:
+            yield _decoded(from_pil(file, path))
+        else:
+            yield OpenedImage(image_hw, lambda wanted_hw: _read_jpeg(file, path, wanted_hw))
+
+
+def _from_memory(image: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:
     if isinstance(image, Image.Image):
         return from_pil(image, getattr(image, "filename", "") or "PIL image")
     if isinstance(image, np.ndarray):
@@ -49,37 +85,10 @@ def _load(image: ImageInput) -> Tensor:
     )
 
 
-@dataclass(frozen=True)
-class OpenedImage:
-    """An image whose size is known, upright, and how its planes (3, H, W) are had: see `load_image`.
-
-    ``read(wanted_hw)``: of its size, or smaller where it is a JPEG file of which far fewer pixels are wanted.
-    """
-
-    image_hw: tuple[int, int]
-    read: Callable[[tuple[int, int]], Tensor]
+def _decoded(rgb: Tensor) -> OpenedImage:
+    return OpenedImage((rgb.shape[1], rgb.shape[2]), lambda _: rgb)
 
 
-@contextmanager
-def open_image(image: ImageInput) -> Iterator[OpenedImage]:
-    """An image of any kind; of a JPEG file nothing is decoded before it is read. Raises as `load_image` does."""
-    if not isinstance(image, (str, os.PathLike)):
-        planes = _load(image)
-        yield _whole(planes)
-        return
-    path = os.fspath(image)
-    with open_image_file(path) as file:
-        image_hw = jpeg_hw(file, path)
-        if image_hw is None:
-            yield _whole(from_pil(file, path))
-        else:
-            yield OpenedImage(image_hw, lambda wanted_hw: _reduced(file, path, wanted_hw))
-
-
-def _whole(planes: Tensor) -> OpenedImage:
-    return OpenedImage((planes.shape[1], planes.shape[2]), lambda _: planes)
-
-
-def _reduced(file: Image.Image, path: str, wanted_hw: tuple[int, int]) -> Tensor:
-    reduce(file, wanted_hw)
+def _read_jpeg(file: Image.Image, path: str, wanted_hw: tuple[int, int]) -> Tensor:
+    reduce_jpeg(file, wanted_hw)
     return from_pil(file, path)

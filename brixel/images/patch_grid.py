@@ -1,9 +1,9 @@
-"""How an image is laid on a vision transformer's patch grid: sizes in whole pixels and cells, no model.
+"""The sizes of an image on the patch grid of a vision transformer, in whole pixels and cells.
 
     image as given  --resize, aspect kept-->  resized  --pad at bottom and right-->  padded, whole patches
       image_hw                                  resized_hw                             padded_hw
 
-Every pair is (height, width). A feature map has `upscale` cells along each side of a patch.
+All pairs are (height, width). A feature map has `upscale` cells along the side of a patch.
 """
 
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from brixel.errors import BrixelError, ImageError
 
 MAX_PIXELS = 178_956_970
-"""The largest image that is read: where Pillow, as it comes, refuses to decode."""
+"""Pixels of the largest image that is read; Pillow's own default limit."""
 
 MOST_ENLARGED = 64
-"""The longest image that is enlarged, in short sides: one of 1 x 5000 px would become 256 x 1,280,000."""
+"""Longest side of an image that is enlarged, in short sides: 1 x 5000 px would become 256 x 1,280,000."""
 
 NATIVE = "native"
-"""The `short_side_px` that keeps an image's own size."""
+"""The `short_side_px` that keeps the size of the image."""
 
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """One image on the patch grid, all sizes in pixels; made by `plan_patch_grid`."""
+    """The sizes of one image on the patch grid, in pixels; made by `plan_patch_grid`."""
 
     image_hw: tuple[int, int]
     resized_hw: tuple[int, int]
@@ -37,15 +37,12 @@ class PatchGrid:
             assert padded_px % self.patch_px == 0, self
 
     def map_hw(self, upscale: int) -> tuple[int, int]:
-        """Cells that cover the resized image, `upscale` to a patch's side; none is padding alone."""
+        """Cells that cover the resized image, `upscale` per side of a patch; none is only padding."""
         height_px, width_px = self.resized_hw
         return _ceil_div(height_px * upscale, self.patch_px), _ceil_div(width_px * upscale, self.patch_px)
 
     def map_stride(self, upscale: int) -> tuple[float, float]:
-        """A cell's height and width in pixels of the image as given.
-
-        They differ a little from each other where the long side was rounded.
-        """
+        """Height and width of a cell in pixels of the image as given; they differ if the long side was rounded."""
         height_px, width_px = (
             self.patch_px * image_px / (upscale * resized_px)
             for image_px, resized_px in zip(self.image_hw, self.resized_hw, strict=True)
@@ -54,13 +51,17 @@ class PatchGrid:
 
 
 def plan_patch_grid(image_hw: tuple[int, int], patch_px: int, short_side_px: int | str) -> PatchGrid:
-    """Lay an image of `image_hw` pixels on a grid of patches of `patch_px` pixels.
+    """Plan how an image is resized, keeping its aspect, and padded to whole patches.
 
-    Its short side becomes `short_side_px` exactly, its long side the nearest whole number that keeps the
-    aspect (a half goes up); "native" keeps the size. Then it is padded to whole patches.
-    Raises `BrixelError` for any other `short_side_px`, and `ImageError` for an image longer than `MOST_ENLARGED`
-    short sides that would be enlarged; at its own size, or made smaller, it may have any length. Whether there is
-    memory for that size is not asked here.
+    Args:
+        image_hw: Height and width of the image in pixels.
+        patch_px: Side of a patch in pixels.
+        short_side_px: Length of the short side after resizing, in pixels, or "native" to keep the size. The long side
+            is rounded to whole pixels (a half is rounded up).
+
+    Raises:
+        BrixelError: `short_side_px` is something else.
+        ImageError: The image would be enlarged and is longer than `MOST_ENLARGED` short sides.
     """
     resized_hw = _resized(image_hw, _check_short_side(short_side_px))
     short_px, long_px = min(image_hw), max(image_hw)
@@ -68,7 +69,7 @@ def plan_patch_grid(image_hw: tuple[int, int], patch_px: int, short_side_px: int
         raise ImageError(
             f"an image of {image_hw[0]}x{image_hw[1]} pixels (height x width) would be enlarged to "
             f"{resized_hw[0]}x{resized_hw[1]}; expected a long side of at most {MOST_ENLARGED} short ones where it is "
-            f"enlarged: cut it into shorter ones, or ask for a short_side_px of at most {short_px} or {NATIVE!r}"
+            f"enlarged: cut it into shorter ones, or give a short_side_px of at most {short_px} or {NATIVE!r}"
         )
     padded_hw = _ceil_div(resized_hw[0], patch_px) * patch_px, _ceil_div(resized_hw[1], patch_px) * patch_px
     return PatchGrid(image_hw, resized_hw, padded_hw, patch_px)
@@ -91,7 +92,7 @@ def _resized(image_hw: tuple[int, int], short_side_px: int | None) -> tuple[int,
         return image_hw
     height_px, width_px = image_hw
     short_px, long_px = min(image_hw), max(image_hw)
-    long_side_px = (2 * long_px * short_side_px + short_px) // (2 * short_px)  # nearest, a half goes up
+    long_side_px = (2 * long_px * short_side_px + short_px) // (2 * short_px)  # to the nearest, a half up
     return (short_side_px, long_side_px) if height_px <= width_px else (long_side_px, short_side_px)
 
 

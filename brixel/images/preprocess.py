@@ -1,4 +1,4 @@
-"""An image made ready for a model, and a map made of what the model gives: for those with a loop of their own."""
+"""Preprocessing of an image for a model, and the feature map of the model's output."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -21,38 +21,61 @@ _BICUBIC: dict[str, Any] = {"mode": "bicubic", "antialias": True, "align_corners
 
 @dataclass(frozen=True)
 class ImagePlacement:
-    """How an image lies on the patch grid, and what a map of it tells of how it was made."""
+    """The position of an image on the patch grid, which turns a model's output into a feature map of the image.
 
-    geometry: PatchGrid
+    Args:
+        patch_grid: The sizes of the image before and after preprocessing.
+        meta: Texts for the ``meta`` of its feature maps.
+    """
+
+    patch_grid: PatchGrid
     meta: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def geometry(self) -> PatchGrid:
+        """The name of ``patch_grid`` in version 0.1."""
+        return self.patch_grid
 
     def feature_map(
         self, features: Tensor, *, meta: Mapping[str, str] | None = None, in_place: bool = False
     ) -> FeatureMap:
-        """The map of the image, on the CPU, from the features (D, u h, u w) of its padded h x w patches.
+        """Make the feature map of the image from a model's output: remove the padding, and attach the geometry.
 
-        ``u`` cells to a patch's side: 4 of the dense map, 1 of the backbone's own. ``meta``: more to tell.
-        ``in_place``: ``features`` are not needed any more, and may be cut without a second copy of them.
-        Raises BrixelError where the features are not those of this image's size.
+        Args:
+            features: (D, u h, u w) for the h x w patches of the padded image and u cells per side of a patch, on any
+                device: u is 4 for the dense map, 1 for the backbone's own.
+            meta: More texts for the map's ``meta``.
+            in_place: Reuse the memory of ``features``, which must not be used afterwards.
+
+        Returns:
+            The map, on the CPU.
+
+        Raises:
+            BrixelError: The features have another shape than the patches of this image.
         """
-        geometry = self.geometry
-        patches_hw = tuple(side // geometry.patch_px for side in geometry.padded_hw)
+        grid = self.patch_grid
+        patches_hw = tuple(side_px // grid.patch_px for side_px in grid.padded_hw)
         upscale = features.shape[-1] // patches_hw[1] if features.ndim == 3 else 0
         if upscale < 1 or features.shape[1:] != (upscale * patches_hw[0], upscale * patches_hw[1]):
             raise BrixelError(
                 f"features have shape {tuple(features.shape)}; expected (D, 4h, 4w) for the {patches_hw[0]} x "
                 f"{patches_hw[1]} patches of this image, without a batch's axis: give features[i]"
             )
-        height, width = geometry.map_hw(upscale)
+        height, width = grid.map_hw(upscale)
         cells = crop(features, (height, width)) if in_place else features[:, :height, :width].detach().cpu().clone()
-        return FeatureMap(cells, geometry.image_hw, geometry.map_stride(upscale), {**self.meta, **(meta or {})})
+        return FeatureMap(cells, grid.image_hw, grid.map_stride(upscale), {**self.meta, **(meta or {})})
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """What is done to every image before a model: a small callable without the model, for workers of a DataLoader.
+    """Reads, resizes, normalises and pads images for a model; small, and without the model, for DataLoader workers.
 
-    ``short_side_px``: pixels, or "native".
+    Args:
+        patch_px: Side of a patch in pixels.
+        short_side_px: Length of the short side after resizing, in pixels, or "native".
+        mean: Mean of red, green and blue, for pixels in [0, 1].
+        std: Standard deviation of red, green and blue.
+        meta: Texts for the ``meta`` of feature maps.
     """
 
     patch_px: int
@@ -64,65 +87,81 @@ class Preprocessor:
     def __call__(
         self, image: ImageInput, check: Callable[[tuple[int, int]], None] | None = None
     ) -> tuple[Tensor, ImagePlacement]:
-        """Normalised pixels (3, H, W), float32, H and W whole patches, and how the image lies on them.
+        """Preprocess one image.
 
-        ``check`` may refuse that size before the pixels are made. Raises ImageError for an image that cannot be used.
+        Args:
+            image: A path, PIL image, array or tensor, as :func:`brixel.images.load.load_image` takes it.
+            check: Called with the padded height and width before the image is decoded; may raise to refuse them.
+
+        Returns:
+            Normalised pixels (3, H, W), float32, H and W multiples of ``patch_px``; and the image's placement.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ImageError: The image cannot be read or used.
         """
         with open_image(image) as source:
             try:
-                geometry = plan_patch_grid(source.image_hw, self.patch_px, self.short_side_px)
+                grid = plan_patch_grid(source.image_hw, self.patch_px, self.short_side_px)
                 if check is not None:
-                    check(geometry.padded_hw)
-            except (ImageError, MemoryLimitError) as error:  # which know of a size alone
+                    check(grid.padded_hw)
+            except (ImageError, MemoryLimitError) as error:  # their messages do not name the file
                 if not isinstance(image, (str, os.PathLike)):
                     raise
                 raise type(error)(f"{os.fspath(image)}: {error}") from error
-            planes = source.read(geometry.resized_hw)
-        del source  # what Pillow decoded is free before the planes are worked on
-        height, width = geometry.resized_hw
-        placement = ImagePlacement(geometry, {**self.meta, "resized_hw": f"{height}x{width}"})
-        return preprocess(planes, geometry, self.mean, self.std), placement
+            rgb = source.read(grid.resized_hw)
+        del source  # frees the image that Pillow decoded
+        height, width = grid.resized_hw
+        placement = ImagePlacement(grid, {**self.meta, "resized_hw": f"{height}x{width}"})
+        return resize_normalise_pad(rgb, grid, self.mean, self.std), placement
 
 
-def preprocess(image: Tensor, geometry: PatchGrid, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Lay an image on the patch grid: float32 (3, padded_h, padded_w), normalised.
+def resize_normalise_pad(rgb: Tensor, grid: PatchGrid, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Resize, normalise and pad an image for the patch grid.
 
-    `image`: planes from `load_image`, or what `Image.read` made of them for `geometry.resized_hw`. Resized by bicubic
-    interpolation with antialiasing, clamped to [0, 1], normalised by `mean` and `std` (one number per channel),
-    padded at the bottom and right by repeating the edge. One channel is worked on at a time, so that a large uint8
-    image is not turned into floats as a whole; the numbers are the same.
+    Bicubic interpolation with antialiasing, clamped to [0, 1]; the padding at the bottom and right repeats the edge.
+    Channels are processed one by one, so that a large uint8 image is not converted to floats as a whole.
+
+    Args:
+        rgb: (3, H, W), uint8 or float32 in [0, 1], the image of ``grid`` or a JPEG reduction of it.
+        grid: The sizes before and after.
+        mean: Mean per channel.
+        std: Standard deviation per channel.
+
+    Returns:
+        (3, padded_h, padded_w), float32.
     """
-    reduction = _reduction(image, geometry)
-    height_px, width_px = geometry.resized_hw
-    padded = torch.empty(3, *geometry.padded_hw)  # (3, padded_h, padded_w)
-    for channel, target, channel_mean, channel_std in zip(image, padded, mean, std, strict=True):
+    reduction = _reduction(rgb, grid)
+    height_px, width_px = grid.resized_hw
+    padded = torch.empty(3, *grid.padded_hw)
+    for channel, target, channel_mean, channel_std in zip(rgb, padded, mean, std, strict=True):
         inner = target[:height_px, :width_px]
-        inner.copy_(_resized(channel, geometry, reduction))
+        inner.copy_(_resized(channel, grid, reduction))
         inner.clamp_(0, 1).sub_(channel_mean).div_(channel_std)
         target[:height_px, width_px:] = inner[:, -1:]
         target[height_px:] = target[height_px - 1]
     return padded
 
 
-def _resized(channel: Tensor, geometry: PatchGrid, reduction: int) -> Tensor:
-    """One channel (H, W), uint8 or float32, as float32 of `resized_hw`; a bicubic may overshoot [0, 1]."""
-    plane = channel.float().div_(255) if channel.dtype == torch.uint8 else channel
-    if plane.shape == geometry.resized_hw:
-        return plane
-    plane, (height_px, width_px) = plane[None, None], geometry.resized_hw  # (1, 1, H, W)
+def _resized(channel: Tensor, grid: PatchGrid, reduction: int) -> Tensor:
+    """One channel (H, W), uint8 or float32, as float32 of `resized_hw`; the bicubic filter may overshoot [0, 1]."""
+    values = channel.float().div_(255) if channel.dtype == torch.uint8 else channel
+    if values.shape == grid.resized_hw:
+        return values
+    values, (height_px, width_px) = values[None, None], grid.resized_hw  # 1 1 H W
     if reduction == 1:
-        return F.interpolate(plane, (height_px, width_px), **_BICUBIC)[0, 0]
-    # the last pixels of a reduced image may reach over its edge, so that the scale is not that of the shapes
+        return F.interpolate(values, (height_px, width_px), **_BICUBIC)[0, 0]
+    # a reduced image may extend beyond the original's edge, so the scale does not follow from the shapes
     scale = [
-        (1 + 1e-9) * reduction * wanted_px / image_px  # for rounding: a row too many can be cut, one too few not mended
-        for wanted_px, image_px in zip(geometry.resized_hw, geometry.image_hw, strict=True)
+        (1 + 1e-9) * reduction * resized_px / image_px  # rather a row too many, which is cut off, than one too few
+        for resized_px, image_px in zip(grid.resized_hw, grid.image_hw, strict=True)
     ]
-    return F.interpolate(plane, scale_factor=scale, **_BICUBIC)[0, 0, :height_px, :width_px]
+    return F.interpolate(values, scale_factor=scale, **_BICUBIC)[0, 0, :height_px, :width_px]
 
 
-def _reduction(image: Tensor, geometry: PatchGrid) -> int:
-    """By how much a JPEG was reduced when it was decoded."""
+def _reduction(rgb: Tensor, grid: PatchGrid) -> int:
+    """The reduction at which a JPEG was decoded; 1 for other images."""
     for reduction in REDUCTIONS:
-        if image.shape == (3, *(-(-side_px // reduction) for side_px in geometry.image_hw)):
+        if rgb.shape == (3, *(-(-side_px // reduction) for side_px in grid.image_hw)):
             return reduction
-    raise AssertionError(f"{tuple(image.shape)} does not fit {geometry}")
+    raise AssertionError(f"{tuple(rgb.shape)} does not fit {grid}")

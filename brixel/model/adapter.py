@@ -1,9 +1,9 @@
-"""The adapter: a small CNN looks at the pixels, six extractor blocks move the backbone's features onto a finer grid.
+"""The adapter: a small CNN reads the pixels, six extractor blocks move the backbone's features onto a finer grid.
 
-Section 1 of the paper's graph (arXiv 2511.05168; `docs/method.md`), the live part only, written in units of the patch
-grid so that patch size and aspect do not matter. Differences from the text: offsets and attention logits come from one
-linear layer; the prior is resized before its 1x1 convolution rather than after (both are linear: same numbers). Fresh
-adapters also blend the four maps into the one that the head starts from; the released ones know only the last.
+Section 1 of the graph of arXiv 2511.05168 (`docs/method.md`), without its unused parts, in units of the patch grid, so
+that patch size and aspect do not matter. Differences from the text: offsets and attention logits come from one linear
+layer; the prior is resized before its 1x1 convolution, not after (both are linear: same numbers). Fresh adapters also
+blend the four maps into the base of the head; in the released ones the base is the last map.
 
 Shapes: B batch, D width, h x w patch grid, N = 2h*2w queries, A heads, P points, S channels of the prior.
 In memory channels come last everywhere, so that maps and tokens are the same bytes.
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from brixel.model.deformable_attention import pad_table, read_table
@@ -35,12 +36,12 @@ def map_of(tokens: Tensor, grid_hw: tuple[int, int]) -> Tensor:
 
 
 def resize(maps: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-    """Bilinear, cell centres at +0.5: (B, D, h, w) to another grid; the same values where it is that grid already."""
+    """Resize (B, D, h, w) bilinearly, cell centres at +0.5; the same values if it is on that grid already."""
     return F.interpolate(maps, size=grid_hw, mode="bilinear", align_corners=False)
 
 
 class ConvNormRelu(nn.Module):
-    """3x3 convolution, batch norm, ReLU. At inference the norm is folded into the convolution on the fly."""
+    """3x3 convolution, batch norm, ReLU. In evaluation mode the norm is folded into the convolution on the fly."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
@@ -78,25 +79,25 @@ class SpatialPrior(nn.Module):
 
 
 def _rays() -> Tensor:
-    """Offsets (A, P, 2) along A directions, 1 to P cells out by the larger coordinate."""
+    """Offsets (A, P, 2), x before y, along A directions; the larger coordinate is 1 to P cells."""
     angles = torch.arange(HEADS, device="cpu") * (2 * torch.pi / HEADS)
     directions = torch.stack([angles.cos(), angles.sin()], dim=-1)  # A 2
     directions = directions / directions.abs().amax(-1, keepdim=True)
     return directions[:, None] * torch.arange(1, POINTS + 1, device="cpu")[:, None]
 
 
-_RAYS = _rays()  # once: on the meta device, where models are built for loading, it would take a third of the time
+_RAYS = _rays()  # computed once: it would take a third of the time of building a model on the meta device
 
 
 class DeformableAttention(nn.Module):
-    """Queries on the 2h x 2w grid read a map on the h x w grid, each near its own cell."""
+    """Queries on the 2h x 2w grid read a map on the h x w grid, at points near their own cells."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.value = nn.Linear(width, width // 2)
         self.offsets_and_logits = nn.Linear(width, HEADS * POINTS * 3)
         self.out = nn.Linear(width // 2, width)
-        # as in Deformable DETR: at first every head looks in a direction of its own, a cell farther with every point
+        # as in Deformable DETR: every head starts with its own direction, its points one cell apart
         nn.init.zeros_(self.offsets_and_logits.weight)
         with torch.no_grad():
             self.offsets_and_logits.bias[: HEADS * POINTS * 2] = _RAYS.flatten()
@@ -108,18 +109,23 @@ class DeformableAttention(nn.Module):
         return self.read(queries, table, (0, 2 * grid_hw[0]), 2 * grid_hw[1])
 
     def values(self, features: Tensor) -> Tensor:
-        """What queries read of ``features`` (B, n, D), head by head: (B, n, A, D/2A)."""
-        return self.value(features).unflatten(-1, (HEADS, -1))
+        """The values of ``features`` (B, n, D), split into heads: (B, n, A, D/2A)."""
+        return rearrange(self.value(features), "B n (A C) -> B n A C", A=HEADS)
 
     def read(self, queries: Tensor, table: Tensor, rows: tuple[int, int], columns: int) -> Tensor:
-        """Queries (B, n, D) in rows ``rows[0]`` to ``rows[1]`` of their grid, which has so many columns -> (B, n, D).
+        """Attention of some rows of the query grid: (B, n, D) -> (B, n, D).
 
-        ``table``: the values on the h x w grid, as :func:`brixel.model.deformable_attention.pad_table` gives them.
+        Args:
+            queries: (B, n, D), the queries of these rows.
+            table: The values on the h x w grid, padded by :func:`brixel.model.deformable_attention.pad_table`.
+            rows: Start and stop of the rows.
+            columns: Columns of the query grid, 2w.
         """
         sampling = self.offsets_and_logits(queries)
         offsets, logits = sampling.split([HEADS * POINTS * 2, HEADS * POINTS], dim=-1)
-        # Half precision has too few digits for places on a grid: points are float32 or wider.
-        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32)).unflatten(-1, (HEADS, POINTS, 2))
+        # half precision has too few digits for positions on a grid
+        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+        offsets = rearrange(offsets, "B n (A P xy) -> B n A P xy", A=HEADS, P=POINTS)
         points = offsets + _cell_centres(rows, columns, offsets)[:, None, None]  # B n A P 2
         # softmax along a strided axis is several times faster than along one of four numbers
         weights = logits.unflatten(-1, (HEADS, POINTS)).mT.contiguous().softmax(-2).mT  # B n A P
@@ -127,7 +133,7 @@ class DeformableAttention(nn.Module):
 
 
 def _cell_centres(rows: tuple[int, int], columns: int, like: Tensor) -> Tensor:
-    """Centres of some rows of queries in cells of the h x w grid, half as fine: (n, 2), x before y."""
+    """Centres of the queries of some rows, in cells of the h x w grid: (n, 2), x before y."""
     y = torch.arange(*rows, dtype=like.dtype, device=like.device) * 0.5 + 0.25
     x = torch.arange(columns, dtype=like.dtype, device=like.device) * 0.5 + 0.25
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
@@ -135,7 +141,7 @@ def _cell_centres(rows: tuple[int, int], columns: int, like: Tensor) -> Tensor:
 
 
 class ConvFfn(nn.Module):
-    """A narrow feed-forward whose hidden map is mixed by a depthwise 3x3 convolution on the query grid."""
+    """A narrow feed-forward with a depthwise 3x3 convolution of its hidden map on the query grid."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -145,13 +151,13 @@ class ConvFfn(nn.Module):
         self.up = nn.Linear(hidden, width)
 
     def forward(self, queries: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-        """(B, N, D) -> (B, N, D); ``grid_hw`` is the queries' own, 2h x 2w."""
+        """(B, N, D) -> (B, N, D); ``grid_hw`` is the query grid, 2h x 2w."""
         hidden = self.depthwise(map_of(self.down(queries), grid_hw))
         return self.up(F.gelu(tokens_of(hidden)))
 
 
 class Extractor(nn.Module):
-    """Queries take from one of the backbone's maps, then from their neighbours."""
+    """Queries attend to one of the backbone's maps, then mix with their neighbours."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -160,7 +166,7 @@ class Extractor(nn.Module):
         self.attention = DeformableAttention(width)
         self.ffn_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.ffn = ConvFfn(width)
-        self.drop_path = DROP_PATH  # a trainer may set another rate; it plays no part at inference
+        self.drop_path = DROP_PATH  # a trainer may change it; unused in evaluation mode
 
     def forward(self, queries: Tensor, features: Tensor, grid_hw: tuple[int, int]) -> Tensor:
         """``queries`` (B, N, D), ``features`` (B, h*w, D) on the grid h x w -> (B, N, D)."""
@@ -170,7 +176,7 @@ class Extractor(nn.Module):
 
 
 def _drop_path(branch: Tensor, rate: float) -> Tensor:
-    """Stochastic depth (arXiv 1603.09382): leave the branch out for a random part of the batch."""
+    """Stochastic depth (arXiv 1603.09382): drop the branch for random samples of the batch."""
     if not rate:
         return branch
     kept = torch.empty(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(1 - rate)
@@ -178,10 +184,13 @@ def _drop_path(branch: Tensor, rate: float) -> Tensor:
 
 
 class Adapter(nn.Module):
-    """Pixels and four maps of the backbone -> the prior on the 4h x 4w grid, refined queries on the 2h x 2w grid, and
-    the base on the h x w grid, which :class:`brixel.model.head.Head` joins.
+    """Pixels and the backbone's four maps in; the three inputs of :class:`brixel.model.head.Head` out.
 
-    ``blend``: the base is a linear map of all four maps, at first the last of them; else it is the last.
+    These are the prior on the 4h x 4w grid, the refined queries on the 2h x 2w grid, and the base on the h x w grid.
+
+    Args:
+        width: Channels of the backbone's maps, D.
+        blend: Whether the base is a linear map of all four maps, which starts as the last of them; else it is the last.
     """
 
     def __init__(self, width: int, *, blend: bool = False) -> None:
@@ -201,22 +210,22 @@ class Adapter(nn.Module):
         queries = self.query(tokens_of(eighth)) + self.level  # B N D
 
         # one extractor on each of the four maps, then the rest on the last
-        features = [tokens_of(each) for each in maps]
+        features = [tokens_of(block_map) for block_map in maps]
         features += [features[-1]] * (EXTRACTORS - len(features))
         for extractor, feature in zip(self.extractors, features, strict=True):
             queries = extractor(queries, feature, (height, width))
         return quarter, map_of(queries, (2 * height, 2 * width)), self.base(maps)
 
     def base(self, maps: Sequence[Tensor]) -> Tensor:
-        """What the head starts from: four of (B, D, h, w) -> (B, D, h, w)."""
+        """The map that the head adds to: four of (B, D, h, w) -> (B, D, h, w)."""
         if self.blend is None:
             return maps[-1]
-        tokens = torch.cat([tokens_of(each) for each in maps], dim=-1)  # B h*w 4D
+        tokens = torch.cat([tokens_of(block_map) for block_map in maps], dim=-1)  # B h*w 4D
         return map_of(self.blend(tokens), (maps[-1].shape[2], maps[-1].shape[3]))
 
 
 def _blend_of_four(width: int) -> nn.Linear:
-    """A linear layer on the channels of four maps that gives the last as it is."""
+    """A linear layer on the channels of four maps; it starts as a copy of the last map."""
     layer = nn.Linear(4 * width, width)
     nn.init.zeros_(layer.bias)
     nn.init.zeros_(layer.weight)

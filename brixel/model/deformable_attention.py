@@ -1,8 +1,8 @@
-"""Deformable attention in plain torch: every query reads a feature grid at a few points of its own choosing.
+"""Deformable attention in plain torch: every query reads a feature grid at a few points that it predicts.
 
-The sampling of Deformable DETR (arXiv 2010.04159) for one level. A point is read by bilinear interpolation, zero
-outside the grid, cell centres at +0.5 (`align_corners=False`). All points of a query and head, four corners each, are
-one bag of weighted rows of a table, which `torch.nn.functional.embedding_bag` sums without storing the samples.
+The sampling of Deformable DETR (arXiv 2010.04159) for one level. Points are read by bilinear interpolation, zero
+outside the grid, cell centres at +0.5 (`align_corners=False`). The points of one query and head, four corners for every
+point, are one bag of weighted rows of a table; `torch.nn.functional.embedding_bag` sums it without storing the samples.
 
 Shapes: B batch, h x w feature grid, N queries, A heads, P points per head, C channels per head.
 """
@@ -11,57 +11,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Cells of zeros around the grid: one before; two behind, since a point on the far edge still has a right neighbour.
-_BEFORE, _BEHIND = 1, 2
+# cells of zeros around the grid: two after it, since a point on its far edge still has a right neighbour
+_BEFORE, _AFTER = 1, 2
 
 
 def sample_points(values: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of a feature grid at fractional points, per query and head.
 
-    ``values``: (B, h, w, A, C). ``points``: (B, N, A, P, 2), float32 or wider, x before y, in cells: the centre of the
-    first cell is 0.5, the grid ends at w and h. ``weights``: (B, N, A, P). Returns (B, N, A * C).
+    Args:
+        values: (B, h, w, A, C).
+        points: (B, N, A, P, 2), float32 or wider, x before y, in cells: the centre of the first cell is 0.5, the grid
+            ends at w and h.
+        weights: (B, N, A, P).
+
+    Returns:
+        (B, N, A * C).
     """
     return read_table(pad_table(values), points, weights)
 
 
 def pad_table(values: Tensor) -> Tensor:
-    """What :func:`read_table` reads: (B, h, w, A, C) with cells of zeros around the grid, (B, h + 3, w + 3, A, C)."""
-    return F.pad(values, (0, 0, 0, 0, _BEFORE, _BEHIND, _BEFORE, _BEHIND))
+    """Pad the grid with cells of zeros, for :func:`read_table`: (B, h, w, A, C) -> (B, h + 3, w + 3, A, C)."""
+    return F.pad(values, (0, 0, 0, 0, _BEFORE, _AFTER, _BEFORE, _AFTER))
 
 
 def empty_table(grid_hw: tuple[int, int], heads: int, channels: int, like: Tensor) -> Tensor:
-    """A padded table of zeros for one image, (1, h + 3, w + 3, A, C), to be filled by :func:`inner_rows`."""
-    height, width = (cells + _BEFORE + _BEHIND for cells in grid_hw)
+    """A padded table of zeros for one image, (1, h + 3, w + 3, A, C), to be filled through :func:`inner_rows`."""
+    height, width = (cells + _BEFORE + _AFTER for cells in grid_hw)
     return like.new_zeros(1, height, width, heads, channels)
 
 
-def inner_rows(table: Tensor, first: int, behind: int) -> Tensor:
-    """A view of rows ``first`` to ``behind`` of the grid in a padded table (B, h + 3, w + 3, A, C): (B, n, w, A, C)."""
-    return table[:, first + _BEFORE : behind + _BEFORE, _BEFORE:-_BEHIND]
+def inner_rows(table: Tensor, start: int, stop: int) -> Tensor:
+    """A view of the grid rows ``start`` to ``stop`` of a padded table (B, h + 3, w + 3, A, C): (B, n, w, A, C)."""
+    return table[:, start + _BEFORE : stop + _BEFORE, _BEFORE:-_AFTER]
 
 
 def read_table(table: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-    """:func:`sample_points` of values that :func:`pad_table` has prepared, for any part of the queries."""
+    """:func:`sample_points` on a table from :func:`pad_table`, for all queries or some of them."""
     batch, heads, channels = table.shape[0], table.shape[3], table.shape[4]
-    height, width = table.shape[1] - _BEFORE - _BEHIND, table.shape[2] - _BEFORE - _BEHIND
+    height, width = table.shape[1] - _BEFORE - _AFTER, table.shape[2] - _BEFORE - _AFTER
     table = table.reshape(-1, channels)
     rows, fractions = _first_corners(points, (height, width), heads)  # B N A P, B N A P 2
-    row_cells = width + _BEFORE + _BEHIND
+    row_cells = width + _BEFORE + _AFTER
     steps = torch.tensor([0, 1, row_cells, row_cells + 1], dtype=rows.dtype, device=rows.device) * heads
     bags = (rows[..., None] + steps).flatten(3).flatten(0, 2)  # B*N*A P*4
-    # under autocast values and weights may differ in dtype, which the bag does not take
+    # under autocast values and weights may differ in dtype, which embedding_bag does not take
     corner_weights = _corner_weights(fractions.to(weights.dtype), weights).to(table.dtype)  # B*N*A P*4
     sums = F.embedding_bag(bags, table, per_sample_weights=corner_weights, mode="sum")  # B*N*A C
     return sums.view(batch, -1, heads * channels)
 
 
 def _first_corners(points: Tensor, grid_hw: tuple[int, int], heads: int) -> tuple[Tensor, Tensor]:
-    """Table row of the corner above and left of each point, and the point's fraction of a cell beyond it."""
+    """The table row of the corner above and left of every point, and the point's distance from it in cells."""
     height, width = grid_hw
-    x = (points[..., 0] - 0.5).clamp(-_BEFORE, width)  # farther out every corner is a zero anyway
+    x = (points[..., 0] - 0.5).clamp(-_BEFORE, width)  # farther out all corners are zero anyway
     y = (points[..., 1] - 0.5).clamp(-_BEFORE, height)
     left, top = x.floor(), y.floor()
-    row_cells, column_cells = width + _BEFORE + _BEHIND, height + _BEFORE + _BEHIND
+    row_cells, column_cells = width + _BEFORE + _AFTER, height + _BEFORE + _AFTER
     cells = (top.to(torch.int32) + _BEFORE) * row_cells + left.to(torch.int32) + _BEFORE  # B N A P
     images = torch.arange(points.shape[0], dtype=torch.int32, device=points.device)[:, None, None, None]
     head = torch.arange(heads, dtype=torch.int32, device=points.device)[:, None]
@@ -70,7 +76,7 @@ def _first_corners(points: Tensor, grid_hw: tuple[int, int], heads: int) -> tupl
 
 
 def _corner_weights(fractions: Tensor, weights: Tensor) -> Tensor:
-    """Bilinear weights of the four corners times the point's own: (B, N, A, P) to (B*N*A, P*4)."""
+    """Bilinear weights of the four corners times the weight of the point: (B, N, A, P) -> (B*N*A, P*4)."""
     right, below = fractions.unbind(-1)
     lower = weights * below
     upper = weights - lower

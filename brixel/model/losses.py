@@ -1,10 +1,10 @@
-"""What the student's map is measured by: L1, edges along the teacher's main directions, and high spatial frequencies.
+"""Losses of the distillation: L1, edges along the teacher's principal directions, and high spatial frequencies.
 
-Section 3 of `docs/method.md` (arXiv 2511.05168). Difference from the first release: rings of the spectrum are measured
-by true spatial frequency. Every loss takes maps (B, D, H, W), the student's first, computes in float32 (float64 where
-a map is float64) with autocast off, and sends gradients to the student alone. Two shapes raise BrixelError.
+Section 3 of `docs/method.md` (arXiv 2511.05168). Difference from the first release: rings of the spectrum are defined
+by true spatial frequency. The losses compute in float32 (float64 if a map is float64) with autocast off, and only the
+student's map gets a gradient.
 
-Legend: B batch, D width, H x W cells, N directions, K every third cell of a map, R rings.
+Shapes: B batch, D width, H x W cells, N directions, K every third cell of a map, R rings.
 """
 
 from __future__ import annotations
@@ -14,21 +14,29 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from einops import einsum, rearrange
 from torch import Tensor
 
 from brixel.errors import BrixelError
 
-CELL_STRIDE = 3  # the directions are fitted on every third cell of every map
+CELL_STRIDE = 3  # the directions are fitted on every third cell
 RINGS = 24
-LOWEST_SHARE = 0.3  # of the largest frequency: rings centred below it are not compared
-LOG_FLOOR = 1e-6  # added to mean amplitudes before the logarithm: about the rounding of features near 1
+LOWEST_SHARE = 0.3  # rings centred below this share of the largest frequency are not compared
+LOG_FLOOR = 1e-6  # added to mean amplitudes before the logarithm; about the rounding error of features near 1
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weight of each loss in the total, and which rings the spectral one uses; the release's weights by default.
+    """Weights of the losses in their sum; the defaults are those of the first release.
 
-    Raises BrixelError for a weight that is negative or not finite, or where all are zero.
+    Args:
+        l1: Weight of :func:`l1_loss`.
+        edge: Weight of :func:`edge_loss`.
+        spectral: Weight of :func:`spectral_loss`.
+        true_rings: Its argument ``shifted``.
+
+    Raises:
+        BrixelError: A weight is negative or not finite, or all are zero.
     """
 
     l1: float = 1.0
@@ -43,8 +51,20 @@ class LossWeights:
 
 
 def total_loss(student: Tensor, teacher: Tensor, weights: LossWeights) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum, and its parts of non-zero weight, unweighted and detached: "l1", "edge", "spectral"."""
-    student, teacher = _widened(student, teacher)  # once for all three
+    """Compute the weighted sum of the losses.
+
+    Args:
+        student: The student's maps, (B, D, H, W).
+        teacher: The teacher's maps, (B, D, H, W).
+        weights: The weights; a loss of weight zero is not computed.
+
+    Returns:
+        The sum, and its parts "l1", "edge" and "spectral", as far as computed, unweighted and detached.
+
+    Raises:
+        BrixelError: As the losses do.
+    """
+    student, teacher = _widened(student, teacher)  # once for all losses
     parts: dict[str, Tensor] = {}
     if weights.l1:
         parts["l1"] = l1_loss(student, teacher)
@@ -57,38 +77,68 @@ def total_loss(student: Tensor, teacher: Tensor, weights: LossWeights) -> tuple[
 
 
 def l1_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean absolute difference over all channels and cells."""
+    """Compute the mean absolute difference over all channels and cells.
+
+    Args:
+        student: The student's maps, (B, D, H, W).
+        teacher: The teacher's maps, (B, D, H, W).
+
+    Returns:
+        A scalar.
+
+    Raises:
+        BrixelError: The maps differ in shape, or have another number of axes.
+    """
     student, teacher = _widened(student, teacher)
     return (student - teacher).abs().mean()
 
 
 def principal_directions(teacher: Tensor, count: int = 8, *, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The first ``count`` principal directions of the teacher's cells: (count, D), orthonormal, without gradient.
+    """Fit the first principal directions of the teacher's cells, by PCA of every third cell in row-major order.
 
-    PCA of every third cell of every map, row by row from the first; in order of falling variance, signs as they come.
-    Where torch.distributed is initialised, count, sum and outer product are summed over ``group`` (None: everyone), so
-    that all use one basis, however the maps are dealt out: every process of the group must call this together.
-    Raises BrixelError for another shape, ``count`` outside 1 to D, or values that are not finite.
+    Where torch.distributed is initialised, the sums behind the covariance run over all processes of ``group``, so that
+    they share one basis however the maps are distributed: all of them must call this.
+
+    Args:
+        teacher: The teacher's maps, (B, D, H, W).
+        count: Number of directions, 1 to D.
+        group: The process group; None for all processes.
+
+    Returns:
+        Orthonormal directions (count, D) in order of falling variance, without gradient; their signs are arbitrary.
+
+    Raises:
+        BrixelError: Another shape, ``count`` outside 1 to D, or values that are not finite.
     """
     if teacher.ndim != 4 or 0 in teacher.shape or not 1 <= count <= teacher.shape[1]:
         raise BrixelError(f"{count} directions of maps {tuple(teacher.shape)}; expected 1 to D of (B, D, H, W), none 0")
     with torch.no_grad(), torch.autocast(teacher.device.type, enabled=False):
-        cells = teacher.flatten(2)[..., ::CELL_STRIDE].mT.flatten(0, 1)  # B*K D
+        cells = rearrange(teacher.flatten(2)[..., ::CELL_STRIDE], "B D K -> (B K) D")
         cells = cells.to(torch.promote_types(teacher.dtype, torch.float32))
         sums = _summed(torch.cat([cells.sum(0), cells.new_tensor([len(cells)])]), group)  # D+1
-        centred = cells - sums[:-1] / sums[-1]  # before the product: float32 loses a small spread beside a large mean
-        covariance = _summed(centred.mT @ centred, group) / sums[-1]  # D D
+        centred = cells - sums[:-1] / sums[-1]  # float32 would lose a small spread next to a large mean
+        covariance = _summed(einsum(centred, centred, "K D, K D2 -> D D2"), group) / sums[-1]  # D D
         if not torch.isfinite(covariance).all():
             raise BrixelError("the teacher's maps hold values that are not finite; no directions can be fitted")
-        return torch.linalg.eigh(covariance)[1][:, -count:].flip(1).mT.contiguous()  # from columns of rising variance
+        return torch.linalg.eigh(covariance)[1][:, -count:].flip(1).mT.contiguous()  # columns come in rising order
 
 
 def edge_loss(student: Tensor, teacher: Tensor, *, directions: Tensor | None = None) -> Tensor:
-    """Mean squared difference of the maps' Sobel gradients along ``directions`` (N, D), in x and in y, summed.
+    """Compute the mean squared difference of the maps' Sobel gradients along some directions, in x plus in y.
 
-    The plain 3x3 Sobel, (1, 2, 1) across (-1, 0, 1), inside only: no padding, (H - 2) x (W - 2) values.
-    Without ``directions``, :func:`principal_directions` fits 8 (D where that is less) on the teacher: then, in a
-    distributed run, all processes must call this together. Raises BrixelError for maps under 3 x 3, or another D.
+    The filter is the 3x3 Sobel, (1, 2, 1) across (-1, 0, 1), without padding: (H - 2) x (W - 2) values.
+
+    Args:
+        student: The student's maps, (B, D, H, W), at least 3 x 3 cells.
+        teacher: The teacher's maps, (B, D, H, W).
+        directions: (N, D). Default: :func:`principal_directions` fits 8 (or D, if less) on the teacher's maps; in a
+            distributed run all processes must then call this.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        BrixelError: The maps differ in shape or are smaller than 3 x 3, or ``directions`` have another D.
     """
     student, teacher = _widened(student, teacher, least=3)
     if directions is None:
@@ -96,7 +146,7 @@ def edge_loss(student: Tensor, teacher: Tensor, *, directions: Tensor | None = N
     elif directions.ndim != 2 or directions.shape[1] != student.shape[1]:
         raise BrixelError(f"directions have shape {tuple(directions.shape)}; expected (N, {student.shape[1]})")
     with torch.autocast(student.device.type, enabled=False):
-        # projection and Sobel are linear: the difference passes through them once
+        # projection and Sobel are linear, so they are applied to the difference
         error = (directions.detach().to(student) @ (student - teacher).flatten(2)).unflatten(2, student.shape[2:])
         down = error[..., :-2, :] + 2 * error[..., 1:-1, :] + error[..., 2:, :]  # B N H W -> B N H-2 W
         along = error[..., :-2] + 2 * error[..., 1:-1] + error[..., 2:]  # B N H W-2
@@ -106,19 +156,30 @@ def edge_loss(student: Tensor, teacher: Tensor, *, directions: Tensor | None = N
 
 
 def spectral_loss(student: Tensor, teacher: Tensor, *, shifted: bool = True) -> Tensor:
-    """Mean squared difference of the log amplitudes in rings of high spatial frequency, mean over the batch.
+    """Compute the mean squared difference of the log amplitudes in rings of high spatial frequency.
 
-    Hann window, orthonormal FFT, amplitude, mean over channels, mean over each of 24 rings of equal width from
-    frequency 0 to the largest present, log(mean + 1e-6). Compared are the rings whose centre lies at or above 0.3
-    of the largest frequency; rings without a cell, on small maps, are left out. Maps under 3 x 3 raise BrixelError.
+    Steps: Hann window, orthonormal FFT, amplitude, mean over channels, mean over every ring, log(mean + 1e-6). The 24
+    rings have equal widths from frequency 0 to the largest. Rings centred below 0.3 of the largest frequency, and on
+    small maps rings without a cell, are left out.
 
-    ``shifted=False``, for the ablation only, is the release's radius: the distance of a cell of the unshifted
-    spectrum from the array's centre, as if frequency 0 lay there. Those "high" rings hold the low frequencies.
+    Args:
+        student: The student's maps, (B, D, H, W), at least 3 x 3 cells.
+        teacher: The teacher's maps, (B, D, H, W).
+        shifted: False, for the ablation only, takes the radius of the first release: the distance of a cell of the
+            unshifted spectrum from the array's centre, as if frequency 0 were there. Its "high" rings hold the low
+            frequencies.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        BrixelError: The maps differ in shape or are smaller than 3 x 3.
     """
     student, teacher = _widened(student, teacher, least=3)  # the window of 2 cells is zero
     height, width = student.shape[2:]
     y, x = (torch.hann_window(cells, periodic=False, dtype=torch.float64) for cells in (height, width))
-    window, rings = torch.outer(y, x).to(student), _ring_means(height, width, shifted).to(student)  # H W, R H*W
+    window = einsum(y, x, "H, W -> H W").to(student)
+    rings = _ring_weights(height, width, shifted).to(student)  # R H*W
     logs = []
     with torch.autocast(student.device.type, enabled=False):
         for maps in (student, teacher):
@@ -127,14 +188,14 @@ def spectral_loss(student: Tensor, teacher: Tensor, *, shifted: bool = True) -> 
         return (logs[0] - logs[1]).square().mean()
 
 
-def _ring_means(height: int, width: int, shifted: bool) -> Tensor:
-    """One row for each ring that is compared, which averages its cells of the spectrum: float64 (R, H*W)."""
+def _ring_weights(height: int, width: int, shifted: bool) -> Tensor:
+    """Weights that average the spectrum over the rings that are compared: float64 (R, H*W)."""
     y, x = (
         torch.fft.fftfreq(cells, dtype=torch.float64) if shifted else torch.arange(cells).double() - cells // 2
         for cells in (height, width)
     )
     radius = torch.hypot(y[:, None], x).flatten()  # H*W
-    # a cell on an edge is the outer ring's, whatever the rounding; the largest is the last ring's
+    # in spite of rounding a cell on an edge is in the outer ring, and the largest radius in the last one
     ring = (RINGS * radius / radius.max() + 1e-9).floor().clamp(max=RINGS - 1)
     numbers = torch.arange(RINGS, dtype=torch.float64)[:, None]
     members = (ring == numbers) & ((numbers + 0.5) / RINGS >= LOWEST_SHARE)  # 24 H*W
@@ -143,7 +204,7 @@ def _ring_means(height: int, width: int, shifted: bool) -> Tensor:
 
 
 def _widened(student: Tensor, teacher: Tensor, *, least: int = 1) -> tuple[Tensor, Tensor]:
-    """Both maps, checked, in float32 or the wider of their types; the teacher's without gradient."""
+    """Check both maps, and convert them to float32 or the wider of their types; the teacher's without gradient."""
     shapes = f"the student's map has shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}"
     if student.shape != teacher.shape or student.ndim != 4 or 0 in student.shape:
         raise BrixelError(f"{shapes}; expected one shape (B, D, H, W), none of them zero")
@@ -154,7 +215,7 @@ def _widened(student: Tensor, teacher: Tensor, *, least: int = 1) -> tuple[Tenso
 
 
 def _summed(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The sum over the processes of the group, in place; as it is where torch.distributed is not initialised."""
+    """Sum over the processes of the group, in place, if torch.distributed is initialised."""
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values, group=group)
     return values

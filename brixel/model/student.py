@@ -1,7 +1,7 @@
-"""The student: a frozen backbone on the small image, and an upsampler that gives the map of the large one.
+"""The student: a frozen backbone on the small image, and an upsampler that predicts the map of the large one.
 
-The graph of arXiv 2511.05168, section 1 of `docs/method.md`. Tensors in, tensors out; files and images are the business
-of :class:`brixel.BrixelFeatures`.
+The graph of arXiv 2511.05168, section 1 of `docs/method.md`. Tensors in, tensors out; :class:`brixel.BrixelFeatures`
+deals with files and images.
 """
 
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ class Student(nn.Module):
         Differentiable in the upsampler and the pixels; use ``torch.no_grad()`` where no gradient is needed.
 
         Args:
-            pixels: (B, 3, H, W), normalised with the backbone's mean and deviation, H and W multiples of ``patch_px``.
+            pixels: (B, 3, H, W), normalised with the backbone's mean and standard deviation, H and W multiples of
+                ``patch_px``.
 
         Returns:
             The dense map (B, D, 4h, 4w) for the patch grid h x w; channels last in memory.

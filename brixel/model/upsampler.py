@@ -19,11 +19,11 @@ UPSCALE = 4
 class Upsampler(nn.Module):
     """Adapter and head: pixels and four maps of the backbone in, the dense map out.
 
-    A fresh upsampler is the identity up to bilinear interpolation: its head adds nothing to the backbone's last map.
+    A fresh upsampler returns the backbone's last map, upsampled bilinearly.
 
     Args:
         width: Channels of the backbone's maps, D; a multiple of 32.
-        config: What distinguishes one upsampler from another.
+        config: The options in which upsamplers differ.
 
     Raises:
         BrixelError: ``width`` is not a multiple of 32.

@@ -1,1 +1,1 @@
-"""Small helpers that every other package may use: files, devices, memory, TOML."""
+"""Helpers for all other packages: files, devices, memory, field validation, optional packages, tables, TOML."""

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written under a temporary name, then renamed."""
+"""Files that are written completely or not at all: under a temporary name, then renamed."""
 
 import os
 import re
@@ -10,15 +10,15 @@ from pathlib import Path
 
 from brixel.errors import BrixelError
 
-UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part(\..*)?")  # names of files that are being written
+UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part(\..*)?")  # temporary names
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; on leaving without an error it becomes ``path``, else it is removed.
+    """Yield a temporary path in the folder of ``path``; it is renamed to ``path`` on success, and removed on an error.
 
-    The temporary name ends as ``path`` does, since some writers choose the format by the ending. The permissions are
-    those of any new file, also where the writer makes its own private.
+    It has the suffix of ``path``, since some writers choose the format by the suffix. The file gets the permissions of
+    any new file, even if the writer makes it private.
     """
     target = Path(path)
     temporary = target.with_name(f".{uuid.uuid4().hex}.part{target.suffix}")
@@ -34,12 +34,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text as UTF-8, whole or not at all."""
+    """Write a text as UTF-8, completely or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def check_folder(path: Path) -> None:
-    """Raise BrixelError where the folder to write ``path`` into is missing."""
+    """Raise BrixelError if the folder of ``path`` does not exist."""
     if not path.parent.is_dir():
         raise BrixelError(f"no folder {path.parent} to write {path.name} into")

@@ -7,15 +7,15 @@ import torch
 
 from brixel.errors import BrixelError
 
-DTYPES = {str(each)[6:]: each for each in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}  # by name
-
+DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+"""The dtypes of models and maps, by name."""
 
 # before 2.10 torch's MPS lacks embedding_bag (pytorch/pytorch#162270, #163931)
 _MPS_COMPLETE = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """``"auto"``: CUDA where there is one, else MPS, else the CPU. Anything else as torch takes it."""
+    """The device of a name; "auto" is CUDA if available, else MPS, else the CPU. BrixelError for one torch lacks."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -34,12 +34,12 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Such as "float32"."""
+    """The name of a dtype, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """``"auto"``: bfloat16 on CUDA devices that compute in it, else float32. Anything else by name or as it is."""
+    """The dtype of a name; "auto" is bfloat16 on CUDA devices that support it, else float32."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -49,7 +49,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def describe_machine(device: torch.device) -> str:
-    """What figures were taken on, and when: the device, threads, versions, date."""
+    """The device, threads, versions and date, for tables of measurements."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return (
         f"{name}, {torch.get_num_threads()} threads; torch {torch.__version__}, Python {platform.python_version()}; "
@@ -58,7 +58,7 @@ def describe_machine(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """The processor as Linux names it, with what vectors it has; elsewhere what Python knows."""
+    """The processor, by its model name on Linux, and its vector instructions."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]

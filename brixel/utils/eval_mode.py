@@ -1,4 +1,4 @@
-"""Evaluation mode for as long as something runs."""
+"""Evaluation mode for a block of code."""
 
 import threading
 from collections.abc import Iterator
@@ -6,20 +6,20 @@ from contextlib import contextmanager
 
 from torch import nn
 
-_MODES = threading.Lock()  # of all models: a lock of its own would keep a model from being copied
+_MODES = threading.Lock()  # one for all models: a model with a lock of its own could not be copied
 
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and each part's own mode again after; nothing is touched where all are in it already."""
-    with _MODES:  # another thread may be here, with the modes changed for a while
-        training = [part for part in module.modules() if part.training]
+    """Run a block in evaluation mode and restore the modes of all submodules; a no-op if all are in it already."""
+    with _MODES:  # another thread may have changed the modes for a while
+        training = [submodule for submodule in module.modules() if submodule.training]
         if training:
             module.eval()
             try:
                 yield
             finally:
-                for part in training:
-                    part.training = True
+                for submodule in training:
+                    submodule.training = True
     if not training:
         yield

@@ -1,7 +1,4 @@
-"""Validation of the fields of configurations: dataclasses, and tables read from JSON and TOML.
-
-A rule converts a value to the type that is kept, and says in words what it expects.
-"""
+"""Validation of the fields of configurations: of dataclasses, and of tables read from JSON and TOML."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -14,11 +11,11 @@ from brixel.errors import BrixelError, did_you_mean
 
 @dataclass(frozen=True)
 class Rule:
-    """What a field may hold.
+    """What values a field may have.
 
     Args:
         expected: The allowed values in words, such as "a whole number from 1 up".
-        convert: From a value to the one that is kept; raises TypeError or ValueError for one that is not allowed.
+        convert: Converts a value to the one to store; raises TypeError or ValueError if it is not allowed.
     """
 
     expected: str
@@ -26,7 +23,7 @@ class Rule:
 
 
 def check_field(name: str, value: object, rule: Rule) -> Any:
-    """The value as it is kept. Raises BrixelError, which names the field, where ``rule`` does not allow it."""
+    """Convert a value by its rule. Raises BrixelError, which names the field, if it is not allowed."""
     try:
         return rule.convert(value)
     except (TypeError, ValueError):
@@ -34,13 +31,13 @@ def check_field(name: str, value: object, rule: Rule) -> Any:
 
 
 def check_fields(instance: object, rules: Mapping[str, Rule], *, prefix: str = "") -> None:
-    """Check and convert fields of a dataclass, frozen or not, in place; ``prefix`` opens their names in errors."""
+    """Check and convert fields of a dataclass, even a frozen one, in place; ``prefix`` precedes names in errors."""
     for name, rule in rules.items():
         object.__setattr__(instance, name, check_field(f"{prefix}{name}", getattr(instance, name), rule))
 
 
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise BrixelError for the first name that is not known; ``what`` opens the message: "unknown setting"."""
+    """Raise BrixelError for the first unknown name; ``what`` starts the message, such as "unknown setting"."""
     known = list(known)
     for name in given:
         if name not in known:
@@ -48,7 +45,7 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
 
 
 def whole_number(least: int = 0, below: int | None = None) -> Rule:
-    """An integer from ``least`` up, and below a bound where one is given; booleans are not integers here."""
+    """An integer from ``least`` up, below ``below`` if that is given; no boolean."""
 
     def convert(value: Any) -> int:
         if type(value) is not int or value < least or (below is not None and value >= below):
@@ -59,7 +56,7 @@ def whole_number(least: int = 0, below: int | None = None) -> Rule:
 
 
 def number(least: float = -math.inf, below: float = math.inf, *, above: float = -math.inf) -> Rule:
-    """A finite float, or an integer, which becomes one; at least ``least``, above ``above``, below ``below``."""
+    """A finite float or integer, stored as float: at least ``least``, above ``above``, below ``below``."""
 
     def convert(value: Any) -> float:
         if type(value) not in (int, float) or not math.isfinite(value):
@@ -80,7 +77,7 @@ def boolean() -> Rule:
 
 
 def one_of(*choices: str) -> Rule:
-    """One of some texts."""
+    """One of several strings."""
 
     def convert(value: Any) -> str:
         if value not in choices or not isinstance(value, str):
@@ -91,13 +88,13 @@ def one_of(*choices: str) -> Rule:
 
 
 def text(*, empty: bool = False) -> Rule:
-    """A string, or a path, which becomes one; an empty one only where ``empty``."""
+    """A string or a path, stored as string; an empty one only if ``empty``."""
 
     def convert(value: Any) -> str:
-        kept = fspath(value) if isinstance(value, PathLike) else value
-        if not isinstance(kept, str) or not (kept or empty):
+        string = fspath(value) if isinstance(value, PathLike) else value
+        if not isinstance(string, str) or not (string or empty):
             raise ValueError
-        return kept
+        return string
 
     return Rule("a text" if empty else "a text that is not empty", convert)
 
@@ -108,21 +105,21 @@ def optional(rule: Rule) -> Rule:
 
 
 def several(rule: Rule, expected: str, *, count: int | None = None, least: int = 0) -> Rule:
-    """A list or tuple of values that ``rule`` allows, which becomes a tuple; a single value stands for a list of one.
+    """A list or tuple, stored as tuple.
 
     Args:
-        rule: What each value may be.
+        rule: The rule for its values.
         expected: The allowed values in words.
-        count: How many there must be; a single value then stands for nothing else.
-        least: How many there must be at least.
+        count: Its length. Default: any, and a single value is taken as a list of one.
+        least: Its minimum length.
     """
 
     def convert(value: Any) -> tuple[Any, ...]:
-        alone = count is None and not isinstance(value, list | tuple)
-        kept = tuple(rule.convert(each) for each in ([value] if alone else value))
-        if len(kept) < least or (count is not None and len(kept) != count):
+        single = count is None and not isinstance(value, list | tuple)
+        values = tuple(rule.convert(item) for item in ([value] if single else value))
+        if len(values) < least or (count is not None and len(values) != count):
             raise ValueError
-        return kept
+        return values
 
     return Rule(expected, convert)
 

@@ -1,24 +1,24 @@
-"""Tables in Markdown."""
+"""Markdown tables."""
 
 import re
 from collections.abc import Mapping, Sequence
 
 
 def markdown_table(headings: Mapping[str, bool] | Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table.
+    """Format the lines of a table.
 
     Args:
-        headings: Titles of the columns; as a mapping, whether each holds numbers, which are aligned to the right.
-        rows: Texts, one per column. White space becomes single spaces, and bars are escaped.
+        headings: Titles of the columns. A mapping says which columns hold numbers, which are aligned to the right.
+        rows: One text per column; white space is collapsed, and bars are escaped.
 
     Returns:
-        The heading, the line below it, and a line per row.
+        The headings, the delimiter row, and one line per row.
     """
     numeric = list(headings.values()) if isinstance(headings, Mapping) else [False] * len(headings)
     cells = [
         list(headings),
-        ["---:" if each else "---" for each in numeric],
-        *([_cell(each) for each in row] for row in rows),
+        ["---:" if is_numeric else "---" for is_numeric in numeric],
+        *([_cell(text) for text in row] for row in rows),
     ]
     return [f"| {' | '.join(line)} |" for line in cells]
 

@@ -1,4 +1,4 @@
-"""Amounts of memory: as text and in bytes, free on a device, used at peak."""
+"""Memory: sizes as texts and in bytes, free memory of a device, peak memory."""
 
 import math
 import os
@@ -11,26 +11,26 @@ import torch
 
 from brixel.errors import BrixelError
 
-MARGIN = 0.1  # of what is free, left to others by default
+MARGIN = 0.1  # share of the free memory that is left to other programs by default
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def parse_bytes(amount: int | str) -> int:
-    """Bytes from a whole number of them, or from text such as "4GiB", "500 MiB", "1.5 GB"."""
+    """Bytes, from an integer or a text such as "4GiB", "500 MiB", "1.5 GB"."""
     if isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
         return amount
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower()) if isinstance(amount, str) else None
     if match and match[2] in _UNITS and float(match[1]) > 0:
-        return math.ceil(Fraction(match[1]) * _UNITS[match[2]])  # up, so that it reads as it was given
+        return math.ceil(Fraction(match[1]) * _UNITS[match[2]])  # up, so that format_bytes shows the given amount
     raise BrixelError(
         f"a limit of {amount!r} is no amount of memory; expected bytes above zero or text such as '4GiB', '500 MiB'"
     )
 
 
 def format_bytes(count: int, *, up: bool = True) -> str:
-    """Such as "512 MiB", "3.25 GiB": rounded up, as what is needed; or down, as what there is."""
+    """A text such as "512 MiB" or "3.25 GiB", rounded up, as for a requirement, or down, as for a limit."""
     in_gib = count >= 2**30
     parts = count * 100 if in_gib else count  # hundredths of a GiB, whole MiB
     unit = 2**30 if in_gib else 2**20
@@ -39,7 +39,7 @@ def format_bytes(count: int, *, up: bool = True) -> str:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What a program can still allocate on a device; None where that cannot be found out."""
+    """Bytes that this process can still allocate on a device; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -49,8 +49,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _free_host_bytes() -> int | None:
-    """What the system calls available, or what is left to the group of processes that this one belongs to."""
-    known = [each for each in (_available(), _left_in_group()) if each is not None]
+    """The memory that is available in the system, or in the control group of this process if that is less."""
+    known = [count for count in (_available(), _left_in_group()) if count is not None]
     return min(known) if known else None
 
 
@@ -59,32 +59,31 @@ def _available() -> int | None:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         return int(re.findall(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[0]) * 1024
     except (OSError, IndexError):
-        try:  # what other systems than Linux may know
+        try:  # on other systems than Linux
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):
             return None
 
 
 def _left_in_group() -> int | None:
-    """Of a container: its limit, less what it uses beside caches of files. None without a limit."""
+    """The limit of a container less its use without file caches; None without a limit."""
     try:
         limit, used = ((_CGROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        caches = re.findall(
-            r"^inactive_file (\d+)", (_CGROUP / "memory.stat").read_text(encoding="ascii"), re.MULTILINE
-        )
-        return max(0, int(limit) - int(used) + sum(map(int, caches)))
+        stat = (_CGROUP / "memory.stat").read_text(encoding="ascii")
+        caches = sum(map(int, re.findall(r"^inactive_file (\d+)", stat, re.MULTILINE)))
+        return max(0, int(limit) - int(used) + caches)
     except (OSError, ValueError):  # no such file, or "max"
         return None
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most memory so far: allocated by torch on CUDA, resident in this process elsewhere; None on Windows."""
+    """Peak bytes so far: allocated by torch on CUDA, else resident in this process; None on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux getrusage tells no less than what the process had that started this one
+    if status.exists():  # on Linux getrusage includes the peak of the parent process
         return int(re.findall(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"), re.MULTILINE)[0]) * 1024
     import resource
 

@@ -1,4 +1,4 @@
-"""TOML files: settings of a training run, suites of evaluations."""
+"""Reading TOML files: settings of a training run, suites of evaluations."""
 
 import tomllib
 from pathlib import Path
@@ -8,7 +8,7 @@ from brixel.errors import BrixelError
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The content of a TOML file. Raises BrixelError, which calls it ``what``, where it cannot be read."""
+    """The content of a TOML file. Raises BrixelError, with ``what`` as its name, if it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

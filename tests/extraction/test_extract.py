@@ -134,7 +134,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_finished(model, album, tmp
         save_file(array, path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("brixel.feature_maps.feature_map.save_file", fail)
+        patch.setattr("brixel.feature_maps.storage.save_file", fail)
         with pytest.raises(
             BrixelError, match="No space left on device.*; the maps that were finished are kept: free some space"
         ):
@@ -150,7 +150,7 @@ def test_the_safetensors_error_for_a_full_disk_is_explained(model, album, tmp_pa
     def fail(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("brixel.feature_maps.feature_map.save_file", fail)
+    monkeypatch.setattr("brixel.feature_maps.storage.save_file", fail)
     with pytest.raises(BrixelError, match="No space left on device.*start the same command again"):
         extract_files(model, find_images([album]), tmp_path / "out")
 

@@ -34,5 +34,5 @@ def test_wrong_paths_say_so(album, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BrixelError, match="no images in .*empty"):
         find_images([tmp_path / "empty"])
-    with pytest.raises(BrixelError, match=r"would both be written as a\.png; extract them apart"):
+    with pytest.raises(BrixelError, match=r"would both be written as a\.png; extract them separately"):
         find_images([album / "a.png", album / "sub" / "a.png"])

@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from brixel.errors import ImageError
 from brixel.images.load import load_image, open_image
 from brixel.images.patch_grid import MAX_PIXELS, plan_patch_grid
-from brixel.images.preprocess import preprocess
+from brixel.images.preprocess import resize_normalise_pad
 
 Array = np.ndarray[Any, Any]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,7 +27,7 @@ NOISE = RNG.integers(0, 256, (11, 17, 3), dtype=np.uint8)
 GREY16 = np.array([[0, 1, 255, 256], [257, 32768, 65534, 65535]], dtype=np.uint16)
 
 
-def planes(pixels: Array) -> Tensor:
+def to_chw(pixels: Array) -> Tensor:
     """(H, W, 3) or (H, W) as (3, H, W), written out the slow way."""
     if pixels.ndim == 2:
         pixels = np.stack([pixels] * 3, axis=2)
@@ -39,13 +38,13 @@ def check(loaded: Tensor, pixels: Array) -> None:
     """`loaded` holds exactly these 8-bit pixels."""
     assert loaded.dtype == torch.uint8
     assert loaded.is_contiguous()
-    assert torch.equal(loaded.long(), planes(pixels))
+    assert torch.equal(loaded.long(), to_chw(pixels))
 
 
 def check_deep(loaded: Tensor, values: Array) -> None:
     """`loaded` holds exactly these values in [0, 1], rounded to float32."""
     assert loaded.dtype == torch.float32
-    assert torch.equal(loaded, planes(values.astype(np.float64)).float())
+    assert torch.equal(loaded, to_chw(values.astype(np.float64)).float())
 
 
 def over_white(rgba: Array) -> Array:
@@ -93,7 +92,7 @@ def test_formats_with_loss(tmp_path: Path, suffix: str) -> None:
     Image.fromarray(ramp).save(path, quality=95)
     loaded = load_image(path)
     assert loaded.dtype == torch.uint8
-    assert (loaded.long() - planes(ramp)).abs().max() <= 6  # what the compression may change in a smooth ramp
+    assert (loaded.long() - to_chw(ramp)).abs().max() <= 6  # what the compression may change in a smooth ramp
     assert torch.equal(loaded, load_image(np.asarray(Image.open(path).convert("RGB"))))
 
 
@@ -147,7 +146,7 @@ def test_one_transparent_colour(tmp_path: Path) -> None:
 
 def test_premultiplied_alpha() -> None:
     rgba = np.array([[[200, 100, 0, 255], [128, 0, 64, 128], [0, 0, 0, 0]]], dtype=np.uint8)
-    expected = planes(rgba[..., :3].astype(int) + 255 - rgba[..., 3:].astype(int))  # colour times alpha, plus white
+    expected = to_chw(rgba[..., :3].astype(int) + 255 - rgba[..., 3:].astype(int))  # colour times alpha, plus white
     colour = load_image(Image.frombytes("RGBa", (3, 1), rgba.tobytes()))
     assert (colour.long() - expected).abs().max() <= 1  # one rounding more than ours
     grey = load_image(Image.frombytes("La", (3, 1), rgba[..., [0, 3]].tobytes()))
@@ -168,9 +167,9 @@ def test_other_colour_spaces(tmp_path: Path) -> None:
     Image.fromarray(inks, "CMYK").save(tmp_path / "inks.tiff")
     check(load_image(tmp_path / "inks.tiff"), colours)
     hues = np.array([[[0, 0, 255], [128, 255, 255], [0, 0, 0], [0, 255, 255]]], dtype=np.uint8)
-    assert (load_image(Image.frombytes("HSV", (4, 1), hues.tobytes())).long() - planes(colours)).abs().max() <= 4
+    assert (load_image(Image.frombytes("HSV", (4, 1), hues.tobytes())).long() - to_chw(colours)).abs().max() <= 4
     luma = np.array([[[255, 128, 128], [179, 171, 1], [0, 128, 128], [76, 85, 255]]], dtype=np.uint8)  # BT.601
-    assert (load_image(Image.frombytes("YCbCr", (4, 1), luma.tobytes())).long() - planes(colours)).abs().max() <= 2
+    assert (load_image(Image.frombytes("YCbCr", (4, 1), luma.tobytes())).long() - to_chw(colours)).abs().max() <= 2
     lab = load_image(Image.frombytes("LAB", (2, 1), bytes([255, 0, 0, 0, 0, 0])))  # white, black
     assert (lab[:, 0].long() - torch.tensor([255, 0])).abs().max() <= 1
     padded = Image.frombytes("RGBX", (4, 1), np.dstack([colours, colours[..., :1]]).tobytes())
@@ -588,101 +587,7 @@ def test_the_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [file.closed for file in opened] == [True, True]
 
 
-# Preprocessing
-
-SIZES = [
-    ((37, 53), 20),
-    ((53, 37), 64),
-    ((64, 64), 64),
-    ((5, 90), 3),
-    ((11, 17), "native"),
-    ((1, 1), "native"),
-    ((1, 1), 40),
-]
-
-
-def draw(image_hw: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    if dtype == torch.uint8:
-        return torch.randint(0, 256, (3, *image_hw), dtype=dtype, generator=generator)
-    return torch.rand(3, *image_hw, generator=generator)
-
-
-@pytest.mark.parametrize(("image_hw", "short_side_px"), SIZES)
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("patch_px", [14, 16])
-def test_preprocess_equals_the_plain_way(
-    image_hw: tuple[int, int], short_side_px: int | str, dtype: torch.dtype, patch_px: int
-) -> None:
-    """All three channels at once; the edges repeated by NumPy. Not a bit differs."""
-    image = draw(image_hw, dtype)
-    before = image.clone()
-    geometry = plan_patch_grid(image_hw, patch_px, short_side_px)
-    result = preprocess(image, geometry, MEAN, STD)
-
-    plain = image.float() / 255 if dtype == torch.uint8 else image
-    if geometry.resized_hw != image_hw:
-        size = geometry.resized_hw
-        plain = F.interpolate(plain[None], size, mode="bicubic", antialias=True, align_corners=False)[0]
-    plain = (plain.clamp(0, 1) - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    more = [(0, padded - resized) for padded, resized in zip(geometry.padded_hw, geometry.resized_hw, strict=True)]
-    expected = np.pad(plain.numpy(), [(0, 0), *more], mode="edge")
-
-    assert result.dtype == torch.float32
-    assert result.shape == (3, *geometry.padded_hw)
-    assert np.array_equal(result.numpy(), expected)
-    assert torch.equal(image, before)
-
-
-@pytest.mark.parametrize(("image_hw", "short_side_px"), [((61, 83), 24), ((83, 61), 45), ((20, 31), 64)])
-def test_resize_agrees_with_pillow(image_hw: tuple[int, int], short_side_px: int) -> None:
-    geometry = plan_patch_grid(image_hw, 16, short_side_px)
-    height_px, width_px = geometry.resized_hw
-    image = draw(image_hw, torch.uint8)
-    ours = preprocess(image, geometry, (0, 0, 0), (1, 1, 1))[:, :height_px, :width_px].numpy()
-    for channel in range(3):
-        floats = Image.fromarray(image[channel].numpy().astype(np.float32) / 255)
-        twin = np.asarray(floats.resize((width_px, height_px), Image.Resampling.BICUBIC)).clip(0, 1)
-        assert np.abs(ours[channel] - twin).max() < 1e-5  # float32 rounding, weights worked out on their own
-
-
-def test_resize_agrees_with_pillow_on_bytes() -> None:
-    """Mid greys, as Pillow cuts to 0..255 after each axis, and ours only at the end.
-
-    Pillow rounds after each axis as well: half a level twice, the first weighed by a bicubic's 1.25.
-    """
-    image = draw((83, 61), torch.uint8) // 2 + 64
-    ours = preprocess(image, plan_patch_grid((83, 61), 15, 45), (0, 0, 0), (1, 1, 1))[:, :61].numpy()
-    for channel in range(3):
-        twin = Image.fromarray(image[channel].numpy()).resize((45, 61), Image.Resampling.BICUBIC)
-        assert np.abs(ours[channel] * 255 - np.asarray(twin)).max() < 1.2
-
-
-def test_preprocess_takes_any_layout() -> None:
-    image = draw((20, 30), torch.uint8)
-    geometry = plan_patch_grid((20, 30), 14, 17)
-    channels_last = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    expanded = image[:1].expand(3, -1, -1)
-    assert torch.equal(preprocess(channels_last, geometry, MEAN, STD), preprocess(image, geometry, MEAN, STD))
-    same = preprocess(expanded, geometry, (0, 0, 0), (1, 1, 1))
-    assert torch.equal(same[0], same[2])
-
-
-def test_preprocess_clamps_the_overshoot() -> None:
-    """A bicubic rings at a hard edge; an image's values do not leave [0, 1]."""
-    image = torch.zeros(3, 32, 32)
-    image[:, :, 16:] = 1
-    result = preprocess(image, plan_patch_grid((32, 32), 16, 64), (0, 0, 0), (1, 1, 1))
-    assert result.min() == 0
-    assert result.max() == 1
-
-
-def test_preprocess_wants_the_planned_image() -> None:
-    with pytest.raises(AssertionError, match=r"\(3, 8, 9\) does not fit PatchGrid\(image_hw=\(9, 8\)"):
-        preprocess(torch.rand(3, 8, 9), plan_patch_grid((9, 8), 16, "native"), MEAN, STD)
-
-
-# ---------------------------------------------------------------- JPEG files of which far fewer pixels are wanted
+# ---- JPEG files that are reduced while they are decoded
 
 
 def photograph(height: int, width: int) -> Image.Image:
@@ -716,14 +621,14 @@ def test_a_large_jpeg_is_decoded_smaller(
     photograph(*image_hw).save(path, quality=92, exif=exif)
     whole = load_image(path)
     upright_hw = image_hw if orientation < 5 else image_hw[::-1]
-    geometry = plan_patch_grid(upright_hw, 16, short_side_px)
+    grid = plan_patch_grid(upright_hw, 16, short_side_px)
     with open_image(path) as image:
         assert image.image_hw == upright_hw
-        planes = image.read(geometry.resized_hw)
-    assert planes.shape == (3, *(-(-side // reduction) for side in upright_hw))
+        rgb = image.read(grid.resized_hw)
+    assert rgb.shape == (3, *(-(-side // reduction) for side in upright_hw))
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
-    error = 255 * (preprocess(planes, geometry, **plain) - preprocess(whole, geometry, **plain))
-    error = error[:, : geometry.resized_hw[0], : geometry.resized_hw[1]]
+    error = 255 * (resize_normalise_pad(rgb, grid, **plain) - resize_normalise_pad(whole, grid, **plain))
+    error = error[:, : grid.resized_hw[0], : grid.resized_hw[1]]
     assert error.abs().mean() < 0.5
     assert error.abs().max() < 8  # of the last pixels, where the reduction's own reach over the edge
     assert (reduction == 1) == (not error.any())
@@ -734,16 +639,16 @@ def test_a_reduced_jpeg_is_not_moved(tmp_path: Path) -> None:
     y, x = np.mgrid[:1001, :1001]
     spot = 255 * np.exp(-((x - 930) ** 2 + (y - 930) ** 2) / (2 * 30**2))
     Image.fromarray(spot.astype("uint8")).save(tmp_path / "spot.jpg", quality=95)
-    geometry = plan_patch_grid((1001, 1001), 1, 40)
+    grid = plan_patch_grid((1001, 1001), 1, 40)
 
-    def place(planes: Tensor) -> float:
-        light = preprocess(planes, geometry, (0, 0, 0), (1, 1, 1))[0, 30:, 30:].sum(0)
+    def centre(rgb: Tensor) -> float:
+        light = resize_normalise_pad(rgb, grid, (0, 0, 0), (1, 1, 1))[0, 30:, 30:].sum(0)
         return float((light * torch.arange(len(light))).sum() / light.sum())
 
     with open_image(tmp_path / "spot.jpg") as image:
-        reduced = image.read(geometry.resized_hw)
+        reduced = image.read(grid.resized_hw)
     assert reduced.shape == (3, 126, 126)
-    assert abs(place(reduced) - place(load_image(tmp_path / "spot.jpg"))) < 0.01
+    assert abs(centre(reduced) - centre(load_image(tmp_path / "spot.jpg"))) < 0.01
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -770,7 +675,7 @@ def test_images_that_are_no_jpeg_files_are_read_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1"])
-def test_tall_images_are_brought_to_planes_some_rows_after_others(mode: str) -> None:
+def test_tall_images_are_converted_in_bands_of_rows(mode: str) -> None:
     image = photograph(700, 9).convert(mode)
     if mode in ("RGBA", "LA"):
         image.putalpha(Image.fromarray(np.arange(700 * 9, dtype="uint8").reshape(700, 9)))

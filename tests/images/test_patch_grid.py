@@ -47,13 +47,13 @@ def test_plan(
     ],
 )
 def test_map_cells(resized_px: int, patch_px: int, upscale: int, cells: int) -> None:
-    geometry = plan_patch_grid((resized_px, resized_px), patch_px, "native")
-    assert geometry.map_hw(upscale) == (cells, cells)
+    grid = plan_patch_grid((resized_px, resized_px), patch_px, "native")
+    assert grid.map_hw(upscale) == (cells, cells)
 
 
 def test_map_stride_is_in_pixels_of_the_image_as_given() -> None:
-    geometry = plan_patch_grid((1024, 2048), 14, 512)  # halved
-    assert geometry.map_stride(4) == (7.0, 7.0)  # 3.5 px of the resized image
+    grid = plan_patch_grid((1024, 2048), 14, 512)  # halved
+    assert grid.map_stride(4) == (7.0, 7.0)  # 3.5 px of the resized image
     assert plan_patch_grid((480, 640), 16, "native").map_stride(4) == (4.0, 4.0)
 
 
@@ -65,35 +65,33 @@ def test_invariants_over_random_images() -> None:
         short_px, long_px = sorted(image_hw)
         most_px = 1200 if long_px <= MOST_ENLARGED * short_px else short_px  # a line is not enlarged
         short_side_px = rng.choice([0, rng.randint(1, most_px)]) or "native"
-        geometry = plan_patch_grid(image_hw, patch_px, short_side_px)
-        _check_resized(geometry, short_side_px)
+        grid = plan_patch_grid(image_hw, patch_px, short_side_px)
+        _check_resized(grid, short_side_px)
         for upscale in (1, 4):
-            _check_map(geometry, upscale)
+            _check_map(grid, upscale)
 
 
-def _check_resized(geometry: PatchGrid, short_side_px: int | str) -> None:
+def _check_resized(grid: PatchGrid, short_side_px: int | str) -> None:
     if short_side_px == "native":
-        assert geometry.resized_hw == geometry.image_hw
+        assert grid.resized_hw == grid.image_hw
     else:
-        short_px, long_px = sorted(geometry.image_hw)
+        short_px, long_px = sorted(grid.image_hw)
         exact_long_px = Fraction(long_px * int(short_side_px), short_px)
-        assert min(geometry.resized_hw) == short_side_px
-        assert abs(max(geometry.resized_hw) - exact_long_px) <= Fraction(1, 2)
-        (height, width), (resized_height, resized_width) = geometry.image_hw, geometry.resized_hw
+        assert min(grid.resized_hw) == short_side_px
+        assert abs(max(grid.resized_hw) - exact_long_px) <= Fraction(1, 2)
+        (height, width), (resized_height, resized_width) = grid.image_hw, grid.resized_hw
         assert (height - width) * (resized_height - resized_width) >= 0  # portrait stays portrait
-    for resized, padded in zip(geometry.resized_hw, geometry.padded_hw, strict=True):
-        assert padded == min(n for n in range(resized, resized + geometry.patch_px) if n % geometry.patch_px == 0)
+    for resized, padded in zip(grid.resized_hw, grid.padded_hw, strict=True):
+        assert padded == min(n for n in range(resized, resized + grid.patch_px) if n % grid.patch_px == 0)
 
 
-def _check_map(geometry: PatchGrid, upscale: int) -> None:
+def _check_map(grid: PatchGrid, upscale: int) -> None:
     """The cells cover the image as given, and one fewer would not."""
-    axes = zip(
-        geometry.image_hw, geometry.padded_hw, geometry.map_hw(upscale), geometry.map_stride(upscale), strict=True
-    )
+    axes = zip(grid.image_hw, grid.padded_hw, grid.map_hw(upscale), grid.map_stride(upscale), strict=True)
     for image, padded, cells, stride in axes:
         assert (cells - 1) * stride < image * (1 - 1e-9) + 1e-9
         assert cells * stride >= image * (1 - 1e-9)
-        assert cells <= padded // geometry.patch_px * upscale  # the cut map lies inside the padded one
+        assert cells <= padded // grid.patch_px * upscale  # the cut map lies inside the padded one
 
 
 @pytest.mark.parametrize("image_hw", [(1, 5000), (5000, 1), (10, 641)])
@@ -117,10 +115,10 @@ def test_short_side_must_be_a_positive_int_or_native(short_side_px: object) -> N
     assert repr(short_side_px) in str(raised.value)
 
 
-def test_a_geometry_is_frozen_and_checks_itself() -> None:
-    geometry = plan_patch_grid((480, 640), 16, 256)
+def test_a_grid_is_frozen_and_checks_itself() -> None:
+    grid = plan_patch_grid((480, 640), 16, 256)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        geometry.patch_px = 14  # type: ignore[misc]
+        grid.patch_px = 14  # type: ignore[misc]
     for wrong in ({"padded_hw": (256, 341)}, {"padded_hw": (272, 352)}, {"image_hw": (0, 3)}, {"patch_px": 0}):
         with pytest.raises(AssertionError):
-            dataclasses.replace(geometry, **wrong)
+            dataclasses.replace(grid, **wrong)
