@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from brixel import BrixelError
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD
 from brixel.images.crops import CropSettings, check_teacher_px, student_view, teacher_crop
-from brixel.train.data import CropDataset, PositionSampler, collate, find_training_images, shuffled
+from brixel.train.data import CropDataset, PositionSampler, collate, find_training_images, shuffled_index
 
 T = 32
 
@@ -266,7 +266,7 @@ def test_items_are_normalised_crop_and_its_quarter(album):
     assert pixels.max() < 1 + 1e-6
     assert crop.teacher.shape == (3, T, T)
     torch.testing.assert_close(crop.student, (student_view(pixels) - mean) / std, rtol=0, atol=1e-5)
-    assert crop.image == str(dataset.images[shuffled(3, 7, 0)])
+    assert crop.image == str(dataset.images[shuffled_index(3, 7, 0)])
     assert crop.skipped == ()
 
 
@@ -294,7 +294,7 @@ def test_an_epoch_takes_each_image_once_in_an_order_of_its_own(album):
     for epoch in epochs:
         assert Counter(epoch) == Counter(map(str, dataset.images))
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert [shuffled(position, 1, 0) for position in range(3)] == [0, 0, 0]
+    assert [shuffled_index(position, 1, 0) for position in range(3)] == [0, 0, 0]
 
 
 def test_the_same_image_is_cropped_otherwise_in_another_epoch(tmp_path):
@@ -343,7 +343,7 @@ def test_what_is_no_image_is_listed_and_the_next_one_taken(album, tmp_path):
     bad = spoil(tmp_path)
     dataset = dataset_of(tmp_path)
     (tmp_path / "0.png").unlink()  # deleted after it was found
-    order = [dataset.images[shuffled(position, 6, 0)] for position in range(6)]
+    order = [dataset.images[shuffled_index(position, 6, 0)] for position in range(6)]
     for position in range(6):
         ring = order[position:] + order[:position]
         usable = next(path for path in ring if path.name in ("1.jpg", "2.png"))
@@ -377,22 +377,23 @@ def test_nothing_usable_is_an_error_that_gives_reasons(tmp_path):
 # ---------------------------------------------------------------- positions
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_part_the_same_global_batches(world):
-    samplers = [PositionSampler(start_step=5, steps=3, global_batch=8, rank=rank, world=world) for rank in range(world)]
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_divide_the_same_global_batches(world_size):
+    options = {"start_step": 5, "steps": 3, "global_batch": 8, "world_size": world_size}
+    samplers = [PositionSampler(**options, rank=rank) for rank in range(world_size)]
     parts = [torch.tensor(list(sampler)).reshape(3, -1) for sampler in samplers]
     assert torch.equal(torch.cat(parts, dim=1), torch.arange(40, 64).reshape(3, 8))
-    assert {len(sampler) for sampler in samplers} == {24 // world}
+    assert {len(sampler) for sampler in samplers} == {24 // world_size}
 
 
 def test_a_restarted_sampler_goes_on_where_it_was():
-    whole = list(PositionSampler(start_step=0, steps=9, global_batch=6, rank=1, world=3))
-    assert whole[8:] == list(PositionSampler(start_step=4, steps=5, global_batch=6, rank=1, world=3))
+    whole = list(PositionSampler(start_step=0, steps=9, global_batch=6, rank=1, world_size=3))
+    assert whole[8:] == list(PositionSampler(start_step=4, steps=5, global_batch=6, rank=1, world_size=3))
     assert list(PositionSampler(start_step=4, steps=0, global_batch=6)) == []
 
 
 def test_a_batch_that_does_not_divide_is_an_error():
     with pytest.raises(BrixelError, match="a global batch of 10 does not divide among 4 processes; take 8"):
-        PositionSampler(start_step=0, steps=1, global_batch=10, world=4)
+        PositionSampler(start_step=0, steps=1, global_batch=10, world_size=4)
     with pytest.raises(BrixelError, match="a global batch of 0 .* take 4"):
-        PositionSampler(start_step=0, steps=1, global_batch=0, world=4)
+        PositionSampler(start_step=0, steps=1, global_batch=0, world_size=4)

@@ -17,7 +17,7 @@ from torch import nn
 
 from brixel import BrixelError, BrixelFeatures
 from brixel.train import TrainConfig, distill
-from brixel.train.distributed import World, joined, mean_over_all, synchronised, wait_for_all
+from brixel.train.distributed import DistributedContext, all_reduce_mean, barrier, distributed_context, sync_batch_norm
 
 pytestmark = pytest.mark.slow  # several processes, each of which imports torch
 STEPS, RANKS = 3, 2
@@ -33,8 +33,8 @@ from torch import nn
 torch.set_num_threads(1)
 from brixel import BrixelError, BrixelFeatures
 from brixel.train import TrainConfig, distill
-from brixel.train import trainer as loop
-from brixel.train.distributed import joined, mean_over_all, synchronised, wait_for_all
+from brixel.train import trainer
+from brixel.train.distributed import all_reduce_mean, barrier, distributed_context, sync_batch_norm
 
 task = json.loads(sys.argv[1])
 folder, ports = Path(task["folder"]), iter(task["ports"])
@@ -57,11 +57,11 @@ def audit(event, args):  # files opened for writing, folders made, names changed
         touched.append(f"open {args[0]}")
 touched, results = [], {}
 
-class Recorded(loop.Run):
+class Recorded(trainer.Trainer):
     def __init__(self, *args):
         super().__init__(*args)
         Recorded.last = self
-loop.Run = Recorded
+trainer.Trainer = Recorded
 
 def run(name, **options):
     os.environ["MASTER_PORT"] = next(ports)
@@ -73,23 +73,24 @@ def run(name, **options):
 
 def batch_norm():
     os.environ["MASTER_PORT"] = next(ports)
-    with joined("cpu") as world:
+    with distributed_context("cpu") as context:
         data = torch.load(folder / "batch-norm.pt")
         module = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6, momentum=0.3))
         module.load_state_dict(data["state"])
-        module = synchronised(module, world)
+        module = sync_batch_norm(module, context)
         kinds = [type(each).__name__ for each in module]
         for x, y in zip(data["inputs"], data["weights"]):
             module.zero_grad()
-            x, y = (each.chunk(world.size)[world.rank] for each in (x, y))
+            x, y = (each.chunk(context.world_size)[context.rank] for each in (x, y))
             x = x.clone().requires_grad_()
             (module(x) * y).sum().backward()
         gradients = {name: each.grad for name, each in module.named_parameters()}
         module.eval()
-        wait_for_all(world)
-        mean = mean_over_all(torch.tensor([1.0 + world.rank, 4.0]), world)
+        barrier(context)
+        mean = all_reduce_mean(torch.tensor([1.0 + context.rank, 4.0]), context)
+        process = (context.rank, context.world_size, context.is_main, str(context.device))
         return {"kinds": kinds, "state": module.state_dict(), "x": x.grad, "gradients": gradients, "mean": mean,
-                "world": (world.rank, world.size, world.leads, str(world.device)), "eval": module(data["inputs"][0])}
+                "process": process, "eval": module(data["inputs"][0])}
 
 class Teacher:
     def __init__(self, fault=None, call=None):
@@ -225,7 +226,7 @@ def test_batch_norm_at_inference_asks_nobody(results):
 
 def test_world_and_means(results):
     for rank in range(RANKS):
-        assert results[rank]["batch_norm"]["world"] == (rank, RANKS, rank == 0, "cpu")
+        assert results[rank]["batch_norm"]["process"] == (rank, RANKS, rank == 0, "cpu")
         assert results[rank]["batch_norm"]["mean"].tolist() == [1.5, 4.0]
         assert not results[rank]["group_left"]
 
@@ -306,30 +307,30 @@ def test_the_result_of_two_processes_is_a_plain_model(task, results):
 def test_one_process_needs_no_group(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with joined("cpu") as world:
-        assert world == World(0, 1, torch.device("cpu"))
-        assert world.leads
+    with distributed_context("cpu") as context:
+        assert context == DistributedContext(0, 1, torch.device("cpu"))
+        assert context.is_main
         assert not torch.distributed.is_initialized()
         value = torch.tensor(3.0, requires_grad=True)
-        assert mean_over_all(value, world) == 3
-        assert not mean_over_all(value, world).requires_grad
-        wait_for_all(world)
+        assert all_reduce_mean(value, context) == 3
+        assert not all_reduce_mean(value, context).requires_grad
+        barrier(context)
         module = nn.Sequential(nn.BatchNorm2d(3))
-        assert synchronised(module, world) is module
+        assert sync_batch_norm(module, context) is module
         assert type(module[0]) is nn.BatchNorm2d
 
 
 def test_torchrun_with_one_process_is_one_process(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with joined("cpu") as world:
-        assert (world.rank, world.size) == (0, 1)
+    with distributed_context("cpu") as context:
+        assert (context.rank, context.world_size) == (0, 1)
         assert not torch.distributed.is_initialized()
 
 
 def test_worlds_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        World(0, 1, torch.device("cpu")).rank = 1
+        DistributedContext(0, 1, torch.device("cpu")).rank = 1
 
 
 def test_the_environment_of_these_tests_describes_no_world():

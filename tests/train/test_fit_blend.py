@@ -1,6 +1,7 @@
 """The blend that training starts from, against the normal equations written out in float64."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,12 +12,11 @@ from torch.nn import functional as F
 from brixel import BrixelError, BrixelFeatures
 from brixel.model.adapter import Adapter
 from brixel.train import TrainConfig, distill
-from brixel.train import trainer as loop
-from brixel.train.distributed import World
-from brixel.train.fit_blend import RIDGE, fit_blend, is_fresh
-from brixel.train.setup import passes_to_fit
+from brixel.train.distributed import DistributedContext
+from brixel.train.fit_blend import RIDGE, fit_blend, is_fresh, micro_batches_to_fit
+from brixel.train.loader import TrainingData
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 WIDTH = 32
 
 
@@ -143,7 +143,7 @@ def test_maps_that_do_not_fit_are_refused():
 )
 def test_no_more_crops_than_the_run_reads(settings, passes):
     config = TrainConfig(backbone="b", images=("i",), out="o", batch_size=4, **settings)
-    assert passes_to_fit(config, 2) == passes
+    assert micro_batches_to_fit(config, 2) == passes
 
 
 # ---------------------------------------------------------------- in a run
@@ -164,9 +164,9 @@ def blend_of(folder):
 
 def test_a_run_fits_its_blend_and_keeps_it(config, tmp_path):
     fitted = BrixelFeatures.from_backbone(config.backbone, device="cpu")
-    run = loop.Run(config, ALONE, None, None)
-    passes = list(run._passes(run._source()))
-    fit_blend(fitted.adapter.blend, lambda pixels: fitted.backbone.block_maps(pixels, fitted.blocks), passes, ALONE)
+    data = TrainingData(config, fitted.config.backbone, fitted.backbone_features, "the backbone", ALONE)
+    micro_batches = list(data.micro_batches(0))
+    fit_blend(fitted.adapter.blend, partial(fitted.backbone.block_maps, blocks=fitted.blocks), micro_batches, ALONE)
     distill(config)
     weight, bias = blend_of(tmp_path / "out")
     assert not is_fresh(fitted.adapter.blend)

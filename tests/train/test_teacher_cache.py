@@ -160,7 +160,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, images, batch_size)
     with pytest.raises(RuntimeError, match="interrupted"):
         build(folder, images, Teacher(fails_in=4), batch_size=batch_size)
     assert crops_done(folder) == 4
-    with pytest.raises(BrixelError, match="has 4 of 7 crops: build it to its end"):
+    with pytest.raises(BrixelError, match="has 4 of 7 crops: finish building it"):
         TeacherCache(folder)
     teacher, steps = Teacher(), []
     build(folder, images, teacher, batch_size=batch_size, progress=lambda *step: steps.append(step[0]))
@@ -204,13 +204,13 @@ def countdown(number, call, before):
         return result
     return counted
 
-def half_written(path, rows, first):
-    if first == 3 and path.name == "student.bin":
+def half_written(path, rows, start):
+    if start == 3 and path.name == "student.bin":
         with open(path, "r+b") as file:
-            file.seek(first * rows[0].nbytes)
+            file.seek(start * rows[0].nbytes)
             file.write(b"x" * 11)
         die()
-    return whole_write(path, rows, first)
+    return whole_write(path, rows, start)
 
 teacher, fsync, replace, whole_write = Teacher(), os.fsync, os.replace, cache._write
 class Logged:
@@ -301,21 +301,21 @@ def with_another_deviation(options, folder):
         (with_option(teacher_id="another"), "teacher is {'backbone': {'width': 6, 'patch_px': 8}, 'fingerprint': "),
         (
             with_option(teacher_id={**TEACHER_ID, "fingerprint": [1.0, 0.25]}),
-            "teacher.fingerprint is [1.0, 0.5] there, [1.0, 0.25] here. Name",
+            "teacher.fingerprint is [1.0, 0.5] in the folder, [1.0, 0.25] now. Name",
         ),
-        (with_option(teacher_id={**TEACHER_ID, "new": None}), "teacher.new is nothing there, None here. Name"),
-        (with_option(count=8), "count is 7 there, 8 here. Name"),
-        (with_option(dtype=torch.bfloat16), "dtype is float16 there, bfloat16 here. Name"),
-        (of_other_settings(max_zoom=1.3), "crops.max_zoom is 1.2 there, 1.3 here. Name"),
-        (of_other_settings(flip=False), "crops.flip is True there, False here. Name"),
-        (of_other_settings(random=False), "crops.random is True there, False here. Name"),
+        (with_option(teacher_id={**TEACHER_ID, "new": None}), "teacher.new is nothing in the folder, None now. Name"),
+        (with_option(count=8), "count is 7 in the folder, 8 now. Name"),
+        (with_option(dtype=torch.bfloat16), "dtype is float16 in the folder, bfloat16 now. Name"),
+        (of_other_settings(max_zoom=1.3), "crops.max_zoom is 1.2 in the folder, 1.3 now. Name"),
+        (of_other_settings(flip=False), "crops.flip is True in the folder, False now. Name"),
+        (of_other_settings(random=False), "crops.random is True in the folder, False now. Name"),
         (
             of_other_settings(seed=1, small="skip"),
-            "crops.small is upsample there, skip here; crops.seed is 0 there, 1 here. Name",
+            "crops.small is upsample in the folder, skip now; crops.seed is 0 in the folder, 1 now. Name",
         ),
-        (with_another_teacher_px, "crops.teacher_px is 32 there, 64 here. Name"),
-        (with_another_deviation, "crops.std is [0.2, 0.2, 0.3] there, [0.2, 0.2, 0.2] here. Name"),
-        (with_another_image, "pictures.number is 5 there, 6 here; pictures.bytes is"),
+        (with_another_teacher_px, "crops.teacher_px is 32 in the folder, 64 now. Name"),
+        (with_another_deviation, "crops.std is [0.2, 0.2, 0.3] in the folder, [0.2, 0.2, 0.2] now. Name"),
+        (with_another_image, "pictures.number is 5 in the folder, 6 now; pictures.bytes is"),
         (with_an_image_renamed, "pictures.names_and_sizes is"),
         (with_an_image_changed, "pictures.bytes is"),
     ],
@@ -334,7 +334,7 @@ def test_a_cache_of_something_else_is_left_alone(tmp_path, images, change, messa
     with pytest.raises(BrixelError) as caught:
         build(folder, images, Teacher(fails_in=0), **options)
     assert f"{folder} holds another teacher cache: {message}" in str(caught.value)
-    assert str(caught.value).endswith(" here. Name another folder, or delete this one")
+    assert str(caught.value).endswith(" now. Name another folder, or delete this one")
     assert files_of(folder) == before
 
 
@@ -348,7 +348,7 @@ def test_images_may_move_and_be_read_in_another_way(tmp_path, images):
 def test_other_folders_are_left_alone(tmp_path, images):
     before = files_of(images)
     for folder in (images, images / "0.png"):
-        with pytest.raises(BrixelError, match="is there and no teacher cache: name a new or an empty folder"):
+        with pytest.raises(BrixelError, match="exists and is not a teacher cache: name a new or an empty folder"):
             build(folder, images, Teacher(fails_in=0))
     assert files_of(images) == before
 
@@ -360,16 +360,16 @@ def damaged(name, data):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damaged("header.json", lambda data: data[:40]), "holds no sound teacher cache .*JSONDecodeError"),
-        (damaged("header.json", lambda data: b"{}"), "holds no sound teacher cache .*KeyError: 'format_version'"),
-        (damaged("header.json", lambda data: b"[]"), "holds no sound teacher cache .*TypeError"),
+        (damaged("header.json", lambda data: data[:40]), "holds no intact teacher cache .*JSONDecodeError"),
+        (damaged("header.json", lambda data: b"{}"), "holds no intact teacher cache .*KeyError: 'format_version'"),
+        (damaged("header.json", lambda data: b"[]"), "holds no intact teacher cache .*TypeError"),
         (
             damaged("header.json", lambda data: data.replace(b'"format_version": 1', b'"format_version": 2')),
-            "format 2, and we read 1.*build one in another folder",
+            "format 2; this version reads 1.*build one in another folder",
         ),
-        (damaged("done.json", lambda data: b""), "holds no sound teacher cache"),
-        (damaged("teacher.bin", lambda data: data[:-2]), "teacher.bin is missing or has not the size it should"),
-        (damaged("student.bin", lambda data: data + b"xx"), "student.bin is missing or has not the size it should"),
+        (damaged("done.json", lambda data: b""), "holds no intact teacher cache"),
+        (damaged("teacher.bin", lambda data: data[:-2]), "teacher.bin is missing or has the wrong size"),
+        (damaged("student.bin", lambda data: data + b"xx"), "student.bin is missing or has the wrong size"),
         (lambda folder: (folder / "student.bin").unlink(), "student.bin is missing"),
     ],
 )
@@ -383,7 +383,7 @@ def test_damage_is_named(tmp_path, images, damage, message):
 
 
 def test_a_missing_cache_is_named(tmp_path):
-    with pytest.raises(BrixelError, match="nowhere holds no sound teacher cache .*header.json"):
+    with pytest.raises(BrixelError, match="nowhere holds no intact teacher cache .*header.json"):
         TeacherCache(tmp_path / "nowhere")
 
 
@@ -407,7 +407,7 @@ def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, images, 
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     teacher = Teacher()
-    with pytest.raises(BrixelError, match=r"needs 0\.00 GiB more, and 0\.00 GiB are free: make room or take fewer"):
+    with pytest.raises(BrixelError, match=r"needs 0\.00 GiB more, and 0\.00 GiB are free: free space on the disk or"):
         build(tmp_path / "new" / "cache", images, teacher)
     assert asked == [tmp_path]
     assert teacher.crops == 1
@@ -458,7 +458,7 @@ def test_a_disk_that_is_really_full(tmp_path, images):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 3 * 8 * 8 * 2 + 300, before[1]))
     try:
         with pytest.raises(
-            BrixelError, match="cannot write the teacher cache: .*; mend it and start again, 2 crops are kept"
+            BrixelError, match="cannot write the teacher cache: .*; fix this and start again, 2 crops are kept"
         ):
             build(tmp_path / "cache", images)
     finally:
@@ -506,7 +506,7 @@ def test_features_of_a_wrong_shape_are_an_error(tmp_path, images, wrong):
 def test_a_teacher_that_changes_shape_is_an_error(tmp_path, images):
     with pytest.raises(RuntimeError):
         build(tmp_path / "cache", images, Teacher(fails_in=3))
-    message = r"no longer gives what the cache in .* began with: teacher_shape is \[6, 4, 4\] there, \[3, 32, 32\] here"
+    message = r"output does not fit the cache in .*: teacher_shape is \[6, 4, 4\] in the folder, \[3, 32, 32\] now"
     with pytest.raises(BrixelError, match=message):
         build(tmp_path / "cache", images, lambda pixels: pixels)
     assert crops_done(tmp_path / "cache") == 3

@@ -21,9 +21,9 @@ from torch import nn
 from brixel import BrixelError, BrixelFeatures
 from brixel.checkpoints.model_folder import read_config
 from brixel.train import TrainConfig, distill
-from brixel.train import trainer as loop
 from brixel.train.config import make_config, read_settings
-from brixel.train.trainer import learning_rate, make_optimizer
+from brixel.train.optim import WeightAverage, learning_rate, make_optimizer
+from brixel.train.setup import teacher_side_px
 
 TEACHER_PX, WIDTH = 112, 64
 
@@ -243,7 +243,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 import torch
 from brixel.train import TrainConfig, distill
-from brixel.train import trainer as loop
+from brixel.train import trainer
 torch.set_num_threads(1)
 
 def die(*_, **__):
@@ -276,9 +276,9 @@ for moment, settings in cases:
         elif moment == "while the state is written":
             torch.save = in_call(2, save, half_written)
         elif moment == "after a validation":
-            loop.save_state = in_call(2, loop.save_state, die)
+            trainer.save_state = in_call(2, trainer.save_state, die)
         elif moment == "from outside":
-            loop.Run.step = in_call(4, loop.Run.step, lambda *_: time.sleep(600))
+            trainer.Trainer.step = in_call(4, trainer.Trainer.step, lambda *_: time.sleep(600))
         distill(TrainConfig(**settings))
         os._exit(0)
     pids.append(pid)
@@ -426,7 +426,7 @@ def test_a_damaged_state_says_so_and_is_left(stopped, damage):
     path = Path(stopped.out) / "state.pt"
     content = damage(path.read_bytes())
     path.write_bytes(content)
-    with pytest.raises(BrixelError, match=r"state\.pt is damaged or no state of a training run; delete it"):
+    with pytest.raises(BrixelError, match=r"state\.pt is damaged or is not the state of a training run; delete it"):
         distill(stopped)
     assert path.read_bytes() == content
 
@@ -434,13 +434,13 @@ def test_a_damaged_state_says_so_and_is_left(stopped, damage):
 @pytest.mark.parametrize("content", [[1, 2], {"other": torch.ones(2)}, torch.ones(3)])
 def test_a_file_of_something_else_is_no_state(stopped, content):
     torch.save(content, Path(stopped.out) / "state.pt")
-    with pytest.raises(BrixelError, match="is damaged or no state of a training run"):
+    with pytest.raises(BrixelError, match="is damaged or is not the state of a training run"):
         distill(stopped)
 
 
 def test_a_state_that_would_run_code_is_refused(stopped):
     torch.save({"format_version": 1, "code": Teacher}, Path(stopped.out) / "state.pt")
-    with pytest.raises(BrixelError, match="is damaged or no state of a training run"):
+    with pytest.raises(BrixelError, match="is damaged or is not the state of a training run"):
         distill(stopped)
 
 
@@ -465,7 +465,7 @@ def test_a_full_disk_leaves_the_state_before_it(config, monkeypatch, plain, erro
         save(content, path)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(BrixelError, match=r"cannot write .*state\.pt.*make room and start again"):
+    with pytest.raises(BrixelError, match=r"cannot write .*state\.pt.*free some disk space and start again"):
         distill(config)
     monkeypatch.undo()
     assert state_of(config.out)["progress"]["step"] == 2
@@ -653,8 +653,8 @@ def test_a_size_that_does_not_fit_the_patches_is_refused(config, teacher_px, sai
 
 
 def test_the_teachers_size_is_64_patches_where_nobody_says():
-    assert loop.teacher_side(TrainConfig("b", "i", "o"), 14) == 896
-    assert loop.teacher_side(TrainConfig("b", "i", "o"), 16) == 1024
+    assert teacher_side_px(TrainConfig("b", "i", "o"), 14) == 896
+    assert teacher_side_px(TrainConfig("b", "i", "o"), 16) == 1024
 
 
 def test_a_backbone_that_is_missing_is_named(config):
@@ -688,7 +688,7 @@ def test_without_held_out_images_the_best_is_the_latest(config):
 def test_the_average_is_what_an_explicit_loop_gives(config, monkeypatch, decay):
     """Young averages decay by (1 + step) / (10 + step), where that is less."""
     weights = []
-    update = loop.Average.update
+    update = WeightAverage.update
 
     def recorded(self, module, step):
         if not step:
@@ -696,7 +696,7 @@ def test_the_average_is_what_an_explicit_loop_gives(config, monkeypatch, decay):
         weights.append({name: each.detach().clone() for name, each in module.named_parameters()})
         update(self, module, step)
 
-    monkeypatch.setattr(loop.Average, "update", recorded)
+    monkeypatch.setattr(WeightAverage, "update", recorded)
     distill(changed(config, ema=decay, lr=1e-2))
     state = state_of(config.out)
     assert len(weights) == 5
