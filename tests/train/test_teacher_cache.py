@@ -27,7 +27,7 @@ TEACHER_ID = {"backbone": {"width": 6, "patch_px": 8}, "fingerprint": [1.0, 0.5]
 
 
 class Teacher:
-    """(B, 3, T, T) -> (B, 6, T/8, T/8); counts its calls, and fails in the one that it is told to."""
+    """(B, 3, T, T) -> (B, 6, T/8, T/8); counts its crops, and fails after ``fails_in`` of them."""
 
     def __init__(self, fails_in=None):
         self.crops, self.fails_in = 0, fails_in
@@ -73,7 +73,7 @@ def crops_done(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
-def test_items_are_what_the_teacher_gives_rounded(tmp_path, images, dtype, rounding, batch_size, workers):
+def test_items_are_the_rounded_output_of_the_teacher(tmp_path, images, dtype, rounding, batch_size, workers):
     steps = []
     cache = build(
         *(tmp_path / "new" / "cache", images),
@@ -94,7 +94,7 @@ def test_items_are_what_the_teacher_gives_rounded(tmp_path, images, dtype, round
     assert cache.dtype == dtype
 
 
-def test_items_are_counted_as_those_of_a_list(tmp_path, images):
+def test_indices_work_as_for_a_list(tmp_path, images):
     cache = build(tmp_path / "cache", images)
     assert torch.equal(cache[-1][1], cache[COUNT - 1][1])
     for index in (COUNT, -COUNT - 1):
@@ -139,7 +139,7 @@ def test_workers_open_it_by_its_path(tmp_path, images):
     assert torch.equal(torch.cat([teacher for _, teacher in read]), torch.stack([cache[i][1] for i in range(COUNT)]))
 
 
-def test_a_read_only_folder_will_do(tmp_path, images):
+def test_a_read_only_folder_can_be_opened(tmp_path, images):
     folder = tmp_path / "cache"
     expected = build(folder, images)[0][1]
     for path in (*folder.iterdir(), folder):
@@ -154,7 +154,7 @@ def test_a_read_only_folder_will_do(tmp_path, images):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_an_interrupted_build_goes_on_where_it_was(tmp_path, images, batch_size):
+def test_an_interrupted_build_resumes(tmp_path, images, batch_size):
     build(tmp_path / "whole", images, batch_size=batch_size)
     folder = tmp_path / "cache"
     with pytest.raises(RuntimeError, match="interrupted"):
@@ -219,12 +219,12 @@ class Logged:
             log.write("call\\n")
         return teacher(pixels)
 
-PLANS = [  # where the process is killed, one after the other
-    lambda: setattr(os, "replace", countdown(1, replace, True)),  # before the header is there
-    lambda: setattr(os, "replace", countdown(1, replace, False)),  # with a header and nothing else
+PLANS = [  # moments at which the process is killed, one after the other
+    lambda: setattr(os, "replace", countdown(1, replace, True)),  # before the header exists
+    lambda: setattr(os, "replace", countdown(1, replace, False)),  # with nothing but a header
     lambda: setattr(os, "fsync", countdown(1, fsync, True)),  # in the first file of the first crop
     lambda: setattr(os, "fsync", countdown(4, fsync, False)),  # crop 1 written, but not recorded
-    lambda: setattr(os, "replace", countdown(2, replace, True)),  # the record written, but not in place
+    lambda: setattr(os, "replace", countdown(2, replace, True)),  # the record written, but not renamed
     lambda: setattr(os, "replace", countdown(1, replace, False)),  # crop 2 recorded
     lambda: setattr(cache, "_write", half_written),  # in the middle of crop 3
     lambda: setattr(teacher, "crops", 0) or setattr(Teacher, "__call__", countdown(2, Teacher.__call__, True)),
@@ -242,6 +242,7 @@ for plan in PLANS:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its children with SIGKILL")
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, images):
     folder, log = tmp_path / "cache", tmp_path / "log"
@@ -250,7 +251,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, images):
     assert result.returncode == 0, result.stderr
     assert [int(line) for line in result.stdout.split()] == [0, 0, 0, 1, 2, 3, 3, 4]
     calls = len(log.read_text().split())
-    assert calls == 4 + 7, "each kill but the one after recording lost a call"
+    assert calls == 4 + 7, "every kill but the one after recording lost a call"
     teacher = Teacher()
     build(folder, images, teacher)
     assert teacher.crops == COUNT - 4
@@ -259,7 +260,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, images):
     assert ours == files_of(tmp_path / "whole")
 
 
-# ---------------------------------------------------------------- something else in the folder
+# ---------------------------------------------------------------- another content of the folder
 
 
 def of_other_settings(**changes):
@@ -338,7 +339,7 @@ def test_a_cache_of_something_else_is_left_alone(tmp_path, images, change, messa
     assert files_of(folder) == before
 
 
-def test_images_may_move_and_be_read_in_another_way(tmp_path, images):
+def test_images_may_move_and_be_read_with_other_batches_and_workers(tmp_path, images):
     folder = tmp_path / "cache"
     build(folder, images)
     moved = images.rename(tmp_path / "elsewhere")
@@ -377,9 +378,9 @@ def test_damage_is_named(tmp_path, images, damage, message):
     folder = tmp_path / "cache"
     build(folder, images)
     damage(folder)
-    for way in (lambda: TeacherCache(folder), lambda: build(folder, images, Teacher(fails_in=0))):
+    for open_cache in (lambda: TeacherCache(folder), lambda: build(folder, images, Teacher(fails_in=0))):
         with pytest.raises(BrixelError, match=message):
-            way()
+            open_cache()
 
 
 def test_a_missing_cache_is_named(tmp_path):
@@ -387,7 +388,7 @@ def test_a_missing_cache_is_named(tmp_path):
         TeacherCache(tmp_path / "nowhere")
 
 
-def test_a_build_whose_files_were_cut_does_not_go_on(tmp_path, images):
+def test_a_build_whose_files_were_truncated_does_not_resume(tmp_path, images):
     with pytest.raises(RuntimeError):
         build(tmp_path / "cache", images, Teacher(fails_in=3))
     os.truncate(tmp_path / "cache" / "teacher.bin", 100)
@@ -398,7 +399,7 @@ def test_a_build_whose_files_were_cut_does_not_go_on(tmp_path, images):
 # ---------------------------------------------------------------- a full disk
 
 
-def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, images, monkeypatch):
+def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(tmp_path, images, monkeypatch):
     asked = []
 
     def usage(path):
@@ -416,13 +417,13 @@ def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, images, 
     build(tmp_path / "new" / "cache", images)
 
 
-def test_sizes_of_the_disk_are_told(tmp_path, images, monkeypatch):
+def test_the_error_gives_the_sizes_of_cache_and_disk(tmp_path, images, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 2**28))
     with pytest.raises(BrixelError, match=r"needs 4\.29 GiB more, and 0\.75 GiB are free"):
         build(tmp_path / "cache", images, count=8_000_000)
 
 
-def test_only_what_is_missing_needs_room(tmp_path, images, monkeypatch):
+def test_only_the_missing_crops_need_space(tmp_path, images, monkeypatch):
     with pytest.raises(RuntimeError):
         build(tmp_path / "cache", images, Teacher(fails_in=5))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * CROP_BYTES))
@@ -430,7 +431,7 @@ def test_only_what_is_missing_needs_room(tmp_path, images, monkeypatch):
 
 
 @pytest.mark.parametrize("fails_in", [1, 2, 8])
-def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on_later(tmp_path, images, monkeypatch, fails_in):
+def test_a_disk_that_fills_up_is_an_error_and_the_build_resumes_later(tmp_path, images, monkeypatch, fails_in):
     calls = []
 
     def full(handle):
@@ -452,8 +453,8 @@ def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on_later(tmp_path, 
 
 
 def test_a_disk_that_is_really_full(tmp_path, images):
-    """The kernel refuses what goes beyond a limit on the size of files."""
-    resource = pytest.importorskip("resource", reason="limits of a process are a Unix thing")
+    """A limit on the size of files makes the kernel refuse the write."""
+    resource = pytest.importorskip("resource", reason="limits of a process exist on Unix only")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 3 * 8 * 8 * 2 + 300, before[1]))
     try:
@@ -472,12 +473,12 @@ def test_a_disk_that_is_really_full(tmp_path, images):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_named_and_not_kept(tmp_path, images, bad):
-    sound = Teacher()
+def test_features_that_are_not_finite_are_an_error_and_not_stored(tmp_path, images, bad):
+    inner = Teacher()
 
     def teacher(pixels):
-        features = sound(pixels)
-        if sound.crops == 4:
+        features = inner(pixels)
+        if inner.crops == 4:
             features[1, 2, 3, 1] = bad
         return features
 
