@@ -45,7 +45,7 @@ def images():
 
 def nearness(slicing, wide, images, **changes):
     """Cosine of the narrow model's cells, less their mean, to the projected ones of the wide model."""
-    narrow, projection = slicing.sliced(wide, dataclasses.replace(WIDE, **changes), images)
+    narrow, projection = slicing.slice_vit(wide, dataclasses.replace(WIDE, **changes), images)
     with torch.no_grad():
         found = narrow.block_maps(images[0], [2])[0]
         expected = torch.einsum("ed,bdhw->behw", projection, wide.block_maps(images[0], [2])[0])
@@ -58,7 +58,7 @@ def test_the_same_sizes_give_the_same_features(slicing, wide, images):
 
 
 def test_the_projection_is_nearly_a_rotation(slicing, wide, images):
-    _, projection = slicing.sliced(wide, dataclasses.replace(WIDE, width=32), images)
+    _, projection = slicing.slice_vit(wide, dataclasses.replace(WIDE, width=32), images)
     assert projection.shape == (32, 64)
     sizes = torch.linalg.svdvals(projection)
     assert sizes[-1] < 1e-3 * sizes[0]  # one of 32 channels is the mean of the others
@@ -73,10 +73,10 @@ def test_less_width_and_fewer_units_are_less_accurate(slicing, wide, images):
 
 
 def test_a_larger_patch_embeds_an_enlarged_image_alike(slicing, wide, images):
-    narrow, _ = slicing.sliced(wide, dataclasses.replace(WIDE, patch_px=16), images)
+    narrow, _ = slicing.slice_vit(wide, dataclasses.replace(WIDE, patch_px=16), images)
     generator = torch.Generator().manual_seed(2)
     small = torch.randn(2, 3, 14, 14, generator=generator)  # one patch: the image's and the patch's edges are the same
     large = F.interpolate(small, (16, 16), mode="bicubic", align_corners=False)
-    same, _ = slicing.sliced(wide, WIDE, images)
+    same, _ = slicing.slice_vit(wide, WIDE, images)
     with torch.no_grad():
         torch.testing.assert_close(narrow.patch_embed(large), same.patch_embed(small), rtol=1e-3, atol=1e-3)

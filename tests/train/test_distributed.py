@@ -242,7 +242,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(task, results, tmp_path
         assert set(found[part]) == set(expected[part])
         for key, values in expected[part].items():
             difference = (found[part][key] - values).abs().double()
-            # where a gradient is rounding noise, Adam makes a step of up to lr of it: on some processors, in a few weights
+            # on some processors, in a few weights: Adam turns a gradient of rounding noise into a step of up to lr
             assert (difference > 1e-5).double().mean() < 1e-4, key
             assert difference.max() < LR, key
     moved = expected["module"]["head.out.weight"]  # initialised with zeros
