@@ -70,7 +70,7 @@ def load_state(
     if changed:
         raise BrixelError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}): "
-            "use the settings that it was started with, or another --out"
+            "use the settings that it was started with, or another output folder"
         )
     module.load_state_dict(content["module"])
     average.module.load_state_dict(content["average"])

@@ -216,7 +216,7 @@ class Trainer:
         self._save_state()
         raise BrixelError(
             f"step {self.state.step}: {reason}; training stops here. The state before this step is saved in "
-            f"{self.out / STATE}; check the images of this batch, or try a smaller lr with another --out"
+            f"{self.out / STATE}; check the images of this batch, or try a smaller lr in another output folder"
         )
 
     # ---------------------------------------------------------------- output
