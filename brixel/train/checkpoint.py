@@ -1,66 +1,44 @@
-"""What a run needs to go on after it was killed: one file, written whole or not at all."""
+"""The training state, from which an interrupted run resumes: one file, written atomically."""
 
-import copy
 import dataclasses
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from brixel.errors import BrixelError
-from brixel.train.config import TrainConfig, differences, make_config
+from brixel.train.config import TrainConfig, differences, given_settings, make_config
+from brixel.train.optim import WeightAverage
 from brixel.utils.atomic_files import atomic_path
 
 FORMAT_VERSION = 1
 
-Module = TypeVar("Module", bound=nn.Module)
-
 
 @dataclass
-class Progress:
-    """Where a run stands: steps done, the best validation so far (cosine to the teacher, None before the first).
+class TrainingState:
+    """How far a run is."""
 
-    ``processes`` share it: with another number of them the rest of the run would take other batches.
-    """
-
-    step: int = 0
-    best: float | None = None
-    processes: int = 1
-
-
-class Average(Generic[Module]):
-    """Exponential moving average of a module's parameters; buffers are taken as they are."""
-
-    def __init__(self, module: Module, decay: float) -> None:
-        self.decay = decay
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move towards the module's parameters after step ``step`` (from 0); young averages follow faster."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for average, current in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(current, 1 - decay)
-        for buffer, newest in zip(self.module.buffers(), module.buffers(), strict=True):
-            buffer.copy_(newest)
+    step: int = 0  # steps done
+    best: float | None = None  # the best validation so far, as cosine similarity to the teacher
+    processes: int = 1  # with another number, the rest of the run would read other batches
 
 
 def save_state(
     path: Path,
     config: TrainConfig,
-    progress: Progress,
+    state: TrainingState,
     module: nn.Module,
-    average: Average[Any],
+    average: WeightAverage,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write all that the rest of a run depends on; randomness is a function of seed and step, so none is kept."""
+    """Write what the rest of a run depends on. Random states are not part of it: they follow from seed and step."""
     content = {
         "format_version": FORMAT_VERSION,
-        "config": {name: value for name, value in dataclasses.asdict(config).items() if value is not None},
-        "progress": dataclasses.asdict(progress),
+        "config": given_settings(config),
+        "progress": dataclasses.asdict(state),
         "module": module.state_dict(),
         "average": average.module.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -68,9 +46,9 @@ def save_state(
     try:
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch's own writer says RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         raise BrixelError(
-            f"cannot write {path} ({error}); the state before it is kept: make room and start again"
+            f"cannot write {path} ({error}); the previous state is kept: free some disk space and start again"
         ) from error
 
 
@@ -78,41 +56,43 @@ def load_state(
     path: Path,
     config: TrainConfig,
     module: nn.Module,
-    average: Average[Any],
+    average: WeightAverage,
     optimizer: torch.optim.Optimizer,
     *,
     processes: int = 1,
-) -> Progress:
-    """Put a saved run back in place. BrixelError if it was made with settings that matter and differ."""
+) -> TrainingState:
+    """Load a saved run into module, average and optimiser. BrixelError if settings that affect the result differ."""
     content = _read(path)
-    progress = Progress(**content["progress"])
+    state = TrainingState(**content["progress"])
     changed = differences(config, make_config(content["config"]))
-    if progress.processes != processes:
-        changed.append(f"processes: {processes}, not {progress.processes}")
+    if state.processes != processes:
+        changed.append(f"processes: {processes}, not {state.processes}")
     if changed:
         raise BrixelError(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}): "
-            "give the settings that it was started with, or another --out"
+            "use the settings that it was started with, or another output folder"
         )
     module.load_state_dict(content["module"])
     average.module.load_state_dict(content["average"])
     optimizer.load_state_dict(content["optimizer"])
-    return progress
+    return state
 
 
 def _read(path: Path) -> dict[str, Any]:
-    damaged = f"{path} is damaged or no state of a training run; delete it to start anew"
+    damaged = f"{path} is damaged or is not the state of a training run; delete it to start from the beginning"
     if not zipfile.is_zipfile(path):
         raise BrixelError(damaged)
     try:
-        with zipfile.ZipFile(path) as archive:  # torch reads over damage inside a tensor
-            sound = archive.testzip() is None
+        with zipfile.ZipFile(path) as archive:  # torch does not notice damage inside a tensor
+            intact = archive.testzip() is None
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damage surfaces as any of a dozen kinds
+    except Exception as error:  # damage raises a dozen kinds of exceptions
         raise BrixelError(damaged) from error
     version = content.get("format_version") if isinstance(content, dict) else None
-    if not sound or version is None:
+    if not intact or version is None:
         raise BrixelError(damaged)
     if version != FORMAT_VERSION:
-        raise BrixelError(f"{path} has format {version}; this version reads {FORMAT_VERSION}: go on with the other one")
+        raise BrixelError(
+            f"{path} has format {version}; this version reads {FORMAT_VERSION}: resume with the version that wrote it"
+        )
     return content

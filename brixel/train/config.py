@@ -1,108 +1,100 @@
-"""Every setting of a training run: one flat dataclass, which is also the command line's flags and a TOML file."""
+"""The settings of a training run: one flat dataclass, whose fields are also command-line flags and TOML keys."""
 
 import dataclasses
 import json
-import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from brixel.errors import BrixelError, did_you_mean
+from brixel.errors import BrixelError
 from brixel.model.losses import LossWeights
 from brixel.utils.atomic_files import write_text
+from brixel.utils.fields import Rule, boolean, check_fields, check_names, number, one_of, optional, several, text
+from brixel.utils.fields import whole_number as whole
 from brixel.utils.toml import read_toml
 
-# the recipe of the release; three epochs are for the user to say in steps
+# the recipe of the authors' release, apart from its three epochs: set them with ``steps``
 RELEASE = MappingProxyType(
     {"optimizer": "adam", "lr": 1e-3, "schedule": "release", "weight_decay": 0.0, "clip_norm": 0.0, "ema": 0.0,
      "true_rings": False, "fit": 0}
 )  # fmt: skip
 PRESETS = MappingProxyType({"default": MappingProxyType({}), "release": RELEASE})
-# settings that change nothing about the result, and so may differ when a run is taken up again
-RENAMED = {"val_pictures": "val_images"}  # settings of version 0.1, as its files have them
+RENAMED = {"val_pictures": "val_images"}  # from the names in files of version 0.1
+# settings without effect on the result: they may change when a run is resumed
 INCIDENTAL = frozenset({"out", "workers", "log_every", "save_every", "device", "cache_dir", "about"})
+
+_FOLDERS = "a folder or a list of folders; '.' is the current one"
+
+
+def _required(rule: Rule, description: str) -> Any:
+    return dataclasses.field(metadata={"rule": rule, "help": description})
+
+
+def _setting(default: Any, rule: Rule, description: str) -> Any:
+    return dataclasses.field(default=default, metadata={"rule": rule, "help": description})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to distil an adapter. Sizes in pixels, counts in optimiser steps.
+    """Settings of a training run."""
 
-    ``images`` and ``val`` are folders, searched through. ``teacher_px``: side of the square crops that the teacher
-    sees, 64 patches where None; the student sees them at a quarter. ``batch_size`` is per process and pass; a step
-    takes ``accumulate`` passes. ``fit``: the blend of the backbone's maps is fitted to that many crops by least squares
-    before the first step, to no more than the run reads; 0 leaves it at the last map. ``cache``: that many fixed crops
-    go through the teacher once, into ``cache_dir`` (below ``out`` where None); 0 runs the teacher in every step.
-    ``schedule``: "cosine" warms up, then falls to zero; "release" takes a tenth of ``lr`` for the first third.
-    ``ema``: decay of the averaged weights that are validated and kept; 0 for none. ``l1``, ``edge``, ``spectral``,
-    ``true_rings``: see :class:`brixel.train.LossWeights`. ``about``: what the images are, for the model's card.
-    """
-
-    backbone: str
-    images: tuple[str, ...]
-    out: str
-    val: tuple[str, ...] = ()
-    architecture: str | None = None
-    steps: int = 2000
-    batch_size: int = 16
-    accumulate: int = 1
-    teacher_px: int | None = None
-    max_zoom: float = 1.5
-    flip: bool = True
-    small: Literal["upsample", "skip"] = "upsample"
-    fit: int = 2048
-    cache: int = 0
-    cache_dir: str | None = None
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: int = 50
-    schedule: Literal["cosine", "release"] = "cosine"
-    clip_norm: float = 1.0
-    ema: float = 0.99
-    drop_path: float = 0.3
-    l1: float = 1.0
-    edge: float = 1.0
-    spectral: float = 0.1
-    true_rings: bool = True
-    val_images: int = 24
-    val_every: int = 200
-    save_every: int = 100
-    log_every: int = 10
-    workers: int = 2
-    seed: int = 0
-    device: str = "auto"
-    about: str = ""
+    backbone: str = _required(text(), "frozen backbone: a folder, a weight file, or ORG/NAME on the Hub")
+    images: tuple[str, ...] = _required(
+        several(text(), _FOLDERS, least=1), "folders of training images, with subfolders"
+    )
+    out: str = _required(text(), "output folder; an interrupted run resumes from it")
+    val: tuple[str, ...] = _setting((), several(text(), _FOLDERS), "folders of images to validate on")
+    architecture: str | None = _setting(
+        None, optional(text(empty=True)), "architecture of the backbone, where its files leave it open"
+    )
+    steps: int = _setting(2000, whole(1), "optimiser steps of the whole run")
+    batch_size: int = _setting(16, whole(1), "crops per process and micro-batch")
+    accumulate: int = _setting(1, whole(1), "micro-batches per step")
+    teacher_px: int | None = _setting(
+        None, optional(whole(1)), "side of the teacher's crops, four times the student's; default: 64 patches"
+    )
+    max_zoom: float = _setting(1.5, number(1), "largest random zoom of a crop; 1: crops span the image's short side")
+    flip: bool = _setting(True, boolean(), "mirror half of the crops")
+    small: Literal["upsample", "skip"] = _setting(
+        "upsample", one_of("upsample", "skip"), "what to do with images whose short side is below teacher_px"
+    )
+    fit: int = _setting(
+        2048, whole(), "crops to fit the blend of the backbone's maps to, before the first step; 0: keep the last map"
+    )
+    cache: int = _setting(0, whole(), "fixed crops whose teacher maps are kept on disk; 0: run the teacher every step")
+    cache_dir: str | None = _setting(
+        None, optional(text(empty=True)), "folder of the cached teacher maps; default: 'cache' in the output folder"
+    )
+    optimizer: Literal["adamw", "adam"] = _setting("adamw", one_of("adamw", "adam"), "optimiser")
+    lr: float = _setting(1e-3, number(0), "highest learning rate")
+    weight_decay: float = _setting(0.01, number(0), "weight decay of matrices and kernels")
+    warmup: int = _setting(50, whole(), "steps of linear warm-up of the cosine schedule")
+    schedule: Literal["cosine", "release"] = _setting(
+        "cosine", one_of("cosine", "release"), "learning rate: cosine decay to zero, or a tenth for the first third"
+    )
+    clip_norm: float = _setting(1.0, number(0), "largest norm of the gradient; 0: no clipping")
+    ema: float = _setting(0.99, number(0, below=1), "decay of the averaged weights, which are the ones saved; 0: none")
+    drop_path: float = _setting(0.3, number(0, below=1), "rate of stochastic depth in the adapter")
+    l1: float = _setting(1.0, number(0), "weight of the L1 loss")
+    edge: float = _setting(1.0, number(0), "weight of the edge loss")
+    spectral: float = _setting(0.1, number(0), "weight of the spectral loss")
+    true_rings: bool = _setting(True, boolean(), "spectral loss: rings of true frequency, unlike the release")
+    val_images: int = _setting(24, whole(), "images to validate on, at most; 0: no validation")
+    val_every: int = _setting(200, whole(1), "steps between validations")
+    save_every: int = _setting(100, whole(1), "steps between writes of the training state")
+    log_every: int = _setting(10, whole(1), "steps between lines of metrics")
+    workers: int = _setting(2, whole(), "processes that read images")
+    seed: int = _setting(0, whole(0, below=2**63), "seed of crops, initial weights and stochastic depth")
+    device: str = _setting("auto", text(), "device, such as cpu or cuda; auto: the best one present")
+    about: str = _setting("", text(empty=True), "what the images are, for the model card")
 
     def __post_init__(self) -> None:
-        for field, kind in fields():
-            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name), kind))
-            if isinstance(getattr(self, field.name), float) and not math.isfinite(getattr(self, field.name)):
-                raise BrixelError(f"{field.name} is {getattr(self, field.name)}; expected a finite number")
-        for name in ("steps", "batch_size", "accumulate", "max_zoom", "val_every", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise BrixelError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in (
-            *("fit", "cache", "warmup", "lr", "weight_decay", "clip_norm", "workers", "val_images", "seed"),
-            *("l1", "edge", "spectral"),
-        ):
-            if getattr(self, name) < 0:
-                raise BrixelError(f"{name} is {getattr(self, name)}; expected zero or more")
-        for name in ("ema", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise BrixelError(f"{name} is {getattr(self, name)}; expected from 0 to below 1")
-        if self.teacher_px is not None and self.teacher_px < 1:
-            raise BrixelError(f"teacher_px is {self.teacher_px}; expected a positive number of pixels")
-        if self.seed >= 2**63:
-            raise BrixelError(f"seed is {self.seed}; expected less than 2**63")
+        check_fields(self, {field.name: field.metadata["rule"] for field in dataclasses.fields(self)})
         if not self.l1 + self.edge + self.spectral:
             raise BrixelError("l1, edge and spectral are all 0; expected at least one above")
-        if not self.images:
-            raise BrixelError("images is empty; expected at least one folder of images")
-        for name in ("backbone", "out", "images", "val"):
-            if "" in (getattr(self, name), *getattr(self, name)):
-                raise BrixelError(f"{name} is {getattr(self, name)!r}; expected a path, '.' for the current folder")
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -111,20 +103,25 @@ class TrainConfig:
 
 
 def fields() -> list[tuple["dataclasses.Field[Any]", Any]]:
-    """The settings with their types."""
-    kinds = typing.get_type_hints(TrainConfig)
-    return [(field, kinds[field.name]) for field in dataclasses.fields(TrainConfig)]
+    """The settings with their types; ``field.metadata["help"]`` describes each in a line."""
+    hints = typing.get_type_hints(TrainConfig)
+    return [(field, hints[field.name]) for field in dataclasses.fields(TrainConfig)]
 
 
-def make_config(settings: dict[str, Any], *, preset: str = "default") -> TrainConfig:
-    """A configuration from settings by name, over those of a preset ("default", "release")."""
-    if preset not in PRESETS:
-        raise BrixelError(f"unknown preset {preset!r}; {did_you_mean(preset, PRESETS)}")
+_ARGS = "".join(f"    {field.name}: {field.metadata['help']}.\n" for field, _ in fields())
+_RAISES = "    BrixelError: A value has the wrong type or is out of range, or all three losses have weight 0.\n"
+TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n\nArgs:\n{_ARGS}\nRaises:\n{_RAISES}"
+
+
+def make_config(settings: Mapping[str, Any], *, preset: str = "default") -> TrainConfig:
+    """A configuration from settings by name, over those of a preset ("default", "release").
+
+    Raises:
+        BrixelError: A name is unknown, a setting without a default is missing, or a value is not allowed.
+    """
+    check_names([preset], PRESETS, "unknown preset")
     settings = {RENAMED.get(name, name): value for name, value in settings.items()}
-    known = [field.name for field, _ in fields()]
-    for name in settings:
-        if name not in known:
-            raise BrixelError(f"unknown setting {name!r}; {did_you_mean(name, known)}")
+    check_names(settings, [field.name for field, _ in fields()], "unknown setting")
     missing = [name for name in ("backbone", "images", "out") if settings.get(name) is None]
     if missing:
         raise BrixelError(f"settings without a default are missing: {', '.join(missing)}")
@@ -136,39 +133,19 @@ def read_settings(path: Path) -> dict[str, Any]:
     return read_toml(path, "settings")
 
 
+def given_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that are not None, by name: what is written to files."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+
+
 def write_settings(path: Path, config: TrainConfig) -> None:
-    """Write every setting as TOML, whole or not at all; those that are None are left out, as TOML has no such value."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
-    # JSON's strings, numbers, booleans and flat lists are TOML's, too, but for one control character
-    written = {name: json.dumps(value, ensure_ascii=False) for name, value in settings.items()}
-    lines = [f"{name} = {text}\n".replace("\x7f", "\\u007f") for name, text in written.items()]
-    write_text(path, "".join(lines))
+    """Write the settings as TOML, atomically; None, which TOML lacks, is left out."""
+    # JSON strings, numbers, booleans and flat lists are valid TOML, except for one control character
+    values = {name: json.dumps(value, ensure_ascii=False) for name, value in given_settings(config).items()}
+    write_text(path, "".join(f"{name} = {value}\n".replace("\x7f", "\\u007f") for name, value in values.items()))
 
 
-def differences(one: TrainConfig, other: TrainConfig) -> list[str]:
-    """Settings in which two runs differ and that matter to the result, as "name: this, not that"."""
-    pairs = ((field.name, getattr(one, field.name), getattr(other, field.name)) for field, _ in fields())
+def differences(config: TrainConfig, other: TrainConfig) -> list[str]:
+    """Settings that affect the result and differ, as "name: value in ``config``, not value in ``other``"."""
+    pairs = ((field.name, getattr(config, field.name), getattr(other, field.name)) for field, _ in fields())
     return [f"{name}: {a!r}, not {b!r}" for name, a, b in pairs if a != b and name not in INCIDENTAL]
-
-
-def _checked(name: str, value: Any, kind: Any) -> Any:
-    """The value in the type that the setting has, or an error."""
-    if typing.get_origin(kind) is tuple:
-        value = [value] if isinstance(value, (str, Path)) else value
-        if isinstance(value, (list, tuple)) and all(isinstance(each, (str, Path)) for each in value):
-            return tuple(str(each) for each in value)
-    elif typing.get_origin(kind) is Literal:
-        if value in typing.get_args(kind):
-            return value
-        raise BrixelError(f"{name} is {value!r}; expected one of {', '.join(map(repr, typing.get_args(kind)))}")
-    elif value is None and type(None) in typing.get_args(kind):
-        return None
-    else:
-        plain = next((each for each in typing.get_args(kind) if each is not type(None)), kind)
-        if plain is str and isinstance(value, Path):
-            return str(value)
-        if plain is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if type(value) is plain:
-            return value
-    raise BrixelError(f"{name} is {value!r}; expected {getattr(kind, '__name__', kind)}")

@@ -1,4 +1,7 @@
-"""Several processes under `torchrun`: who we are, sums over all, batch norm over all. One process needs none of it."""
+"""Several processes under `torchrun`: rank and world size, reductions, synchronised batch norm.
+
+In a run of one process, every function here returns at once and no process group is made.
+"""
 
 import os
 import traceback
@@ -18,61 +21,67 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among all: its rank, how many there are, its device; a group that waits for as long as it takes."""
+class DistributedContext:
+    """This process among those of the run."""
 
     rank: int
-    size: int
+    world_size: int
     device: torch.device
-    patient: dist.ProcessGroup | None = None
+    barrier_group: dist.ProcessGroup | None = None  # its barriers wait for days rather than minutes
 
     @property
-    def leads(self) -> bool:
-        """Whether this is the process that writes files and prints."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the process that writes files and prints."""
         return self.rank == 0
 
 
 @contextmanager
-def joined(device: str) -> Iterator[World]:
-    """The world that `torchrun` describes in the environment; this process alone where it describes none."""
-    size, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+def distributed_context(device: str) -> Iterator[DistributedContext]:
+    """Initialise the process group that `torchrun` describes in the environment, if any, and destroy it at the end."""
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     chosen = choose_device(device)
     if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", local)
-    if size == 1:
-        yield World(0, 1, chosen)
+        chosen = torch.device("cuda", local_rank)
+    if world_size == 1:
+        yield DistributedContext(0, 1, chosen)
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        # while the first fills a cache of teacher features the others wait, longer than a step may take
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        yield World(dist.get_rank(), dist.get_world_size(), chosen, patient)
+        # while rank 0 fills a cache of teacher maps, the others wait for longer than the default timeout
+        barrier_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        yield DistributedContext(dist.get_rank(), dist.get_world_size(), chosen, barrier_group)
     except BaseException as error:
-        # frames that failed hold DistributedDataParallel; if it goes after its group, torch may wait for itself forever
+        # the traceback's frames hold DistributedDataParallel: if it outlives its process group, torch can deadlock
         traceback.clear_frames(error.__traceback__)
         raise
     finally:
         dist.destroy_process_group()
 
 
-def mean_over_all(value: Tensor, world: World) -> Tensor:
-    """A number's mean over the processes, without gradient."""
-    value = value.detach().clone()
-    if world.size > 1:
-        dist.all_reduce(value)
-    return value / world.size
+def all_reduce_sum(value: Tensor, context: DistributedContext) -> Tensor:
+    """The sum of a tensor over the processes, without gradient, on the tensor's device."""
+    if context.world_size == 1:
+        return value
+    total = value.detach().to(context.device, copy=True)
+    dist.all_reduce(total)
+    return total.to(value.device)
 
 
-def wait_for_all(world: World) -> None:
-    """Return when every process has come here."""
-    if world.size > 1:
-        dist.barrier(world.patient)
+def all_reduce_mean(value: Tensor, context: DistributedContext) -> Tensor:
+    """The mean of a tensor over the processes, without gradient."""
+    return all_reduce_sum(value.detach(), context) / context.world_size
 
 
-class _SumOverAll(torch.autograd.Function):
-    """The sum over the processes, in both directions."""
+def barrier(context: DistributedContext) -> None:
+    """Wait until every process has called this."""
+    if context.world_size > 1:
+        dist.barrier(context.barrier_group)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """The sum over the processes, of the value in the forward pass and of its gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -87,22 +96,22 @@ class _SumOverAll(torch.autograd.Function):
         return total
 
 
-def _sum_over_all(value: Tensor) -> Tensor:
-    total: Tensor = _SumOverAll.apply(value)  # type: ignore[no-untyped-call]
+def _differentiable_sum(value: Tensor) -> Tensor:
+    total: Tensor = _AllReduceSum.apply(value)  # type: ignore[no-untyped-call]
     return total
 
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """`nn.SyncBatchNorm` for the CPU, which torch's own refuses. Every process must hold as many values."""
+    """`nn.SyncBatchNorm`, which needs CUDA, for the CPU. Every process must hold as many values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W), normalised by mean and variance over all processes in training."""
+        """Normalise (B, C, H, W) by mean and variance over all processes in training."""
         if not self.training:
             return super().forward(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _sum_over_all(x.sum((0, 2, 3))) / count
+        mean = _differentiable_sum(x.sum((0, 2, 3))) / count  # C
         centred = x - mean[:, None, None]
-        variance = _sum_over_all(centred.square().sum((0, 2, 3))) / count
+        variance = _differentiable_sum(centred.square().sum((0, 2, 3))) / count  # C
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -115,11 +124,11 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         return centred * scale[:, None, None] + self.bias[:, None, None]
 
 
-def synchronised(module: Module, world: World) -> Module:
-    """The module with its batch norms over all processes; as it is where there is one."""
-    if world.size == 1:
+def sync_batch_norm(module: Module, context: DistributedContext) -> Module:
+    """The module with batch norms over all processes; unchanged for one process."""
+    if context.world_size == 1:
         return module
-    if world.device.type == "cuda":
+    if context.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):

@@ -82,15 +82,16 @@ def _diagram(lines: _Lines, last: int) -> Image.Image:
 
 @torch.no_grad()
 def draw_crops(path: Path, model: BrixelFeatures, crops: TeacherCache, device: torch.device) -> None:
-    """The panel of the first crops: the backbone's own map, the student's and the teacher's."""
+    """Draw a panel of the first crops: image, the backbone's map, the student's and the teacher's."""
     vit = model.config.backbone.vit
-    mean, std = (torch.tensor(each)[:, None, None] for each in (vit.mean, vit.std))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (vit.mean, vit.std))
     rows = []
     for index in range(min(_PANEL_ROWS, len(crops))):
         pixels, teacher = crops[index]
         batch = pixels[None].to(device)
         features = {"backbone": model.backbone_features(batch)[0].cpu(), "student": model(batch)[0].cpu()}
-        maps = {name: _feature_map(each, pixels) for name, each in {**features, "teacher": teacher}.items()}
+        features["teacher"] = teacher
+        maps = {name: _feature_map(cells, pixels) for name, cells in features.items()}
         size_hw = tile_size(maps["teacher"])
         rgb = (pixels * std + mean).clamp(0, 1).numpy()
         rows.append([image_tile(rgb, size_hw, "student's image"), *map_tiles(maps, size_hw)])

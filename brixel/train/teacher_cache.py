@@ -1,8 +1,8 @@
 """Teacher features of fixed crops on disk, so that small machines train without running the teacher in every epoch.
 
-A folder holds `header.json` (what it was made of), `teacher.bin` and `student.bin` (all crops, one after the other),
-and `done.json` (how many of them are there, renamed into place only when their bytes are on disk). Killed at any
-moment, a build goes on at the last crop recorded. One process builds; any number may read.
+A folder holds `header.json` (what the cache was made from), `teacher.bin` and `student.bin` (the crops, one after the
+other), and `done.json` (their number, written only when their bytes are on disk). A build that was killed resumes after
+the last recorded crop. One process builds; any number may read.
 
 Shapes: B batch, T side of the teacher's crop and S = T/4 of the student's in pixels, D x h x w the teacher's features.
 """
@@ -28,7 +28,7 @@ from brixel.utils.atomic_files import write_text
 
 FORMAT_VERSION = 1
 HEADER, DONE, TEACHER, STUDENT = "header.json", "done.json", "teacher.bin", "student.bin"
-# of the teacher's features; the student's pixels are float16 always, as bfloat16 is coarser than the 8 bits they had
+# of the teacher's features; the student's pixels are always float16, as bfloat16 is coarser than their 8 bits
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _NOTHING_DONE: dict[str, Any] = {"crops": 0, "skipped": []}
 
@@ -36,29 +36,29 @@ _NOTHING_DONE: dict[str, Any] = {"crops": 0, "skipped": []}
 class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
     """A complete cache: item i is crop i's student view (3, S, S), normalised, and teacher features (D, h, w), float32.
 
-    Opened by folder; made by :meth:`build_or_open`, which also checks what it was made of. ``skipped``: paths of the
-    images that could not be used. Raises BrixelError where the folder holds no complete cache.
+    The constructor opens a folder and raises BrixelError if it holds no complete cache; :meth:`build_or_open` also
+    builds, and checks what the cache was made from. ``skipped``: paths of the images that could not be used.
     """
 
     def __init__(self, folder: Path) -> None:
         header, done, skipped = _read(folder)
         self.folder, self.skipped, self.count = folder, tuple(skipped), int(header["fingerprint"]["count"])
         if done < self.count:
-            raise BrixelError(f"the teacher cache in {folder} has {done} of {self.count} crops: build it to its end")
+            raise BrixelError(f"the teacher cache in {folder} has {done} of {self.count} crops: finish building it")
         self.dtype = _DTYPES[header["fingerprint"]["dtype"]]
-        self._teacher = _mapped(folder / TEACHER, (self.count, *header["teacher_shape"]))
-        self._student = _mapped(folder / STUDENT, (self.count, *header["student_shape"]))
+        self._teacher = _memmap(folder / TEACHER, (self.count, *header["teacher_shape"]))
+        self._student = _memmap(folder / STUDENT, (self.count, *header["student_shape"]))
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        place = range(self.count)[index]
-        student, teacher = (torch.from_numpy(np.array(each[place])) for each in (self._student, self._teacher))
+        row = range(self.count)[index]
+        student, teacher = (torch.from_numpy(np.array(rows[row])) for rows in (self._student, self._teacher))
         return student.view(torch.float16).float(), teacher.view(self.dtype).float()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TeacherCache, (self.folder,)  # a worker maps the files anew
+        return TeacherCache, (self.folder,)  # a worker opens the files itself
 
     @classmethod
     def build_or_open(
@@ -74,26 +74,31 @@ class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
         workers: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> "TeacherCache":
-        """Open the cache in ``folder`` if it is of just this, after building what is missing of it.
+        """Open the cache in ``folder``, after building the part of it that is missing.
 
-        The crops are positions 0 ... ``count`` - 1 of ``dataset``. ``teacher``: (B, 3, T, T), normalised, on the CPU ->
-        (B, D, h, w) on any device; ``teacher_id``: what tells it from other teachers, as plain JSON values.
-        ``workers``: processes that read images. ``progress``: called with crops done and ``count``.
-        Raises BrixelError where the folder holds something else (and leaves it), where the disk is too small or full,
+        The crops are positions 0 ... ``count`` - 1 of ``dataset``. ``teacher``: from normalised pixels (B, 3, T, T) on
+        the CPU to features (B, D, h, w) on any device; ``teacher_id``: distinguishes it from others, as plain JSON
+        values. ``workers``: processes that read images. ``progress``: called with crops done and ``count``.
+        Raises BrixelError if the folder holds something else (which is left alone), if the disk is too small or full,
         and for features that are not finite.
         """
         fingerprint = _fingerprint(dataset, count, teacher_id, dtype)
-        done, skipped = _standing(folder, fingerprint)
+        done, skipped = _crops_done(folder, fingerprint)
         if done == count:
             return cls(folder)
-        own = torch.Generator()  # else it draws from the global one
+        generator = torch.Generator()  # the default is to draw from the global one
         for batch in DataLoader(
-            dataset, batch_size, sampler=range(done, count), num_workers=workers, collate_fn=collate, generator=own
+            dataset,
+            batch_size,
+            sampler=range(done, count),
+            num_workers=workers,
+            collate_fn=collate,
+            generator=generator,
         ):
             with torch.no_grad():
-                features = _checked(teacher(batch.teacher), batch, done, dtype)
+                features = _check_features(teacher(batch.teacher), batch, done, dtype)
             skipped = list(dict.fromkeys([*skipped, *batch.skipped]))
-            _record(folder, fingerprint, features, batch.student.to(torch.float16), done, skipped)
+            _append(folder, fingerprint, features, batch.student.to(torch.float16), done, skipped)
             done += len(features)
             if progress is not None:
                 progress(done, count)
@@ -101,12 +106,12 @@ class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _fingerprint(dataset: CropDataset, count: int, teacher_id: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """Everything that the bytes of a cache depend on, as JSON gives it back."""
+    """Everything that the bytes of a cache depend on, as it reads back from JSON."""
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES or count < 1:
         raise BrixelError(f"a teacher cache of {count} crops in {name}; expected 1 or more, in {' or '.join(_DTYPES)}")
     images = [os.path.abspath(path) for path in dataset.images]
-    root = os.path.commonpath([os.path.dirname(path) for path in images])  # images may move together
+    root = os.path.commonpath([os.path.dirname(path) for path in images])  # the images may move, all together
     sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in images]
     digest = hashlib.sha256()
     for path, size in zip(images, sizes, strict=True):
@@ -117,11 +122,11 @@ def _fingerprint(dataset: CropDataset, count: int, teacher_id: Any, dtype: torch
     return dict(json.loads(json.dumps(parts)))
 
 
-def _standing(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, list[str]]:
-    """Crops done and images skipped so far; an error where the folder holds something else."""
+def _crops_done(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, list[str]]:
+    """Crops done and images skipped so far. BrixelError if the folder holds something else."""
     if not (folder / HEADER).exists():
         if folder.exists() and (not folder.is_dir() or any(path.name[0] != "." for path in folder.iterdir())):
-            raise BrixelError(f"{folder} is there and no teacher cache: name a new or an empty folder")
+            raise BrixelError(f"{folder} exists and is not a teacher cache: name a new or an empty folder")
         return 0, []
     header, done, skipped = _read(folder)
     if different := "; ".join(_differences(header["fingerprint"], fingerprint)):
@@ -129,57 +134,57 @@ def _standing(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, list[str]
     return done, skipped
 
 
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**there, **here}:
-            yield from _differences(there.get(key, "nothing"), here.get(key, "nothing"), f"{name}.{key}".lstrip("."))
-    elif there != here:
-        yield f"{name} is {str(there)[:200]} there, {str(here)[:200]} here"
+def _differences(stored: Any, given: Any, name: str = "") -> Iterator[str]:
+    if isinstance(stored, dict) and isinstance(given, dict):
+        for key in {**stored, **given}:
+            yield from _differences(stored.get(key, "nothing"), given.get(key, "nothing"), f"{name}.{key}".lstrip("."))
+    elif stored != given:
+        yield f"{name} is {str(stored)[:200]} in the folder, {str(given)[:200]} now"
 
 
-def _checked(features: Tensor, batch: CropBatch, first: int, dtype: torch.dtype) -> Tensor:
-    """The teacher's features on the CPU in the dtype that is kept; an error for a wrong shape or numbers not finite."""
+def _check_features(features: Tensor, batch: CropBatch, start: int, dtype: torch.dtype) -> Tensor:
+    """The teacher's features on the CPU in the stored dtype. BrixelError for a wrong shape or values not finite."""
     if features.ndim != 4 or len(features) != len(batch.teacher):
         raise BrixelError(f"the teacher gave {tuple(features.shape)}; expected ({len(batch.teacher)}, D, h, w)")
-    kept = features.detach().to("cpu", dtype)
-    for place, image in enumerate(batch.images):
-        if not kept[place].isfinite().all():
-            fault = f"do not fit {dtype}: take bfloat16" if features[place].isfinite().all() else "are not finite"
-            raise BrixelError(f"the teacher's features of crop {first + place}, from {image}, {fault}")
-    return kept
+    stored = features.detach().to("cpu", dtype)
+    for row, image in enumerate(batch.images):
+        if not stored[row].isfinite().all():
+            fault = f"do not fit {dtype}: take bfloat16" if features[row].isfinite().all() else "are not finite"
+            raise BrixelError(f"the teacher's features of crop {start + row}, from {image}, {fault}")
+    return stored
 
 
-def _record(
+def _append(
     folder: Path, fingerprint: dict[str, Any], teacher: Tensor, student: Tensor, done: int, skipped: list[str]
 ) -> None:
-    """Write a batch, and when it is on the disk, that it is there."""
+    """Write a batch, then the new number of crops once its bytes are on the disk."""
     shapes = {"teacher_shape": list(teacher.shape[1:]), "student_shape": list(student.shape[1:])}
     header = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, **shapes}
     left = fingerprint["count"] - done
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        needed, free = left * (teacher[0].nbytes + student[0].nbytes), shutil.disk_usage(there).free
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        needed, free = left * (teacher[0].nbytes + student[0].nbytes), shutil.disk_usage(existing).free
         if needed > free:
             sizes = f"{needed / 2**30:.2f} GiB more, and {free / 2**30:.2f} GiB are free"
-            raise BrixelError(f"the teacher cache in {folder} needs {sizes}: make room or take fewer crops")
+            raise BrixelError(f"the teacher cache in {folder} needs {sizes}: free space on the disk or take fewer crops")
         if not (folder / HEADER).exists():
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(folder / HEADER, header)
         if different := "; ".join(_differences(_read(folder)[0], header)):
-            raise BrixelError(f"the teacher no longer gives what the cache in {folder} began with: {different}")
+            raise BrixelError(f"the teacher's output does not fit the cache in {folder}: {different}")
         _write(folder / TEACHER, teacher, done)
         _write(folder / STUDENT, student, done)
         _write_json(folder / DONE, {"crops": done + len(teacher), "skipped": skipped})
     except OSError as error:
         kept = f"{done} crops are kept, {left} missing"
-        raise BrixelError(f"cannot write the teacher cache: {error}; mend it and start again, {kept}") from error
+        raise BrixelError(f"cannot write the teacher cache: {error}; fix this and start again, {kept}") from error
 
 
-def _write(path: Path, rows: Tensor, first: int) -> None:
-    """Write rows from number ``first`` on and wait for the disk; a mapped file would die of a full one."""
+def _write(path: Path, rows: Tensor, start: int) -> None:
+    """Write rows from number ``start`` on and wait for the disk. (With a memory map, a full disk ends the process.)"""
     data = rows.contiguous().view(torch.int16).numpy().tobytes()
     with open(path, "r+b" if path.exists() else "wb") as file:
-        if file.seek(0, os.SEEK_END) < (offset := first * rows[0].nbytes):
+        if file.seek(0, os.SEEK_END) < (offset := start * rows[0].nbytes):
             raise BrixelError(f"{path} is shorter than {DONE} says: delete the folder and build it again")
         file.seek(offset)
         file.write(data)
@@ -187,24 +192,24 @@ def _write(path: Path, rows: Tensor, first: int) -> None:
         os.fsync(file.fileno())
 
 
-def _mapped(path: Path, shape: Sequence[int]) -> "np.memmap[Any, np.dtype[np.int16]]":
-    """A file as rows of 16-bit numbers that are read when they are asked for."""
+def _memmap(path: Path, shape: Sequence[int]) -> "np.memmap[Any, np.dtype[np.int16]]":
+    """A file as rows of 16-bit numbers, read on access."""
     if not path.exists() or path.stat().st_size != 2 * math.prod(shape):
-        raise BrixelError(f"{path} is missing or has not the size it should: delete the folder and build it again")
+        raise BrixelError(f"{path} is missing or has the wrong size: delete the folder and build it again")
     return np.memmap(path, np.int16, "r", shape=tuple(shape))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], int, list[str]]:
-    """Header, crops done, images skipped."""
+    """The header, the number of crops done and the images skipped."""
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         done = json.loads((folder / DONE).read_text(encoding="utf-8")) if (folder / DONE).exists() else _NOTHING_DONE
         if header["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {header['format_version']}, and we read {FORMAT_VERSION}")
+            raise ValueError(f"format {header['format_version']}; this version reads {FORMAT_VERSION}")
         return header, int(done["crops"]), list(done["skipped"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise BrixelError(f"{folder} holds no sound teacher cache ({what}): build one in another folder") from error
+        raise BrixelError(f"{folder} holds no intact teacher cache ({what}): build one in another folder") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

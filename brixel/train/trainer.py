@@ -1,15 +1,16 @@
-"""The training run: `distill` and what it is made of. Method: section 3 of `docs/method.md` (arXiv 2511.05168).
+"""The training loop: `distill` and its `Trainer`. Method: section 3 of `docs/method.md` (arXiv 2511.05168).
 
-A step's batch and randomness are functions of seed, step and rank, so that a run which was killed goes on from its last
-state to the same weights. Only the adapter and head are trained, wrapped for several processes and averaged.
+The batch and the randomness of a step are functions of seed, step and rank, so an interrupted run resumes from its last
+state to the same weights. Only the upsampler (adapter and head) is trained; the average of its weights is validated.
+
+Shapes: B batch, S side of the student's crop in pixels, D width, h x w the student's grid.
 """
 
-import dataclasses
 import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,289 +24,225 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.model_folder import ADAPTER
 from brixel.checkpoints.weight_files import read_tensors
 from brixel.errors import BrixelError
-from brixel.images.crops import CropSettings
 from brixel.model.losses import total_loss
-from brixel.train.checkpoint import Average, Progress, load_state, save_state
+from brixel.train.checkpoint import TrainingState, load_state, save_state
 from brixel.train.config import TrainConfig, write_settings
-from brixel.train.data import CropDataset, find_training_images
-from brixel.train.distributed import World, joined, mean_over_all, synchronised, wait_for_all
-from brixel.train.fit_blend import fit_blend, is_fresh
-from brixel.train.loader import batches
+from brixel.train.distributed import DistributedContext, all_reduce_mean, barrier, distributed_context, sync_batch_norm
+from brixel.train.fit_blend import fit_blend, is_fresh, micro_batches_to_fit
+from brixel.train.loader import Teacher, TrainingData
 from brixel.train.metrics_log import Metrics
-from brixel.train.monitoring import draw_crops, draw_curve
-from brixel.train.setup import learning_rate, make_optimizer, passes_to_fit, prepared_model, teacher_side
-from brixel.train.teacher_cache import TeacherCache
-from brixel.train.training_facts import training_facts
-from brixel.train.validation import baselines, validate
+from brixel.train.optim import WeightAverage, learning_rate, make_optimizer
+from brixel.train.setup import prepare_model
+from brixel.train.validation import Validator
 
-SETTINGS, STATE, METRICS, LAST = "train.toml", "state.pt", "metrics.jsonl", "last"
-
-Teacher = Callable[[Tensor], Tensor]
+SETTINGS, STATE, METRICS = "train.toml", "state.pt", "metrics.jsonl"
 
 
 def distill(
     config: TrainConfig, *, model: BrixelFeatures | None = None, teacher: Teacher | None = None
 ) -> BrixelFeatures:
-    """Train an adapter and head, and return the best model; it also lies in ``config.out``, for `from_pretrained`.
+    """Train an adapter and head for a frozen backbone.
 
-    Started again with the same settings, a run goes on where its last state was written. Under `torchrun` every process
-    calls this. ``model``: what to train, in place of a fresh adapter on ``config.backbone``. ``teacher``: (B, 3, T, T),
-    normalised as for the backbone -> (B, D, T/p, T/p), in place of the backbone itself on the large image.
-    Raises BrixelError for settings that do not go together, a run with other settings in ``out``, a loss that is not
-    finite (the last good state is kept).
+    Called again with the same settings, an interrupted run resumes from its last state in ``config.out``. Under
+    `torchrun`, every process calls this. The caller's random state is left as it is.
+
+    Args:
+        config: The settings.
+        model: The model to train, in place of a fresh adapter on ``config.backbone``. It is changed in place.
+        teacher: From crops (B, 3, T, T), normalised as for the backbone, to maps (B, D, T/p, T/p), with T px the side
+            of a crop and p px that of a patch. None: the backbone itself.
+
+    Returns:
+        The best model: the averaged weights with the highest cosine similarity to the teacher on held-out crops, or
+        the last ones without ``config.val``. `BrixelFeatures.from_pretrained` loads it from ``config.out``.
+
+    Raises:
+        BrixelError: The settings do not fit the backbone, the images or the run in ``config.out``; no image can be
+            read; the disk is full; or the loss is not finite (the state before that step is saved).
     """
-    with joined(config.device) as world, torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
-        run = Run(config, world, model, teacher)
-        return run.train()
+    with distributed_context(config.device) as context:
+        cuda_devices = [context.device] if context.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda_devices):
+            return Trainer(config, context, model, teacher).train()
 
 
-class Run:
-    """One process's part in a run, and its state."""
+class Trainer:
+    """One process of a training run: the model, its optimiser and the training state."""
 
     def __init__(
-        self, config: TrainConfig, world: World, model: BrixelFeatures | None, teacher: Teacher | None
+        self,
+        config: TrainConfig,
+        context: DistributedContext,
+        model: BrixelFeatures | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        self.config, self.world, self.out = config, world, Path(config.out)
-        torch.manual_seed(config.seed)  # of the fresh adapter's weights
-        self.model = prepared_model(config, model).to(world.device)
-        self.teacher_px = teacher_side(config, self.model.patch_px)
-        self.teacher: Teacher = teacher or self._own_teacher
+        self.config, self.context, self.out = config, context, Path(config.out)
+        torch.manual_seed(config.seed)  # for the weights of a fresh adapter
+        self.model = prepare_model(config, model).to(context.device)
+        self.model_was_given = model is not None
+        self.teacher: Teacher = teacher or self._backbone_teacher
         self.teacher_name = "the backbone" if teacher is None else "given in code"
-        self.module = synchronised(self.model.upsampler, world)
-        self.average = Average(self.module, config.ema)
-        self.kept = BrixelFeatures(self.model.backbone, self.average.module, self.model.config)
+        self.module = sync_batch_norm(self.model.upsampler, context)
+        self.average = WeightAverage(self.module, config.ema)
+        self.averaged_model = BrixelFeatures(self.model.backbone, self.average.module, self.model.config)
         self.optimizer = make_optimizer(config, self.module)
-        self.progress = Progress(processes=world.size)
-        self.given = model is not None
-        self.buffers: list[Tensor] = []  # the running statistics of before this step
-        self.plain: dict[str, float] = {}  # what interpolation gives on the held-out crops, once it was measured
-        self.skipped: set[str] = set()
-        self.image_count = 0  # found to train on
+        self.state = TrainingState(processes=context.world_size)
+        self.images_per_step = config.batch_size * config.accumulate * context.world_size
+        self.buffers_before: list[Tensor] = []  # the running statistics before this step
 
     # ---------------------------------------------------------------- the run
 
     def train(self) -> BrixelFeatures:
-        """All steps that are left; the best model."""
-        taken_up = self._begin()
-        source, held_out = self._source(), self._held_out()
-        if not taken_up:
-            self._fit(source)
-        metrics = Metrics(self.out / METRICS, self.progress.step) if self.world.leads else None
-        wrapped = self._wrapped()
-        bar = tqdm(
-            total=self.config.steps, initial=self.progress.step, unit="step", disable=None if self.world.leads else True
-        )
-        started, images = time.perf_counter(), 0
-        passes = self._passes(source)
-        while self.progress.step < self.config.steps:
-            loss, parts = self.step(wrapped, passes)
-            self.progress.step += 1
-            images += self.config.batch_size * self.config.accumulate * self.world.size
-            rate = images / (time.perf_counter() - started)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{rate:.1f}")
-            if metrics is not None:
-                self._write(metrics, held_out, loss, parts, rate)
-        bar.close()
-        wait_for_all(self.world)
-        self._say_skipped()
-        self.model.eval()
-        if not self.given:
-            return BrixelFeatures.from_pretrained(self.out, backbone=self.config.backbone, device=self.world.device)
-        self.kept.upsampler.load_state_dict(read_tensors(self.out / ADAPTER))
-        return self.kept
+        """Take the steps that are left, and return the best model."""
+        resumed = self._resume()
+        data = TrainingData(self.config, self.model.config.backbone, self.teacher, self.teacher_name, self.context)
+        if not resumed:
+            self._fit_blend(data)
+        metrics = Metrics(self.out / METRICS, self.state.step) if self.context.is_main else None
+        validator = Validator(self.config, self.averaged_model, data, self.context)
+        wrapped = self._wrap()
+        micro_batches = data.micro_batches(self.state.step)
+        start_s, image_count = time.perf_counter(), 0
+        with self._progress_bar(total=self.config.steps, initial=self.state.step, unit="step") as bar:
+            while self.state.step < self.config.steps:
+                loss, parts = self.step(wrapped, micro_batches)
+                self.state.step += 1
+                image_count += self.images_per_step
+                images_per_s = image_count / (time.perf_counter() - start_s)
+                bar.update()
+                bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{images_per_s:.1f}")
+                if metrics is not None:
+                    self._write_due(metrics, validator, loss, parts, images_per_s)
+        barrier(self.context)
+        if data.skipped and self.context.is_main:
+            some = ", ".join(sorted(data.skipped)[:5])
+            print(f"brixel: {len(data.skipped)} images could not be used: {some}", file=sys.stderr)
+        return self._best_model()
 
-    def _begin(self) -> bool:
-        """Take up the state in ``out``, if there is one, and write down the settings; whether there was one."""
-        state = self.out / STATE
-        taken_up = state.exists()
-        if taken_up:
-            self.progress = load_state(
-                state, self.config, self.module, self.average, self.optimizer, processes=self.world.size
+    def _resume(self) -> bool:
+        """Load the state in the output folder, if there is one, and write the settings; whether there was one."""
+        path = self.out / STATE
+        resumed = path.exists()
+        if resumed:
+            self.state = load_state(
+                path, self.config, self.module, self.average, self.optimizer, processes=self.context.world_size
             )
-        wait_for_all(self.world)
-        if self.world.leads:
+        barrier(self.context)
+        if self.context.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             write_settings(self.out / SETTINGS, self.config)
-        return taken_up
+        return resumed
 
-    def _passes(self, source: CropDataset | TeacherCache) -> Iterator[tuple[Tensor, Tensor]]:
-        return batches(
-            self.config, source, self.teacher, self.world, start_step=self.progress.step, skipped=self.skipped
-        )
-
-    def _fit(self, source: CropDataset | TeacherCache) -> None:
-        """Fit a fresh blend to the first crops of the run; one that was trained before is left alone."""
-        blend, number = self.model.adapter.blend, passes_to_fit(self.config, self.world.size)
-        if blend is None or not number or not is_fresh(blend):
+    def _fit_blend(self, data: TrainingData) -> None:
+        """Fit a fresh blend to the first crops of the run; a trained one stays as it is."""
+        blend, count = self.model.adapter.blend, micro_batches_to_fit(self.config, self.context.world_size)
+        if blend is None or not count or not is_fresh(blend):
             return
-        bar = tqdm(
-            itertools.islice(self._passes(source), number),
-            desc="fit",
-            total=number,
-            unit="pass",
-            disable=None if self.world.leads else True,
-        )
-        fit_blend(blend, lambda pixels: self.model.backbone.block_maps(pixels, self.model.blocks), bar, self.world)
+        micro_batches = itertools.islice(data.micro_batches(self.state.step), count)
+        with self._progress_bar(micro_batches, desc="fit", total=count, unit="batch") as bar:
+            fit_blend(blend, self._block_maps, bar, self.context)
         self.average.module.load_state_dict(self.module.state_dict())
 
-    def _wrapped(self) -> nn.Module:
-        if self.world.size == 1:
+    def _wrap(self) -> nn.Module:
+        """The module in DistributedDataParallel, where there are several processes."""
+        if self.context.world_size == 1:
             return self.module
-        return DistributedDataParallel(self.module, [self.world.device] if self.world.device.type == "cuda" else None)
+        device = self.context.device
+        return DistributedDataParallel(self.module, [device] if device.type == "cuda" else None)
 
-    # ---------------------------------------------------------------- a step
+    def _best_model(self) -> BrixelFeatures:
+        self.model.eval()
+        if not self.model_was_given:
+            return BrixelFeatures.from_pretrained(self.out, backbone=self.config.backbone, device=self.context.device)
+        self.averaged_model.upsampler.load_state_dict(read_tensors(self.out / ADAPTER))
+        return self.averaged_model
 
-    def step(self, wrapped: nn.Module, passes: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, dict[str, float]]:
-        """One step of the optimiser: its loss and the loss's parts, means over all processes."""
+    # ---------------------------------------------------------------- one step
+
+    def step(
+        self, wrapped: nn.Module, micro_batches: Iterator[tuple[Tensor, Tensor]]
+    ) -> tuple[float, dict[str, float]]:
+        """Take one optimiser step; the loss and its parts, averaged over micro-batches and processes.
+
+        ``wrapped``: the module, or DistributedDataParallel around it. ``micro_batches``: pixels (B, 3, S, S) with
+        teacher maps (B, D, 4h, 4w), of which ``config.accumulate`` are read.
+        """
         config = self.config
         self.module.train()
-        torch.manual_seed(hash((config.seed, self.progress.step, self.world.rank)))  # of stochastic depth
-        self.buffers = [buffer.clone() for buffer in self.module.buffers()]
-        figures: list[Tensor] = []  # of each pass: the total, then its parts
-        for number in range(config.accumulate):
-            last = number == config.accumulate - 1
-            quiet = wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext()
-            with quiet:
-                total, parts = self._loss(wrapped, *next(passes))
+        torch.manual_seed(hash((config.seed, self.state.step, self.context.rank)))  # for stochastic depth
+        self.buffers_before = [buffer.clone() for buffer in self.module.buffers()]
+        losses: list[Tensor] = []  # of each micro-batch: the total, then its parts
+        for index in range(config.accumulate):
+            last = index == config.accumulate - 1
+            with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not last else nullcontext():
+                total, parts = self._loss(wrapped, *next(micro_batches))
                 (total / config.accumulate).backward()
-            figures.append(torch.stack([total.detach(), *parts.values()]))
-        loss, *means = mean_over_all(torch.stack(figures).mean(0), self.world).tolist()
+            losses.append(torch.stack([total.detach(), *parts.values()]))
+        loss, *means = all_reduce_mean(torch.stack(losses).mean(0), self.context).tolist()
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), config.clip_norm or math.inf)
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._stop(f"loss {loss}, gradient norm {norm}")
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, self.progress.step)
+            group["lr"] = learning_rate(config, self.state.step)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.average.update(self.module, self.progress.step)
+        self.average.update(self.module, self.state.step)
         return loss, dict(zip(parts, means, strict=True))
 
     def _loss(self, wrapped: nn.Module, pixels: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        if mean_over_all(target.isfinite().all().float(), self.world) < 1:  # all stop, or none
+        if all_reduce_mean(target.isfinite().all().float(), self.context) < 1:  # all processes stop, or none
             self._stop("the teacher's maps are not finite")
         with self._autocast():
             with torch.no_grad():
-                maps = self.model.backbone.block_maps(pixels, self.model.blocks)
-            student = wrapped(pixels, maps)
+                maps = self._block_maps(pixels)
+            student: Tensor = wrapped(pixels, maps)
         return total_loss(student, target, self.config.loss_weights)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.world.device.type == "cuda")
+    def _block_maps(self, pixels: Tensor) -> list[Tensor]:
+        return self.model.backbone.block_maps(pixels, self.model.blocks)
 
-    def _own_teacher(self, pixels: Tensor) -> Tensor:
+    def _backbone_teacher(self, pixels: Tensor) -> Tensor:
         with self._autocast(), torch.no_grad():
-            return self.model.backbone_features(pixels.to(self.world.device))
+            return self.model.backbone_features(pixels.to(self.context.device))
+
+    def _autocast(self) -> torch.autocast:
+        device_type = self.context.device.type
+        return torch.autocast(device_type, torch.bfloat16, enabled=device_type == "cuda")
 
     def _stop(self, reason: str) -> None:
-        """Something is not finite. The weights of before this step are still good: keep them, and stop."""
-        for buffer, before in zip(self.module.buffers(), self.buffers, strict=True):
+        """Save the state before this step, whose weights are still finite, and raise BrixelError."""
+        for buffer, before in zip(self.module.buffers(), self.buffers_before, strict=True):
             buffer.copy_(before)
-        self._save()
+        self._save_state()
         raise BrixelError(
-            f"step {self.progress.step}: {reason}; training stops here. The state before this step is kept in "
-            f"{self.out / STATE}; look at the images of this batch, or try a smaller lr with another --out"
+            f"step {self.state.step}: {reason}; training stops here. The state before this step is saved in "
+            f"{self.out / STATE}; check the images of this batch, or try a smaller lr in another output folder"
         )
 
-    # ---------------------------------------------------------------- images
+    # ---------------------------------------------------------------- output
 
-    def dataset(self, folders: Sequence[str], *, random: bool) -> CropDataset:
-        """The crops of the images in ``folders``, drawn for training or, where not ``random``, cut for validation."""
-        config, vit = self.config, self.model.config.backbone.vit
-        settings = CropSettings(self.teacher_px, config.max_zoom, config.flip, config.small, config.seed, random)
-        images = find_training_images([Path(folder) for folder in folders])
-        return CropDataset(images, settings, mean=vit.mean, std=vit.std)
+    def _progress_bar(self, iterable: Any = None, **options: Any) -> "tqdm[Any]":
+        """A progress bar on rank 0, on a terminal."""
+        return tqdm(iterable, disable=None if self.context.is_main else True, **options)
 
-    def _cached(self, dataset: CropDataset, count: int, folder: Path) -> TeacherCache:
-        """A cache that the leading process builds and all open."""
-        if self.world.leads:
-            backbone = self.model.config.backbone
-            who = {"name": self.teacher_name, "vit": dataclasses.asdict(backbone.vit), "weights": backbone.fingerprint}
-            bar = tqdm(total=count, desc="teacher", unit="crop", disable=None)
-            TeacherCache.build_or_open(
-                folder,
-                dataset=dataset,
-                count=count,
-                teacher=self.teacher,
-                teacher_id=who,
-                workers=self.config.workers,
-                progress=lambda done, _: _advance(bar, done),
-            )
-            bar.close()
-        wait_for_all(self.world)
-        cache = TeacherCache(folder)
-        self.skipped.update(cache.skipped)
-        return cache
-
-    def _source(self) -> CropDataset | TeacherCache:
-        dataset = self.dataset(self.config.images, random=True)
-        self.image_count = len(dataset)
-        if not self.config.cache:
-            return dataset
-        return self._cached(dataset, self.config.cache, Path(self.config.cache_dir or self.out / "cache"))
-
-    def _held_out(self) -> TeacherCache | None:
-        if not self.config.val or not self.config.val_images:
-            return None
-        dataset = self.dataset(self.config.val, random=False)
-        return self._cached(dataset, min(len(dataset), self.config.val_images), self.out / "val")
-
-    # ---------------------------------------------------------------- what is written
-
-    def _write(
-        self, metrics: Metrics, held_out: TeacherCache | None, loss: float, parts: dict[str, float], rate: float
+    def _write_due(
+        self, metrics: Metrics, validator: Validator, loss: float, parts: dict[str, float], images_per_s: float
     ) -> None:
-        """What is due after this step: a line of metrics, a validation, a state."""
-        config, step = self.config, self.progress.step
+        """Write what is due after this step: a line of metrics, a validation, the state."""
+        config, step = self.config, self.state.step
         last = step == config.steps
         if step % config.log_every == 0 or last:
             lr = learning_rate(config, step - 1)
-            metrics.add({"step": step, "loss": loss, **parts, "lr": lr, "pictures_per_s": round(rate, 2)})
+            metrics.add({"step": step, "loss": loss, **parts, "lr": lr, "pictures_per_s": round(images_per_s, 2)})
             if not sys.stderr.isatty():
-                left = (config.steps - step) * config.batch_size * config.accumulate * self.world.size / rate
-                told = f"step {step}/{config.steps} loss {loss:.4f}, {rate:.1f} images/s, {left:.0f} s left"
-                print(told, file=sys.stderr, flush=True)
+                left_s = (config.steps - step) * self.images_per_step / images_per_s
+                line = f"step {step}/{config.steps} loss {loss:.4f}, {images_per_s:.1f} images/s, {left_s:.0f} s left"
+                print(line, file=sys.stderr, flush=True)
         if step % config.val_every == 0 or last:
-            self._validate(metrics, held_out)
+            validator.run(self.state, metrics)
         if step % config.save_every == 0 or last:
-            self._save()
+            self._save_state()
 
-    def _validate(self, metrics: Metrics, held_out: TeacherCache | None) -> None:
-        self.kept.eval()
-        record: dict[str, Any] = {"step": self.progress.step}
-        if held_out is not None:
-            record |= validate(self.kept, held_out, self.world.device)
-            self.plain = self.plain or baselines(self.kept.backbone_features, held_out, self.world.device)
-            metrics.add(record | self.plain)
-            draw_crops(self.out / f"panel-{self.progress.step:06d}.png", self.kept, held_out, self.world.device)
-        draw_curve(self.out / "curve.png", metrics.records())
-        self.kept.config = dataclasses.replace(self.kept.config, training=self._facts(record, held_out))
-        self.kept.save_pretrained(self.out / LAST)
-        score = record.get("cosine", self.progress.step)  # without validation the latest is the best there is
-        if self.progress.best is None or score > self.progress.best:
-            self.progress.best = score
-            self.kept.save_pretrained(self.out)
-
-    def _facts(self, record: dict[str, float], held_out: TeacherCache | None) -> dict[str, str]:
-        return training_facts(
-            self.config,
-            images=self.image_count,
-            held_out=len(held_out) if held_out is not None else 0,
-            teacher_px=self.teacher_px,
-            processes=self.world.size,
-            figures=record | self.plain,
-            device=self.world.device,
-        )
-
-    def _save(self) -> None:
-        if self.world.leads:
-            save_state(self.out / STATE, self.config, self.progress, self.module, self.average, self.optimizer)
-
-    def _say_skipped(self) -> None:
-        if self.skipped and self.world.leads:
-            some = ", ".join(sorted(self.skipped)[:5])
-            print(f"brixel: {len(self.skipped)} images could not be used: {some}", file=sys.stderr)
-
-
-def _advance(bar: "tqdm[Any]", done: int) -> None:
-    bar.update(done - bar.n)
+    def _save_state(self) -> None:
+        if self.context.is_main:
+            save_state(self.out / STATE, self.config, self.state, self.module, self.average, self.optimizer)

@@ -1,4 +1,4 @@
-"""What a model's config and card tell of its training: settings and figures, as texts for people."""
+"""The training section of a model's config and card: settings and results as texts."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -20,7 +20,7 @@ def training_facts(
     figures: Mapping[str, float],
     device: torch.device,
 ) -> dict[str, str]:
-    """A line for each thing; ``figures`` as a validation writes them, with "step". Names of folders are not told."""
+    """Texts by title, without names of folders; ``figures``: "step" and the results of a validation."""
     batch = config.batch_size * config.accumulate * processes
     pixels = f"{teacher_px} px for the teacher, {teacher_px // UPSCALE} px for the student"
     facts = {
@@ -31,6 +31,6 @@ def training_facts(
     if "cosine" in figures:
         title = f"on {held_out} held-out crops"
         for name, text in (("cosine", "cosine to the teacher"), ("l1", "L1 to the teacher")):
-            plain = ", ".join(f"{mode} {figures[f'{mode}_{name}']:.4f}" for mode in ("bilinear", "bicubic"))
-            facts[f"{text}, {title}"] = f"{figures[name]:.4f}; {plain}"
+            baselines = ", ".join(f"{mode} {figures[f'{mode}_{name}']:.4f}" for mode in ("bilinear", "bicubic"))
+            facts[f"{text}, {title}"] = f"{figures[name]:.4f}; {baselines}"
     return facts | {"made with": f"brixel {version('brixel')}; {describe_machine(device)}"}

@@ -1,19 +1,20 @@
-"""A ViT of half the width that starts from a trained one, rather than from nothing: slicing, and what is left of it.
+"""Slicing: initialise a narrow ViT from a trained wide one, as the start of its training.
 
-After SliceGPT (arXiv 2401.15024), for LayerNorm and with heads and hidden units cut as well. The residual stream is
-written in its first principal components; every matrix that reads or writes it follows. A LayerNorm of the narrow
-model subtracts the mean of its own channels, so these are chosen to have none. Attention heads keep their number and
-lose half their channels (truncated SVD of query-key and of value-output); of the hidden units of an MLP the half that
-matters most stays, and the layer behind is fitted anew. Learned positions are lost: the new model has rotary ones, and
-the strongest channels of every head are put where these turn least. What comes out has to be trained.
+After SliceGPT (arXiv 2401.15024), adapted to LayerNorm, and with smaller heads and MLPs as well. The residual stream is
+projected to its first principal components, and all matrices that read or write it are projected alike. LayerNorm
+subtracts the mean over channels, so the narrow channels are chosen to have mean zero. The number of attention heads
+stays and their channels are halved (truncated SVD of query-key and of value-output). Of an MLP's hidden units, the more
+important half stays, and the second layer is fitted anew. Learned positions are dropped: the narrow model has rotary
+ones, and the strongest channels of a head become those that rotate least.
 
-Shapes: D wide, d = D / 2 narrow, A heads, E channels of a head.
+Shapes: D wide, d = D / 2 narrow, A heads, E channels of a head, C channels of any vectors.
 """
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,7 +23,7 @@ from brixel.backbones.vit_config import ViTConfig
 
 
 class Moments:
-    """Running mean of the outer products of vectors with a 1 behind them: second moments, and means beside them."""
+    """Running mean of outer products of vectors with a 1 appended: second moments, and means in the last row."""
 
     def __init__(self) -> None:
         self.sum, self.count = torch.zeros(()), 0
@@ -39,12 +40,12 @@ class Moments:
 
 
 def measure(wide: ViT, batches: list[Tensor]) -> tuple[list[Moments], list[Moments]]:
-    """Moments of what enters each norm (normalised, without its scale), and of each MLP's hidden units."""
+    """Moments of the input of every norm (normalised, without scale), and of the hidden units of every MLP."""
     norms = [norm for block in wide.blocks for norm in (block.norm1, block.norm2)] + [wide.norm]
     streams, hidden = [Moments() for _ in norms], [Moments() for _ in wide.blocks]
 
     def watch(module: nn.Module, moments: Moments, prepare: Callable[[Tensor], Tensor]) -> RemovableHandle:
-        return module.register_forward_pre_hook(lambda _, given: moments.add(prepare(given[0])))
+        return module.register_forward_pre_hook(lambda _, inputs: moments.add(prepare(inputs[0])))
 
     hooks = [watch(n, m, lambda x: F.layer_norm(x, x.shape[-1:])) for n, m in zip(norms, streams, strict=True)]
     hooks += [watch(b.ffn.down, m, lambda x: x) for b, m in zip(wide.blocks, hidden, strict=True)]
@@ -57,19 +58,21 @@ def measure(wide: ViT, batches: list[Tensor]) -> tuple[list[Moments], list[Momen
 
 
 @torch.no_grad()
-def sliced(wide: ViT, config: ViTConfig, batches: list[Tensor]) -> tuple[ViT, Tensor]:
-    """The narrow model, and the projection (d, D) of the wide one's features that its own features stand for.
+def slice_vit(wide: ViT, config: ViTConfig, batches: list[Tensor]) -> tuple[ViT, Tensor]:
+    """The narrow model, and the projection (d, D) from the wide model's features to what its features approximate.
 
     ``batches``: normalised images (B, 3, H, W) to measure on. The projection is close to a rotation onto d of D axes.
     """
     streams, hidden = measure(wide, batches)
-    basis = _basis(sum(each.mean[:-1, :-1] for each in streams), wide.norm.weight, config.width)  # D d
+    basis = _basis(sum(moments.mean[:-1, :-1] for moments in streams), wide.norm.weight, config.width)  # D d
     narrow = ViT(config)
     _embed(narrow, wide, basis)
     for index, (block, source) in enumerate(zip(narrow.blocks, wide.blocks, strict=True)):
         _attention(block, source, streams[2 * index].mean, basis)
         _mlp(block, source, streams[2 * index + 1].mean, hidden[index].mean, basis)
-    decode = wide.norm.weight[:, None] * basis * _gain(streams[-1].mean, basis)  # D d: the wide features from ours
+    decode = (
+        wide.norm.weight[:, None] * basis * _gain(streams[-1].mean, basis)
+    )  # D d: from narrow features to wide ones
     scale = decode.norm(dim=0)
     projection = scale[:, None] * torch.linalg.pinv(decode)  # d D
     narrow.norm.weight.copy_(scale)
@@ -78,9 +81,9 @@ def sliced(wide: ViT, config: ViTConfig, batches: list[Tensor]) -> tuple[ViT, Te
 
 
 def _basis(moments: Tensor, final_scale: Tensor, width: int) -> Tensor:
-    """Axes (D, d) of the narrow stream: d - 1 principal ones, turned into d channels whose mean is zero."""
+    """Axes (D, d) of the narrow stream: d - 1 principal ones, rotated into d channels whose mean is zero."""
     axes = torch.linalg.eigh(moments)[1][:, -(width - 1) :]  # D d-1
-    # among themselves turned so that the final scale, channel by channel, is nearly one of the narrow channels
+    # rotated among themselves so that the final norm's scale is nearly diagonal in the narrow channels
     axes = axes @ torch.linalg.eigh(axes.T @ (final_scale.square()[:, None] * axes))[1]
     mirror = torch.eye(width)[-1] - torch.full((width,), width**-0.5)  # takes the last axis to the constant one
     mirror /= mirror.norm()
@@ -88,9 +91,9 @@ def _basis(moments: Tensor, final_scale: Tensor, width: int) -> Tensor:
 
 
 def _gain(moments: Tensor, basis: Tensor) -> float:
-    """What a norm of the narrow stream must be scaled by to give the wide one's, in the basis."""
-    plain = moments[:-1, :-1]
-    share = (basis.T @ plain @ basis).trace() / plain.trace()
+    """The scale by which a norm of the narrow stream equals the wide one's in the basis."""
+    second = moments[:-1, :-1]
+    share = (basis.T @ second @ basis).trace() / second.trace()
     return float((share * basis.shape[0] / basis.shape[1]).sqrt())
 
 
@@ -99,7 +102,9 @@ def _embed(narrow: ViT, wide: ViT, basis: Tensor) -> None:
     image = torch.eye(small * small).view(-1, 1, small, small)
     enlarged = F.interpolate(image, (large, large), mode="bicubic", align_corners=False).flatten(1)  # small^2 large^2
     kernels = wide.patch_embed.weight.flatten(2) @ torch.linalg.pinv(enlarged).T  # as in FlexiViT (arXiv 2212.08013)
-    narrow.patch_embed.weight.copy_(torch.einsum("ok,oci->kci", basis, kernels).unflatten(2, (large, large)))
+    narrow.patch_embed.weight.copy_(
+        rearrange(torch.einsum("ok,oci->kci", basis, kernels), "k c (h w) -> k c h w", h=large)
+    )
     positions = wide.positions[0]
     narrow.patch_embed.bias.copy_((wide.patch_embed.bias + positions[1:].mean(0)) @ basis)
     narrow.cls_token.copy_((wide.cls_token + positions[:1]) @ basis)
@@ -112,7 +117,7 @@ def _attention(block: Block, source: Block, moments: Tensor, basis: Tensor) -> N
     block.norm1.weight.fill_(_gain(moments, basis))
     block.norm1.bias.zero_()
     reads[:, :-1] *= block.norm1.weight
-    queries, keys, values = reads.unflatten(0, (3, source.attention.heads, -1))  # A E d+1
+    queries, keys, values = rearrange(reads, "(qkv a e) d -> qkv a e d", qkv=3, a=source.attention.heads)  # A E d+1
     writes = basis.T @ (source.scale1[:, None] * source.attention.out.weight)  # d D
     channels = basis.shape[1] // block.attention.heads
     order = _slowest_first(channels)
@@ -127,7 +132,7 @@ def _attention(block: Block, source: Block, moments: Tensor, basis: Tensor) -> N
         left, size, right = torch.linalg.svd(written @ values[head] @ root)
         out.append(left[:, :channels] * size[:channels].sqrt())
         new[2, head] = size[:channels].sqrt()[:, None] * (right[:channels] @ unroot)
-    flat = new.flatten(0, 2)
+    flat = rearrange(new, "qkv a e d -> (qkv a e) d")
     flat[:, :-1] /= block.norm1.weight
     block.attention.qkv.weight.copy_(flat[:, :-1])
     block.attention.qkv.bias.copy_(flat[:, -1])
@@ -144,7 +149,7 @@ def _mlp(block: Block, source: Block, moments: Tensor, hidden: Tensor, basis: Te
     block.norm2.bias.zero_()
     block.ffn.up.weight.copy_(reads[:, :-1])
     block.ffn.up.bias.copy_(reads[:, -1])
-    # least squares: what the units that stay, and a constant, can say of the sum over all units
+    # least squares: predict the output of all units from the units that stay and a constant
     known = torch.cat([kept, torch.tensor([len(hidden) - 1])])
     whole = basis.T @ torch.cat([writes, (source.scale2 * source.ffn.down.bias)[:, None]], dim=1)  # d hidden+1
     ridge = 1e-4 * hidden.diagonal().mean() * torch.eye(len(known))
@@ -154,19 +159,19 @@ def _mlp(block: Block, source: Block, moments: Tensor, hidden: Tensor, basis: Te
 
 
 def _reader(norm: nn.LayerNorm, layer: nn.Linear, basis: Tensor) -> Tensor:
-    """A layer behind a norm as it reads the narrow stream, its bias as last column: (out, d + 1)."""
+    """The layer after a norm, reading the narrow stream, with its bias as last column: (out, d + 1)."""
     bias = layer.weight @ norm.bias + layer.bias
     return torch.cat([layer.weight * norm.weight @ basis, bias[:, None]], dim=1)
 
 
 def _spread(moments: Tensor, basis: Tensor) -> Tensor:
-    """Square root of the second moments of the normalised narrow stream and a 1: (d + 1, d + 1)."""
+    """Square root of the second moments of the normalised narrow stream with a 1 appended: (d + 1, d + 1)."""
     wider = torch.block_diag(basis / _gain(moments, basis), torch.ones(1, 1))
     values, axes = torch.linalg.eigh(wider.T @ moments @ wider)
     return axes * values.clamp_min(0).sqrt() @ axes.T
 
 
 def _slowest_first(channels: int) -> Tensor:
-    """Channels of a head by how little rotary positions turn them; channel c turns with c + channels / 2."""
+    """Channels of a head, those that rotary positions rotate least first; c is paired with c + channels / 2."""
     quarter = channels // 4
     return torch.tensor([c + part * quarter for c in reversed(range(quarter)) for part in (0, 2, 1, 3)])

@@ -1,4 +1,4 @@
-"""The slicing that brixel-tiny started from: with nothing cut off it changes nothing; the less is cut, the better."""
+"""The slicing that brixel-tiny started from: without a reduction it is exact; larger reductions are less accurate."""
 
 import dataclasses
 import importlib.util
@@ -27,7 +27,7 @@ def slicing():
 
 @pytest.fixture(scope="module")
 def wide():
-    """Random weights of some size everywhere; one position for all, as positions are not kept."""
+    """Random weights, none near zero; the same position everywhere, as slicing drops positions."""
     torch.manual_seed(0)
     vit = ViT(WIDE).eval()
     with torch.no_grad():
@@ -39,44 +39,44 @@ def wide():
 
 @pytest.fixture(scope="module")
 def images():
-    made = torch.Generator().manual_seed(1)
-    return [torch.randn(8, 3, 56, 56, generator=made) for _ in range(4)]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(8, 3, 56, 56, generator=generator) for _ in range(4)]
 
 
 def nearness(slicing, wide, images, **changes):
     """Cosine of the narrow model's cells, less their mean, to the projected ones of the wide model."""
-    narrow, projection = slicing.sliced(wide, dataclasses.replace(WIDE, **changes), images)
+    narrow, projection = slicing.slice_vit(wide, dataclasses.replace(WIDE, **changes), images)
     with torch.no_grad():
         found = narrow.block_maps(images[0], [2])[0]
-        wanted = torch.einsum("ed,bdhw->behw", projection, wide.block_maps(images[0], [2])[0])
-    found, wanted = (each - each.mean((0, 2, 3), keepdim=True) for each in (found, wanted))
-    return float(F.cosine_similarity(found, wanted, dim=1).mean())
+        expected = torch.einsum("ed,bdhw->behw", projection, wide.block_maps(images[0], [2])[0])
+    found, expected = (maps - maps.mean((0, 2, 3), keepdim=True) for maps in (found, expected))
+    return float(F.cosine_similarity(found, expected, dim=1).mean())
 
 
-def test_with_nothing_cut_off_nothing_changes(slicing, wide, images):
+def test_the_same_sizes_give_the_same_features(slicing, wide, images):
     assert nearness(slicing, wide, images) > 0.999
 
 
 def test_the_projection_is_nearly_a_rotation(slicing, wide, images):
-    _, projection = slicing.sliced(wide, dataclasses.replace(WIDE, width=32), images)
+    _, projection = slicing.slice_vit(wide, dataclasses.replace(WIDE, width=32), images)
     assert projection.shape == (32, 64)
     sizes = torch.linalg.svdvals(projection)
     assert sizes[-1] < 1e-3 * sizes[0]  # one of 32 channels is the mean of the others
     assert 0.5 < sizes[-2] < sizes[0] < 2
 
 
-def test_less_width_and_fewer_units_are_worse_but_not_nothing(slicing, wide, images):
+def test_less_width_and_fewer_units_are_less_accurate(slicing, wide, images):
     whole, narrower = (nearness(slicing, wide, images, width=width) for width in (64, 48))
     fewer = nearness(slicing, wide, images, ffn_width=96)
     assert whole > narrower > 0.5
     assert whole > fewer > 0.8
 
 
-def test_a_larger_patch_sees_the_same_in_an_enlarged_image(slicing, wide, images):
-    narrow, _ = slicing.sliced(wide, dataclasses.replace(WIDE, patch_px=16), images)
-    made = torch.Generator().manual_seed(2)
-    small = torch.randn(2, 3, 14, 14, generator=made)  # one patch: the image's and the patch's edges are the same
+def test_a_larger_patch_embeds_an_enlarged_image_alike(slicing, wide, images):
+    narrow, _ = slicing.slice_vit(wide, dataclasses.replace(WIDE, patch_px=16), images)
+    generator = torch.Generator().manual_seed(2)
+    small = torch.randn(2, 3, 14, 14, generator=generator)  # one patch: the image's and the patch's edges are the same
     large = F.interpolate(small, (16, 16), mode="bicubic", align_corners=False)
-    same, _ = slicing.sliced(wide, WIDE, images)
+    same, _ = slicing.slice_vit(wide, WIDE, images)
     with torch.no_grad():
         torch.testing.assert_close(narrow.patch_embed(large), same.patch_embed(small), rtol=1e-3, atol=1e-3)

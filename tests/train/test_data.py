@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from brixel import BrixelError
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD
 from brixel.images.crops import CropSettings, check_teacher_px, student_view, teacher_crop
-from brixel.train.data import CropDataset, PositionSampler, collate, find_training_images, shuffled
+from brixel.train.data import CropDataset, PositionSampler, collate, find_training_images, shuffled_index
 
 T = 32
 
@@ -24,14 +24,14 @@ def noise(height_px, width_px, seed=0, grain_px=4):
 
 
 def ramp(height_px, width_px):
-    """Each pixel says where it is: red its column, green its row, over 256."""
+    """Pixels hold their position: red the column, green the row, over 256."""
     y, x = torch.meshgrid(torch.arange(height_px), torch.arange(width_px), indexing="ij")
     return torch.stack([x, y, torch.zeros_like(x)]).float() / 256
 
 
-def save(path, planes):
+def save(path, rgb):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(planes.permute(1, 2, 0).numpy()).save(path)
+    Image.fromarray(rgb.permute(1, 2, 0).numpy()).save(path)
     return path
 
 
@@ -39,8 +39,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def crops_of(planes, settings, number=40):
-    return [teacher_crop(planes, settings, generator(seed)) for seed in range(number)]
+def crops_of(rgb, settings, number=40):
+    return [teacher_crop(rgb, settings, generator(seed)) for seed in range(number)]
 
 
 def region_of(crop):
@@ -72,7 +72,7 @@ def dataset_of(folder, **settings):
 
 
 def spoil(folder):
-    """A folder's worth of files that are no images, whatever their names say."""
+    """Write files with the names of images that are none."""
     (folder / "empty.png").write_bytes(b"")
     (folder / "text.jpg").write_text("not an image")
     whole = save(folder / "whole.png", noise(48, 48)).read_bytes()
@@ -84,7 +84,7 @@ def spoil(folder):
 # ---------------------------------------------------------------- finding images
 
 
-def test_folders_are_searched_in_order_and_each_image_counts_once(album, tmp_path):
+def test_folders_are_searched_in_order_and_images_are_not_repeated(album, tmp_path):
     for name in ("b/1.png", "a.PNG", ".hidden.png", ".cache/2.png", "b/.cache/3.png"):
         save(tmp_path / name, noise(8, 8))
     (tmp_path / "notes.txt").write_text("no")
@@ -150,12 +150,12 @@ def test_settings_are_json():
 
 @pytest.mark.parametrize("image_hw", [(61, 90), (90, 61), (32, 47), (32, 32), (20, 31), (7, 300), (1, 1)])
 def test_centre_crop_is_what_pillow_gives(image_hw):
-    planes = torch.randint(0, 256, (3, *image_hw), generator=generator(), dtype=torch.uint8)
-    crop = teacher_crop(planes, CropSettings(T, max_zoom=3, random=False), generator())
+    rgb = torch.randint(0, 256, (3, *image_hw), generator=generator(), dtype=torch.uint8)
+    crop = teacher_crop(rgb, CropSettings(T, max_zoom=3, random=False), generator())
     height, width = image_hw
     side = min(image_hw)
     top, left = (height - side + 1) // 2, (width - side + 1) // 2
-    for ours, channel in zip(crop, planes, strict=True):
+    for ours, channel in zip(crop, rgb, strict=True):
         region = Image.fromarray(channel[top : top + side, left : left + side].numpy().astype(np.float32) / 255)
         twin = np.asarray(region.resize((T, T), Image.Resampling.BICUBIC)).clip(0, 1)
         np.testing.assert_allclose(ours.numpy(), twin, atol=1e-5)
@@ -163,19 +163,19 @@ def test_centre_crop_is_what_pillow_gives(image_hw):
     assert crop.is_contiguous()
 
 
-def test_the_crop_is_nearly_one_of_the_whole_image_resized():
-    """Cutting first moves the image by less than a pixel: it differs by little where the image is smooth."""
-    planes = noise(120, 203, grain_px=24)
-    crop = teacher_crop(planes, CropSettings(T, random=False), generator())
-    whole = F.interpolate(planes[None].float() / 255, (T, 54), mode="bicubic", antialias=True)[0]  # 54.1
+def test_the_crop_is_close_to_a_crop_of_the_resized_image():
+    """Cropping before resizing shifts the image by less than a pixel, which a smooth image hardly shows."""
+    rgb = noise(120, 203, grain_px=24)
+    crop = teacher_crop(rgb, CropSettings(T, random=False), generator())
+    whole = F.interpolate(rgb[None].float() / 255, (T, 54), mode="bicubic", antialias=True)[0]  # 54.1
     assert (crop - whole[:, :, 11 : 11 + T]).abs().mean() < 0.01
-    assert (crop - whole[:, :, 8 : 8 + T]).abs().mean() > 0.02, "the bound tells crops apart"
+    assert (crop - whole[:, :, 8 : 8 + T]).abs().mean() > 0.02, "the bound distinguishes crops"
 
 
 def test_random_crops_lie_within_the_image_and_cover_it():
     height, width = 48, 96
     regions = [region_of(crop) for crop in crops_of(ramp(height, width), CropSettings(T, max_zoom=1.4))]
-    sides, tops, lefts, mirrored = (np.array(each) for each in zip(*regions, strict=True))
+    sides, tops, lefts, mirrored = (np.array(values) for values in zip(*regions, strict=True))
     assert sides.min() >= 48 / 1.4 - 0.6
     assert sides.max() <= 48 + 0.1
     assert sides.max() - sides.min() > 8
@@ -193,13 +193,13 @@ def test_without_zoom_the_short_side_is_covered():
 
 
 def test_zoom_stops_at_the_images_own_size():
-    planes = noise(40, 60)
+    rgb = noise(40, 60)
     settings = CropSettings(T, max_zoom=9, flip=False)
-    windows = {
-        window.numpy().tobytes()
-        for window in (planes / 255).unfold(1, T, 1).unfold(2, T, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, T, T)
+    unscaled_crops = {
+        crop.numpy().tobytes()
+        for crop in (rgb / 255).unfold(1, T, 1).unfold(2, T, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, T, T)
     }
-    unscaled = sum(crop.numpy().tobytes() in windows for crop in crops_of(planes, settings))
+    unscaled = sum(crop.numpy().tobytes() in unscaled_crops for crop in crops_of(rgb, settings))
     assert unscaled > 30, "most crops are the image's own pixels"
 
 
@@ -212,9 +212,9 @@ def test_small_images_are_upsampled_whole_and_never_zoomed():
 
 
 def test_flip_mirrors_half_and_changes_nothing_else():
-    planes = noise(48, 64)
-    flipped = crops_of(planes, CropSettings(T, max_zoom=1.3))
-    plain = crops_of(planes, CropSettings(T, max_zoom=1.3, flip=False))
+    rgb = noise(48, 64)
+    flipped = crops_of(rgb, CropSettings(T, max_zoom=1.3))
+    plain = crops_of(rgb, CropSettings(T, max_zoom=1.3, flip=False))
     same = [torch.equal(a, b) for a, b in zip(flipped, plain, strict=True)]
     mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, plain, strict=True)]
     assert all(a != b for a, b in zip(same, mirrored, strict=True))
@@ -222,23 +222,23 @@ def test_flip_mirrors_half_and_changes_nothing_else():
 
 
 def test_floats_and_bytes_give_the_same():
-    planes = noise(48, 64)
+    rgb = noise(48, 64)
     settings = CropSettings(T, max_zoom=1.5)
-    assert torch.equal(
-        teacher_crop(planes, settings, generator()), teacher_crop(planes.float() / 255, settings, generator())
-    )
+    assert torch.equal(teacher_crop(rgb, settings, generator()), teacher_crop(rgb.float() / 255, settings, generator()))
 
 
 def test_the_image_itself_is_left_alone():
-    planes = torch.rand(3, T, T, generator=generator())
-    before = planes.clone()
-    teacher_crop(planes, CropSettings(T, random=False), generator()).zero_()
-    assert torch.equal(planes, before)
+    rgb = torch.rand(3, T, T, generator=generator())
+    before = rgb.clone()
+    teacher_crop(rgb, CropSettings(T, random=False), generator()).zero_()
+    assert torch.equal(rgb, before)
 
 
 @pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
 def test_student_view_is_the_antialiased_quarter(leading):
-    blocks = torch.rand(*leading, 3, 4, 4, generator=generator()).round()  # hard edges: bicubic overshoots
+    blocks = torch.rand(
+        *leading, 3, 4, 4, generator=generator()
+    ).round()  # with hard edges, bicubic interpolation overshoots
     crop = blocks.repeat_interleave(T // 4, -1).repeat_interleave(T // 4, -2)
     twin = F.interpolate(crop.reshape(-1, 3, T, T), scale_factor=0.25, mode="bicubic", antialias=True)
     assert twin.min() < 0
@@ -260,13 +260,13 @@ def assert_same(one, other):
 def test_items_are_normalised_crop_and_its_quarter(album):
     dataset = dataset_of(album)
     crop = dataset[3]
-    mean, std = (torch.tensor(each)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = crop.teacher * std + mean
     assert pixels.min() > -1e-6
     assert pixels.max() < 1 + 1e-6
     assert crop.teacher.shape == (3, T, T)
     torch.testing.assert_close(crop.student, (student_view(pixels) - mean) / std, rtol=0, atol=1e-5)
-    assert crop.image == str(dataset.images[shuffled(3, 7, 0)])
+    assert crop.image == str(dataset.images[shuffled_index(3, 7, 0)])
     assert crop.skipped == ()
 
 
@@ -274,7 +274,7 @@ def test_an_item_depends_on_seed_and_position_alone(album):
     dataset = dataset_of(album, max_zoom=1.5)
     positions = [0, 5, 13, 14, 700, 10**12]
     first = {position: dataset[position] for position in positions}
-    torch.rand(5)  # the global source of randomness has no say
+    torch.rand(5)  # the global generator has no effect
     again = dataset_of(album, max_zoom=1.5)
     for position in reversed(positions):
         assert_same(again[position], first[position])
@@ -288,27 +288,27 @@ def test_the_global_random_state_is_left_alone(album):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_epoch_takes_each_image_once_in_an_order_of_its_own(album):
+def test_every_epoch_shuffles_all_images(album):
     dataset = dataset_of(album)
-    epochs = [[dataset[epoch * 7 + place].image for place in range(7)] for epoch in range(4)]
+    epochs = [[dataset[epoch * 7 + index].image for index in range(7)] for epoch in range(4)]
     for epoch in epochs:
         assert Counter(epoch) == Counter(map(str, dataset.images))
     assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert [shuffled(position, 1, 0) for position in range(3)] == [0, 0, 0]
+    assert [shuffled_index(position, 1, 0) for position in range(3)] == [0, 0, 0]
 
 
-def test_the_same_image_is_cropped_otherwise_in_another_epoch(tmp_path):
+def test_an_image_is_cropped_differently_in_other_epochs(tmp_path):
     save(tmp_path / "one.png", noise(48, 96))
     dataset = dataset_of(tmp_path)
     assert len({dataset[position].teacher.numpy().tobytes() for position in range(6)}) > 4
 
 
-def test_validation_takes_centre_crops_whatever_the_epoch(tmp_path):
-    planes = noise(48, 96)
-    save(tmp_path / "one.png", planes)
+def test_validation_uses_the_same_centre_crops_in_every_epoch(tmp_path):
+    rgb = noise(48, 96)
+    save(tmp_path / "one.png", rgb)
     dataset = dataset_of(tmp_path, max_zoom=2, random=False)
-    expected = teacher_crop(planes[:, :, 24:72], CropSettings(T, flip=False), generator())
-    mean, std = (torch.tensor(each)[:, None, None] for each in (IMAGENET_MEAN, IMAGENET_STD))
+    expected = teacher_crop(rgb[:, :, 24:72], CropSettings(T, flip=False), generator())
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     for position in range(5):
         torch.testing.assert_close(dataset[position].teacher, (expected - mean) / std)
 
@@ -337,13 +337,13 @@ def test_workers_and_restarts_read_the_same(album, tmp_path, batch_size):
         assert {name.rpartition("/")[2] for batch in whole for name in batch.skipped} == bad
 
 
-def test_what_is_no_image_is_listed_and_the_next_one_taken(album, tmp_path):
+def test_unusable_files_are_listed_and_replaced_by_the_next_image(album, tmp_path):
     for path in find_training_images([album])[:3]:
         save(tmp_path / path.name, torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))
     bad = spoil(tmp_path)
     dataset = dataset_of(tmp_path)
     (tmp_path / "0.png").unlink()  # deleted after it was found
-    order = [dataset.images[shuffled(position, 6, 0)] for position in range(6)]
+    order = [dataset.images[shuffled_index(position, 6, 0)] for position in range(6)]
     for position in range(6):
         ring = order[position:] + order[:position]
         usable = next(path for path in ring if path.name in ("1.jpg", "2.png"))
@@ -353,7 +353,7 @@ def test_what_is_no_image_is_listed_and_the_next_one_taken(album, tmp_path):
     assert {path.rpartition("/")[2] for position in range(6) for path in dataset[position].skipped} == bad | {"0.png"}
 
 
-def test_small_images_are_skipped_where_that_is_asked_for(tmp_path):
+def test_small_images_are_skipped_on_request(tmp_path):
     save(tmp_path / "large.png", noise(32, 40))
     save(tmp_path / "low.png", noise(31, 400))
     dataset = dataset_of(tmp_path, small="skip")
@@ -364,7 +364,7 @@ def test_small_images_are_skipped_where_that_is_asked_for(tmp_path):
     assert upsampling[0].skipped == ()
 
 
-def test_nothing_usable_is_an_error_that_gives_reasons(tmp_path):
+def test_the_error_without_usable_images_gives_reasons(tmp_path):
     spoil(tmp_path)
     save(tmp_path / "small.png", noise(8, 8))
     (tmp_path / "cut.png").unlink()
@@ -377,22 +377,23 @@ def test_nothing_usable_is_an_error_that_gives_reasons(tmp_path):
 # ---------------------------------------------------------------- positions
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_part_the_same_global_batches(world):
-    samplers = [PositionSampler(start_step=5, steps=3, global_batch=8, rank=rank, world=world) for rank in range(world)]
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_divide_the_same_global_batches(world_size):
+    options = {"start_step": 5, "steps": 3, "global_batch": 8, "world_size": world_size}
+    samplers = [PositionSampler(**options, rank=rank) for rank in range(world_size)]
     parts = [torch.tensor(list(sampler)).reshape(3, -1) for sampler in samplers]
     assert torch.equal(torch.cat(parts, dim=1), torch.arange(40, 64).reshape(3, 8))
-    assert {len(sampler) for sampler in samplers} == {24 // world}
+    assert {len(sampler) for sampler in samplers} == {24 // world_size}
 
 
-def test_a_restarted_sampler_goes_on_where_it_was():
-    whole = list(PositionSampler(start_step=0, steps=9, global_batch=6, rank=1, world=3))
-    assert whole[8:] == list(PositionSampler(start_step=4, steps=5, global_batch=6, rank=1, world=3))
+def test_a_restarted_sampler_continues_at_its_step():
+    whole = list(PositionSampler(start_step=0, steps=9, global_batch=6, rank=1, world_size=3))
+    assert whole[8:] == list(PositionSampler(start_step=4, steps=5, global_batch=6, rank=1, world_size=3))
     assert list(PositionSampler(start_step=4, steps=0, global_batch=6)) == []
 
 
 def test_a_batch_that_does_not_divide_is_an_error():
     with pytest.raises(BrixelError, match="a global batch of 10 does not divide among 4 processes; take 8"):
-        PositionSampler(start_step=0, steps=1, global_batch=10, world=4)
+        PositionSampler(start_step=0, steps=1, global_batch=10, world_size=4)
     with pytest.raises(BrixelError, match="a global batch of 0 .* take 4"):
-        PositionSampler(start_step=0, steps=1, global_batch=0, world=4)
+        PositionSampler(start_step=0, steps=1, global_batch=0, world_size=4)

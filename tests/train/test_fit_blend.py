@@ -1,6 +1,7 @@
-"""The blend that training starts from, against the normal equations written out in float64."""
+"""The fit of the blend, against ridge regression in numpy."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,12 +12,11 @@ from torch.nn import functional as F
 from brixel import BrixelError, BrixelFeatures
 from brixel.model.adapter import Adapter
 from brixel.train import TrainConfig, distill
-from brixel.train import trainer as loop
-from brixel.train.distributed import World
-from brixel.train.fit_blend import RIDGE, fit_blend, is_fresh
-from brixel.train.setup import passes_to_fit
+from brixel.train.distributed import DistributedContext
+from brixel.train.fit_blend import RIDGE, fit_blend, is_fresh, micro_batches_to_fit
+from brixel.train.loader import TrainingData
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 WIDTH = 32
 
 
@@ -25,81 +25,81 @@ def fresh_blend():
 
 
 def backbone_maps(pixels, seed=0):
-    """Four maps that follow from the pixels, one number of which they see through a matrix of each block's own."""
+    """Four maps that are linear in the pixels, plus noise; every block has its own matrix."""
     cells = F.adaptive_avg_pool2d(pixels, (4, 5))  # B 3 4 5
-    made = torch.Generator().manual_seed(seed)
-    matrices = torch.randn(4, WIDTH, 3, generator=made)
+    generator = torch.Generator().manual_seed(seed)
+    matrices = torch.randn(4, WIDTH, 3, generator=generator)
     noise = torch.Generator().manual_seed(int(pixels.abs().sum() * 1000) % 2**31)
     return [
-        torch.einsum("dc,bchw->bdhw", each, cells) + torch.randn(len(pixels), WIDTH, 4, 5, generator=noise)
-        for each in matrices
+        torch.einsum("dc,bchw->bdhw", matrix, cells) + torch.randn(len(pixels), WIDTH, 4, 5, generator=noise)
+        for matrix in matrices
     ]
 
 
-def random_passes(count=3, batch=4, seed=1):
-    made = torch.Generator().manual_seed(seed)
+def random_micro_batches(count=3, batch=4, seed=1):
+    generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(batch, 3, 8, 10, generator=made), torch.randn(batch, WIDTH, 16, 20, generator=made))
+        (torch.randn(batch, 3, 8, 10, generator=generator), torch.randn(batch, WIDTH, 16, 20, generator=generator))
         for _ in range(count)
     ]
 
 
-def twin(passes):
+def reference_fit(micro_batches):
     """Ridge regression towards the last map, cell by cell, in numpy."""
-    inputs, wanted = [], []
-    for pixels, teacher in passes:
-        maps = [each.numpy().astype(np.float64) for each in backbone_maps(pixels)]
+    inputs, targets = [], []
+    for pixels, teacher in micro_batches:
+        maps = [block_map.numpy().astype(np.float64) for block_map in backbone_maps(pixels)]
         for item in range(len(pixels)):
             for row in range(4):
                 for column in range(5):
-                    inputs.append(np.concatenate([*(each[item, :, row, column] for each in maps), [1.0]]))
+                    inputs.append(np.concatenate([*(block_map[item, :, row, column] for block_map in maps), [1.0]]))
                     below = teacher[item, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].numpy()
-                    wanted.append(below.astype(np.float64).mean((1, 2)))
-    inputs, wanted = np.array(inputs), np.array(wanted)
+                    targets.append(below.astype(np.float64).mean((1, 2)))
+    inputs, targets = np.array(inputs), np.array(targets)
     start = np.zeros((4 * WIDTH + 1, WIDTH))
     start[3 * WIDTH : 4 * WIDTH] = np.eye(WIDTH)
     pull = np.sqrt(RIDGE * (inputs**2).sum(0).mean())
     rows = np.concatenate([inputs, pull * np.eye(len(start))])
-    return np.linalg.lstsq(rows, np.concatenate([wanted, pull * start]), rcond=None)[0].T
+    return np.linalg.lstsq(rows, np.concatenate([targets, pull * start]), rcond=None)[0].T
 
 
 def test_the_fit_is_ridge_regression_towards_the_last_map():
-    blend, passes = fresh_blend(), random_passes()
-    fit_blend(blend, backbone_maps, passes, ALONE)
-    expected = torch.from_numpy(twin(passes))
+    blend, micro_batches = fresh_blend(), random_micro_batches()
+    fit_blend(blend, backbone_maps, micro_batches, ALONE)
+    expected = torch.from_numpy(reference_fit(micro_batches))
     torch.testing.assert_close(blend.weight.double(), expected[:, :-1], rtol=0, atol=1e-6)
     torch.testing.assert_close(blend.bias.double(), expected[:, -1], rtol=0, atol=1e-6)
 
 
-def test_how_the_crops_are_dealt_out_does_not_matter():
+def test_the_fit_does_not_depend_on_how_crops_are_batched():
     whole, parts = fresh_blend(), fresh_blend()
-    [(pixels, teacher)] = random_passes(1, batch=6)
+    [(pixels, teacher)] = random_micro_batches(1, batch=6)
 
-    def maps_of(pixels):  # of each image by itself, so that batches see the same
-        each = [backbone_maps(one[None]) for one in pixels]
-        return [torch.cat(maps) for maps in zip(*each, strict=True)]
+    def maps_of(pixels):  # image by image, so that they do not depend on the batch
+        per_image = [backbone_maps(image[None]) for image in pixels]
+        return [torch.cat(maps) for maps in zip(*per_image, strict=True)]
 
     fit_blend(whole, maps_of, [(pixels, teacher)], ALONE)
     fit_blend(parts, maps_of, [(pixels[:1], teacher[:1]), (pixels[1:], teacher[1:])], ALONE)
     torch.testing.assert_close(whole.weight, parts.weight, rtol=0, atol=1e-6)
 
 
-def test_a_linear_teacher_is_learned_whole():
-    """A teacher that is itself a blend of the maps is found again, but for the pull of one per cent."""
-    made = torch.Generator().manual_seed(3)
-    truth = torch.randn(WIDTH, 4 * WIDTH, generator=made) / (4 * WIDTH) ** 0.5
-    passes = []
-    for pixels, _ in random_passes(20, batch=8):
+def test_a_linear_teacher_is_recovered():
+    """A teacher that is itself a blend of the maps is recovered, up to the ridge of one per cent."""
+    generator = torch.Generator().manual_seed(3)
+    truth = torch.randn(WIDTH, 4 * WIDTH, generator=generator) / (4 * WIDTH) ** 0.5
+    micro_batches = []
+    for pixels, _ in random_micro_batches(20, batch=8):
         low = torch.einsum("ed,bdhw->behw", truth, torch.cat(backbone_maps(pixels), 1)) + 0.5
-        passes.append((pixels, low.repeat_interleave(4, 2).repeat_interleave(4, 3)))
+        micro_batches.append((pixels, low.repeat_interleave(4, 2).repeat_interleave(4, 3)))
     blend = fresh_blend()
 
     def error():
-        maps = torch.cat(backbone_maps(passes[0][0]), 1).permute(0, 2, 3, 1)
-        return float((blend(maps).permute(0, 3, 1, 2) - passes[0][1][..., ::4, ::4]).detach().abs().mean())
+        maps = torch.cat(backbone_maps(micro_batches[0][0]), 1).permute(0, 2, 3, 1)
+        return float((blend(maps).permute(0, 3, 1, 2) - micro_batches[0][1][..., ::4, ::4]).detach().abs().mean())
 
     before = error()
-    fit_blend(blend, backbone_maps, passes, ALONE)
+    fit_blend(blend, backbone_maps, micro_batches, ALONE)
     assert error() < 0.05 * before
 
 
@@ -109,17 +109,17 @@ def test_fresh_is_the_last_map_alone():
     maps = [torch.randn(2, WIDTH, 3, 4) for _ in range(4)]
     assert torch.equal(Adapter(WIDTH, blend=True).base(maps), maps[-1])
     assert Adapter(WIDTH).base(maps) is maps[-1]
-    for name, place in (("weight", (0, 0)), ("weight", (0, -1)), ("bias", 0)):
+    for name, index in (("weight", (0, 0)), ("weight", (0, -1)), ("bias", 0)):
         other = fresh_blend()
         with torch.no_grad():
-            getattr(other, name)[place] += 0.5
+            getattr(other, name)[index] += 0.5
         assert not is_fresh(other)
 
 
-def test_what_is_not_finite_leaves_the_blend_as_it_was():
-    blend, passes = fresh_blend(), random_passes()
-    passes[1][1][0, 0, 0, 0] = torch.inf
-    fit_blend(blend, backbone_maps, passes, ALONE)
+def test_values_that_are_not_finite_leave_the_blend_unchanged():
+    blend, micro_batches = fresh_blend(), random_micro_batches()
+    micro_batches[1][1][0, 0, 0, 0] = torch.inf
+    fit_blend(blend, backbone_maps, micro_batches, ALONE)
     assert is_fresh(blend)
 
 
@@ -132,7 +132,7 @@ def test_maps_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("settings", "passes"),
+    ("settings", "count"),
     [
         ({"fit": 100, "steps": 50}, 13),
         ({"fit": 100, "steps": 5}, 5),
@@ -141,9 +141,9 @@ def test_maps_that_do_not_fit_are_refused():
         ({"fit": 0, "steps": 50}, 0),
     ],
 )
-def test_no_more_crops_than_the_run_reads(settings, passes):
+def test_the_fit_uses_no_more_crops_than_the_run_reads(settings, count):
     config = TrainConfig(backbone="b", images=("i",), out="o", batch_size=4, **settings)
-    assert passes_to_fit(config, 2) == passes
+    assert micro_batches_to_fit(config, 2) == count
 
 
 # ---------------------------------------------------------------- in a run
@@ -164,9 +164,9 @@ def blend_of(folder):
 
 def test_a_run_fits_its_blend_and_keeps_it(config, tmp_path):
     fitted = BrixelFeatures.from_backbone(config.backbone, device="cpu")
-    run = loop.Run(config, ALONE, None, None)
-    passes = list(run._passes(run._source()))
-    fit_blend(fitted.adapter.blend, lambda pixels: fitted.backbone.block_maps(pixels, fitted.blocks), passes, ALONE)
+    data = TrainingData(config, fitted.config.backbone, fitted.backbone_features, "the backbone", ALONE)
+    micro_batches = list(data.micro_batches(0))
+    fit_blend(fitted.adapter.blend, partial(fitted.backbone.block_maps, blocks=fitted.blocks), micro_batches, ALONE)
     distill(config)
     weight, bias = blend_of(tmp_path / "out")
     assert not is_fresh(fitted.adapter.blend)

@@ -19,7 +19,7 @@ from brixel.train.validation import baselines
 # ---------------------------------------------------------------- metrics
 
 
-def test_records_are_one_line_each_and_come_back(tmp_path):
+def test_records_are_lines_and_are_read_back(tmp_path):
     metrics = Metrics(tmp_path / "m.jsonl", 0)
     records = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1e-9, "name": "a\nb\u2028ü"}, {"step": 2, "cosine": -0.25}]
     for record in records:
@@ -56,7 +56,7 @@ def test_a_new_file_is_empty_and_an_absent_one_has_no_records(tmp_path):
     assert metrics.records() == []
 
 
-def test_killed_while_it_opens_the_old_lines_are_still_there(tmp_path, monkeypatch):
+def test_a_kill_while_the_file_is_opened_keeps_the_old_lines(tmp_path, monkeypatch):
     path = tmp_path / "m.jsonl"
     for step in range(1, 4):
         Metrics(path, 9).add({"step": step})
@@ -65,7 +65,7 @@ def test_killed_while_it_opens_the_old_lines_are_still_there(tmp_path, monkeypat
     with pytest.raises(InterruptedError):
         Metrics(path, 2)
     assert path.read_bytes() == before
-    assert [each.name for each in tmp_path.iterdir()] == ["m.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.jsonl"]
 
 
 # ---------------------------------------------------------------- the curve
@@ -160,7 +160,7 @@ class Crops:
 
 
 class Shifted:
-    """A stand-in for a model: the backbone's map is a given one, the dense map the teacher's less one."""
+    """A stand-in for a model, with fixed maps of backbone and student."""
 
     def __init__(self, low, dense):
         self.low, self.dense = low, dense
@@ -177,7 +177,7 @@ class Shifted:
 @pytest.mark.parametrize("grid", [2, 5])
 def test_a_panel_shows_three_crops_with_their_maps(tmp_path, grid):
     low, teacher = torch.randn(6, grid, grid), torch.randn(6, 4 * grid, 4 * grid)
-    teacher[:, -1] = 9.0  # the last row of cells is one colour, to be found again
+    teacher[:, -1] = 9.0  # the last row of cells has one colour
     crops = Crops([(torch.zeros(3, 14 * grid, 14 * grid), teacher)] * 4)
     draw_crops(tmp_path / "panel.png", Shifted(low, teacher - 1), crops, torch.device("cpu"))
     with Image.open(tmp_path / "panel.png") as panel:
@@ -190,7 +190,7 @@ def test_a_panel_shows_three_crops_with_their_maps(tmp_path, grid):
     assert (image == round(0.5 * 255)).all()
 
 
-def test_maps_with_values_not_finite_cannot_be_shown(tmp_path):
+def test_maps_that_are_not_finite_are_an_error(tmp_path):
     broken = torch.full((3, 4, 4), math.nan)
     crops = Crops([(torch.zeros(3, 8, 8), torch.zeros(3, 4, 4))])
     with pytest.raises(BrixelError, match="not finite"):
@@ -216,7 +216,7 @@ def test_nearness_is_what_a_loop_over_cells_gives():
     assert nearness(maps.bfloat16(), maps.bfloat16()) == pytest.approx({"l1": 0.0, "cosine": 1.0}, abs=1e-6)
 
 
-def test_baselines_are_plain_interpolation_averaged_over_crops():
+def test_baselines_are_interpolation_averaged_over_crops():
     torch.manual_seed(0)
     crops = Crops([(torch.randn(3, 8, 8), torch.randn(3, 8, 8)) for _ in range(3)])
 
@@ -233,10 +233,10 @@ def test_baselines_are_plain_interpolation_averaged_over_crops():
             plain = F.interpolate(F.avg_pool2d(pixels[None], 4), scale_factor=4, mode=mode, align_corners=False)
             expected.append(nearness(plain, teacher[None]))
         for name in ("l1", "cosine"):
-            assert found[f"{mode}_{name}"] == pytest.approx(np.mean([each[name] for each in expected]), abs=1e-6)
+            assert found[f"{mode}_{name}"] == pytest.approx(np.mean([record[name] for record in expected]), abs=1e-6)
 
 
-def test_a_record_is_json_that_others_can_read(tmp_path):
+def test_a_record_is_one_line_of_json(tmp_path):
     metrics = Metrics(tmp_path / "m.jsonl", 0)
     metrics.add({"step": 1, "loss": 0.25})
     assert [json.loads(line) for line in metrics.path.read_text().splitlines()] == [{"step": 1, "loss": 0.25}]

@@ -27,7 +27,7 @@ TEACHER_ID = {"backbone": {"width": 6, "patch_px": 8}, "fingerprint": [1.0, 0.5]
 
 
 class Teacher:
-    """(B, 3, T, T) -> (B, 6, T/8, T/8); counts its calls, and fails in the one that it is told to."""
+    """(B, 3, T, T) -> (B, 6, T/8, T/8); counts its crops, and fails after ``fails_in`` of them."""
 
     def __init__(self, fails_in=None):
         self.crops, self.fails_in = 0, fails_in
@@ -73,7 +73,7 @@ def crops_done(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
-def test_items_are_what_the_teacher_gives_rounded(tmp_path, images, dtype, rounding, batch_size, workers):
+def test_items_are_the_rounded_output_of_the_teacher(tmp_path, images, dtype, rounding, batch_size, workers):
     steps = []
     cache = build(
         *(tmp_path / "new" / "cache", images),
@@ -94,7 +94,7 @@ def test_items_are_what_the_teacher_gives_rounded(tmp_path, images, dtype, round
     assert cache.dtype == dtype
 
 
-def test_items_are_counted_as_those_of_a_list(tmp_path, images):
+def test_indices_work_as_for_a_list(tmp_path, images):
     cache = build(tmp_path / "cache", images)
     assert torch.equal(cache[-1][1], cache[COUNT - 1][1])
     for index in (COUNT, -COUNT - 1):
@@ -139,7 +139,7 @@ def test_workers_open_it_by_its_path(tmp_path, images):
     assert torch.equal(torch.cat([teacher for _, teacher in read]), torch.stack([cache[i][1] for i in range(COUNT)]))
 
 
-def test_a_read_only_folder_will_do(tmp_path, images):
+def test_a_read_only_folder_can_be_opened(tmp_path, images):
     folder = tmp_path / "cache"
     expected = build(folder, images)[0][1]
     for path in (*folder.iterdir(), folder):
@@ -154,13 +154,13 @@ def test_a_read_only_folder_will_do(tmp_path, images):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_an_interrupted_build_goes_on_where_it_was(tmp_path, images, batch_size):
+def test_an_interrupted_build_resumes(tmp_path, images, batch_size):
     build(tmp_path / "whole", images, batch_size=batch_size)
     folder = tmp_path / "cache"
     with pytest.raises(RuntimeError, match="interrupted"):
         build(folder, images, Teacher(fails_in=4), batch_size=batch_size)
     assert crops_done(folder) == 4
-    with pytest.raises(BrixelError, match="has 4 of 7 crops: build it to its end"):
+    with pytest.raises(BrixelError, match="has 4 of 7 crops: finish building it"):
         TeacherCache(folder)
     teacher, steps = Teacher(), []
     build(folder, images, teacher, batch_size=batch_size, progress=lambda *step: steps.append(step[0]))
@@ -204,13 +204,13 @@ def countdown(number, call, before):
         return result
     return counted
 
-def half_written(path, rows, first):
-    if first == 3 and path.name == "student.bin":
+def half_written(path, rows, start):
+    if start == 3 and path.name == "student.bin":
         with open(path, "r+b") as file:
-            file.seek(first * rows[0].nbytes)
+            file.seek(start * rows[0].nbytes)
             file.write(b"x" * 11)
         die()
-    return whole_write(path, rows, first)
+    return whole_write(path, rows, start)
 
 teacher, fsync, replace, whole_write = Teacher(), os.fsync, os.replace, cache._write
 class Logged:
@@ -219,12 +219,12 @@ class Logged:
             log.write("call\\n")
         return teacher(pixels)
 
-PLANS = [  # where the process is killed, one after the other
-    lambda: setattr(os, "replace", countdown(1, replace, True)),  # before the header is there
-    lambda: setattr(os, "replace", countdown(1, replace, False)),  # with a header and nothing else
+PLANS = [  # moments at which the process is killed, one after the other
+    lambda: setattr(os, "replace", countdown(1, replace, True)),  # before the header exists
+    lambda: setattr(os, "replace", countdown(1, replace, False)),  # with nothing but a header
     lambda: setattr(os, "fsync", countdown(1, fsync, True)),  # in the first file of the first crop
     lambda: setattr(os, "fsync", countdown(4, fsync, False)),  # crop 1 written, but not recorded
-    lambda: setattr(os, "replace", countdown(2, replace, True)),  # the record written, but not in place
+    lambda: setattr(os, "replace", countdown(2, replace, True)),  # the record written, but not renamed
     lambda: setattr(os, "replace", countdown(1, replace, False)),  # crop 2 recorded
     lambda: setattr(cache, "_write", half_written),  # in the middle of crop 3
     lambda: setattr(teacher, "crops", 0) or setattr(Teacher, "__call__", countdown(2, Teacher.__call__, True)),
@@ -242,6 +242,7 @@ for plan in PLANS:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its children with SIGKILL")
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, images):
     folder, log = tmp_path / "cache", tmp_path / "log"
@@ -250,7 +251,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, images):
     assert result.returncode == 0, result.stderr
     assert [int(line) for line in result.stdout.split()] == [0, 0, 0, 1, 2, 3, 3, 4]
     calls = len(log.read_text().split())
-    assert calls == 4 + 7, "each kill but the one after recording lost a call"
+    assert calls == 4 + 7, "every kill but the one after recording lost a call"
     teacher = Teacher()
     build(folder, images, teacher)
     assert teacher.crops == COUNT - 4
@@ -259,7 +260,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, images):
     assert ours == files_of(tmp_path / "whole")
 
 
-# ---------------------------------------------------------------- something else in the folder
+# ---------------------------------------------------------------- another content of the folder
 
 
 def of_other_settings(**changes):
@@ -301,21 +302,21 @@ def with_another_deviation(options, folder):
         (with_option(teacher_id="another"), "teacher is {'backbone': {'width': 6, 'patch_px': 8}, 'fingerprint': "),
         (
             with_option(teacher_id={**TEACHER_ID, "fingerprint": [1.0, 0.25]}),
-            "teacher.fingerprint is [1.0, 0.5] there, [1.0, 0.25] here. Name",
+            "teacher.fingerprint is [1.0, 0.5] in the folder, [1.0, 0.25] now. Name",
         ),
-        (with_option(teacher_id={**TEACHER_ID, "new": None}), "teacher.new is nothing there, None here. Name"),
-        (with_option(count=8), "count is 7 there, 8 here. Name"),
-        (with_option(dtype=torch.bfloat16), "dtype is float16 there, bfloat16 here. Name"),
-        (of_other_settings(max_zoom=1.3), "crops.max_zoom is 1.2 there, 1.3 here. Name"),
-        (of_other_settings(flip=False), "crops.flip is True there, False here. Name"),
-        (of_other_settings(random=False), "crops.random is True there, False here. Name"),
+        (with_option(teacher_id={**TEACHER_ID, "new": None}), "teacher.new is nothing in the folder, None now. Name"),
+        (with_option(count=8), "count is 7 in the folder, 8 now. Name"),
+        (with_option(dtype=torch.bfloat16), "dtype is float16 in the folder, bfloat16 now. Name"),
+        (of_other_settings(max_zoom=1.3), "crops.max_zoom is 1.2 in the folder, 1.3 now. Name"),
+        (of_other_settings(flip=False), "crops.flip is True in the folder, False now. Name"),
+        (of_other_settings(random=False), "crops.random is True in the folder, False now. Name"),
         (
             of_other_settings(seed=1, small="skip"),
-            "crops.small is upsample there, skip here; crops.seed is 0 there, 1 here. Name",
+            "crops.small is upsample in the folder, skip now; crops.seed is 0 in the folder, 1 now. Name",
         ),
-        (with_another_teacher_px, "crops.teacher_px is 32 there, 64 here. Name"),
-        (with_another_deviation, "crops.std is [0.2, 0.2, 0.3] there, [0.2, 0.2, 0.2] here. Name"),
-        (with_another_image, "pictures.number is 5 there, 6 here; pictures.bytes is"),
+        (with_another_teacher_px, "crops.teacher_px is 32 in the folder, 64 now. Name"),
+        (with_another_deviation, "crops.std is [0.2, 0.2, 0.3] in the folder, [0.2, 0.2, 0.2] now. Name"),
+        (with_another_image, "pictures.number is 5 in the folder, 6 now; pictures.bytes is"),
         (with_an_image_renamed, "pictures.names_and_sizes is"),
         (with_an_image_changed, "pictures.bytes is"),
     ],
@@ -334,11 +335,11 @@ def test_a_cache_of_something_else_is_left_alone(tmp_path, images, change, messa
     with pytest.raises(BrixelError) as caught:
         build(folder, images, Teacher(fails_in=0), **options)
     assert f"{folder} holds another teacher cache: {message}" in str(caught.value)
-    assert str(caught.value).endswith(" here. Name another folder, or delete this one")
+    assert str(caught.value).endswith(" now. Name another folder, or delete this one")
     assert files_of(folder) == before
 
 
-def test_images_may_move_and_be_read_in_another_way(tmp_path, images):
+def test_images_may_move_and_be_read_with_other_batches_and_workers(tmp_path, images):
     folder = tmp_path / "cache"
     build(folder, images)
     moved = images.rename(tmp_path / "elsewhere")
@@ -348,7 +349,7 @@ def test_images_may_move_and_be_read_in_another_way(tmp_path, images):
 def test_other_folders_are_left_alone(tmp_path, images):
     before = files_of(images)
     for folder in (images, images / "0.png"):
-        with pytest.raises(BrixelError, match="is there and no teacher cache: name a new or an empty folder"):
+        with pytest.raises(BrixelError, match="exists and is not a teacher cache: name a new or an empty folder"):
             build(folder, images, Teacher(fails_in=0))
     assert files_of(images) == before
 
@@ -360,16 +361,16 @@ def damaged(name, data):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damaged("header.json", lambda data: data[:40]), "holds no sound teacher cache .*JSONDecodeError"),
-        (damaged("header.json", lambda data: b"{}"), "holds no sound teacher cache .*KeyError: 'format_version'"),
-        (damaged("header.json", lambda data: b"[]"), "holds no sound teacher cache .*TypeError"),
+        (damaged("header.json", lambda data: data[:40]), "holds no intact teacher cache .*JSONDecodeError"),
+        (damaged("header.json", lambda data: b"{}"), "holds no intact teacher cache .*KeyError: 'format_version'"),
+        (damaged("header.json", lambda data: b"[]"), "holds no intact teacher cache .*TypeError"),
         (
             damaged("header.json", lambda data: data.replace(b'"format_version": 1', b'"format_version": 2')),
-            "format 2, and we read 1.*build one in another folder",
+            "format 2; this version reads 1.*build one in another folder",
         ),
-        (damaged("done.json", lambda data: b""), "holds no sound teacher cache"),
-        (damaged("teacher.bin", lambda data: data[:-2]), "teacher.bin is missing or has not the size it should"),
-        (damaged("student.bin", lambda data: data + b"xx"), "student.bin is missing or has not the size it should"),
+        (damaged("done.json", lambda data: b""), "holds no intact teacher cache"),
+        (damaged("teacher.bin", lambda data: data[:-2]), "teacher.bin is missing or has the wrong size"),
+        (damaged("student.bin", lambda data: data + b"xx"), "student.bin is missing or has the wrong size"),
         (lambda folder: (folder / "student.bin").unlink(), "student.bin is missing"),
     ],
 )
@@ -377,17 +378,17 @@ def test_damage_is_named(tmp_path, images, damage, message):
     folder = tmp_path / "cache"
     build(folder, images)
     damage(folder)
-    for way in (lambda: TeacherCache(folder), lambda: build(folder, images, Teacher(fails_in=0))):
+    for open_cache in (lambda: TeacherCache(folder), lambda: build(folder, images, Teacher(fails_in=0))):
         with pytest.raises(BrixelError, match=message):
-            way()
+            open_cache()
 
 
 def test_a_missing_cache_is_named(tmp_path):
-    with pytest.raises(BrixelError, match="nowhere holds no sound teacher cache .*header.json"):
+    with pytest.raises(BrixelError, match="nowhere holds no intact teacher cache .*header.json"):
         TeacherCache(tmp_path / "nowhere")
 
 
-def test_a_build_whose_files_were_cut_does_not_go_on(tmp_path, images):
+def test_a_build_whose_files_were_truncated_does_not_resume(tmp_path, images):
     with pytest.raises(RuntimeError):
         build(tmp_path / "cache", images, Teacher(fails_in=3))
     os.truncate(tmp_path / "cache" / "teacher.bin", 100)
@@ -398,7 +399,7 @@ def test_a_build_whose_files_were_cut_does_not_go_on(tmp_path, images):
 # ---------------------------------------------------------------- a full disk
 
 
-def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, images, monkeypatch):
+def test_a_disk_that_is_too_small_is_an_error_before_anything_is_written(tmp_path, images, monkeypatch):
     asked = []
 
     def usage(path):
@@ -407,7 +408,7 @@ def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, images, 
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     teacher = Teacher()
-    with pytest.raises(BrixelError, match=r"needs 0\.00 GiB more, and 0\.00 GiB are free: make room or take fewer"):
+    with pytest.raises(BrixelError, match=r"needs 0\.00 GiB more, and 0\.00 GiB are free: free space on the disk or"):
         build(tmp_path / "new" / "cache", images, teacher)
     assert asked == [tmp_path]
     assert teacher.crops == 1
@@ -416,13 +417,13 @@ def test_too_small_a_disk_is_found_before_anything_is_written(tmp_path, images, 
     build(tmp_path / "new" / "cache", images)
 
 
-def test_sizes_of_the_disk_are_told(tmp_path, images, monkeypatch):
+def test_the_error_gives_the_sizes_of_cache_and_disk(tmp_path, images, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 2**28))
     with pytest.raises(BrixelError, match=r"needs 4\.29 GiB more, and 0\.75 GiB are free"):
         build(tmp_path / "cache", images, count=8_000_000)
 
 
-def test_only_what_is_missing_needs_room(tmp_path, images, monkeypatch):
+def test_only_the_missing_crops_need_space(tmp_path, images, monkeypatch):
     with pytest.raises(RuntimeError):
         build(tmp_path / "cache", images, Teacher(fails_in=5))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * CROP_BYTES))
@@ -430,7 +431,7 @@ def test_only_what_is_missing_needs_room(tmp_path, images, monkeypatch):
 
 
 @pytest.mark.parametrize("fails_in", [1, 2, 8])
-def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on_later(tmp_path, images, monkeypatch, fails_in):
+def test_a_disk_that_fills_up_is_an_error_and_the_build_resumes_later(tmp_path, images, monkeypatch, fails_in):
     calls = []
 
     def full(handle):
@@ -452,13 +453,13 @@ def test_a_disk_that_fills_up_is_an_error_and_the_build_goes_on_later(tmp_path, 
 
 
 def test_a_disk_that_is_really_full(tmp_path, images):
-    """The kernel refuses what goes beyond a limit on the size of files."""
-    resource = pytest.importorskip("resource", reason="limits of a process are a Unix thing")
+    """A limit on the size of files makes the kernel refuse the write."""
+    resource = pytest.importorskip("resource", reason="limits of a process exist on Unix only")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * 3 * 8 * 8 * 2 + 300, before[1]))
     try:
         with pytest.raises(
-            BrixelError, match="cannot write the teacher cache: .*; mend it and start again, 2 crops are kept"
+            BrixelError, match="cannot write the teacher cache: .*; fix this and start again, 2 crops are kept"
         ):
             build(tmp_path / "cache", images)
     finally:
@@ -472,12 +473,12 @@ def test_a_disk_that_is_really_full(tmp_path, images):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_features_that_are_not_finite_are_named_and_not_kept(tmp_path, images, bad):
-    sound = Teacher()
+def test_features_that_are_not_finite_are_an_error_and_not_stored(tmp_path, images, bad):
+    inner = Teacher()
 
     def teacher(pixels):
-        features = sound(pixels)
-        if sound.crops == 4:
+        features = inner(pixels)
+        if inner.crops == 4:
             features[1, 2, 3, 1] = bad
         return features
 
@@ -506,7 +507,7 @@ def test_features_of_a_wrong_shape_are_an_error(tmp_path, images, wrong):
 def test_a_teacher_that_changes_shape_is_an_error(tmp_path, images):
     with pytest.raises(RuntimeError):
         build(tmp_path / "cache", images, Teacher(fails_in=3))
-    message = r"no longer gives what the cache in .* began with: teacher_shape is \[6, 4, 4\] there, \[3, 32, 32\] here"
+    message = r"output does not fit the cache in .*: teacher_shape is \[6, 4, 4\] in the folder, \[3, 32, 32\] now"
     with pytest.raises(BrixelError, match=message):
         build(tmp_path / "cache", images, lambda pixels: pixels)
     assert crops_done(tmp_path / "cache") == 3

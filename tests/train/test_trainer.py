@@ -1,4 +1,4 @@
-"""The training run as a whole: it learns, goes on after it was killed, stops where it must, tells what it did."""
+"""Whole training runs: they learn, resume after a kill, stop at values that are not finite, and report."""
 
 import dataclasses
 import errno
@@ -21,16 +21,16 @@ from torch import nn
 from brixel import BrixelError, BrixelFeatures
 from brixel.checkpoints.model_folder import read_config
 from brixel.train import TrainConfig, distill
-from brixel.train import trainer as loop
 from brixel.train.config import make_config, read_settings
-from brixel.train.trainer import learning_rate, make_optimizer
+from brixel.train.optim import WeightAverage, learning_rate, make_optimizer
+from brixel.train.setup import teacher_side_px
 
 TEACHER_PX, WIDTH = 112, 64
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """20 images to train on and 6 to validate with: coloured shapes on coloured ground."""
+    """20 images to train on and 6 to validate with: coloured shapes on a coloured ground."""
     folder, numbers = tmp_path_factory.mktemp("drawn"), np.random.default_rng(0)
     for name, count in (("train", 20), ("val", 6)):
         (folder / name).mkdir()
@@ -51,13 +51,13 @@ def draw_shapes(numbers, height_px):
 
 @pytest.fixture
 def config(backbone_folder, drawn, tmp_path):
-    """A run of four steps, with a state after the second and the last; the blend is left at the last map."""
+    """A run of four steps with a state after the second and the last, without a fit of the blend."""
     return short_run(backbone_folder, drawn / "train", tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
 def plain(backbone_folder, drawn, tmp_path_factory):
-    """The folder of that run, with nothing done to it."""
+    """The output folder of that run, uninterrupted."""
     out = tmp_path_factory.mktemp("plain") / "out"
     distill(short_run(backbone_folder, drawn / "train", out))
     return out
@@ -82,23 +82,23 @@ def state_of(out):
 
 
 def assert_same_run(one, other):
-    """Weights, their average, the optimiser and where it stands, bit for bit; the best model; the metrics."""
+    """State (weights, average, optimiser, steps), best and last model and metrics are equal, bit for bit."""
     ours, theirs = state_of(one), state_of(other)
     for part in ("progress", "module", "average", "optimizer"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
     for name in ("adapter.safetensors", "last/adapter.safetensors"):
         assert (Path(one) / name).read_bytes() == (Path(other) / name).read_bytes()
-    assert told(one) == told(other)
+    assert metrics_of(one) == metrics_of(other)
 
 
-def told(out):
-    """The metrics, without the one number that is another every time."""
+def metrics_of(out):
+    """The metrics, without the speed, which always differs."""
     records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in record.items() if name != "pictures_per_s"} for record in records]
 
 
 class Teacher:
-    """The backbone itself, as a callable given in code; ``faults`` by the number of the call, from 0."""
+    """The backbone as a callable; ``faults``: exceptions or values, by number of the call from 0."""
 
     def __init__(self, backbone, faults=None):
         self.model = BrixelFeatures.from_backbone(backbone, device="cpu")
@@ -130,18 +130,18 @@ def trained(backbone_folder, drawn, tmp_path_factory):
     return config, distill(config)
 
 
-def test_the_loss_falls_and_held_out_images_come_nearer_than_by_interpolation(trained):
+def test_the_loss_falls_and_held_out_maps_are_nearer_than_by_interpolation(trained):
     config, _ = trained
-    losses = [record["loss"] for record in told(config.out) if "loss" in record]
+    losses = [record["loss"] for record in metrics_of(config.out) if "loss" in record]
     assert sum(losses[-3:]) < 0.6 * sum(losses[:3])
-    check = told(config.out)[-1]
+    check = metrics_of(config.out)[-1]
     assert check["cosine"] > check["bilinear_cosine"] + 0.1
     assert check["cosine"] > check["bicubic_cosine"] + 0.1
 
 
 def test_metrics_are_complete_and_consistent(trained):
     config, _ = trained
-    records = told(config.out)
+    records = metrics_of(config.out)
     steps = [record for record in records if "loss" in record]
     checks = [record for record in records if "cosine" in record]
     assert [record["step"] for record in steps] == [*range(3, 31, 3)]
@@ -165,7 +165,7 @@ def test_the_result_is_a_folder_for_from_pretrained(trained, backbone_folder, dr
     image = next((drawn / "val").iterdir())
     for model in (best, last, given):
         assert not model.training
-        assert not any(each.requires_grad for each in model.backbone.parameters())
+        assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
         assert model.config.adapter.short_side_px == TEACHER_PX // 4
         assert model.extract(image).features.shape[0] == WIDTH
     assert torch.equal(given.extract(image).features, best.extract(image).features)
@@ -175,7 +175,7 @@ def test_the_result_is_a_folder_for_from_pretrained(trained, backbone_folder, dr
 
 def test_the_best_model_is_that_of_the_best_validation(trained):
     config, _ = trained
-    checks = [record for record in told(config.out) if "cosine" in record]
+    checks = [record for record in metrics_of(config.out) if "cosine" in record]
     progress = state_of(config.out)["progress"]
     assert progress["best"] == max(record["cosine"] for record in checks)
     assert progress["step"] == 30
@@ -185,7 +185,7 @@ def test_the_best_model_is_that_of_the_best_validation(trained):
     assert same == (checks[-1]["cosine"] > checks[0]["cosine"])
 
 
-def test_what_is_kept_is_the_average_of_the_weights(trained):
+def test_the_saved_weights_are_the_averaged_ones(trained):
     config, _ = trained
     state, kept = state_of(config.out), load_file(Path(config.out) / "last" / "adapter.safetensors")
     assert set(kept) == set(state["average"]) == set(state["module"])
@@ -193,7 +193,7 @@ def test_what_is_kept_is_the_average_of_the_weights(trained):
     assert not all(torch.equal(kept[name], state["module"][name]) for name in kept)
 
 
-def test_the_settings_are_written_whole(trained):
+def test_all_settings_are_written(trained):
     config, _ = trained
     written = read_settings(Path(config.out) / "train.toml")
     assert make_config(written) == config
@@ -201,7 +201,7 @@ def test_the_settings_are_written_whole(trained):
     assert set(written) == expected
 
 
-def test_curve_and_panels_are_images_and_nothing_else_is_left(trained):
+def test_curve_and_panels_are_images_and_no_other_files_remain(trained):
     config, _ = trained
     out = Path(config.out)
     for name in ("curve.png", "panel-000015.png", "panel-000030.png"):
@@ -213,17 +213,17 @@ def test_curve_and_panels_are_images_and_nothing_else_is_left(trained):
     assert {path.name for path in out.iterdir()} == names | images | {"README.md"}
 
 
-def test_the_model_tells_of_its_training(trained):
+def test_config_and_card_describe_the_training(trained):
     config, _ = trained
     records = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
-    best = max((each for each in records if "cosine" in each), key=lambda each: each["cosine"])
-    told = read_config(Path(config.out, "config.json")).training
-    assert told["steps"].startswith(f"{best['step']} of {config.steps}, ")
-    (figure,) = [text for name, text in told.items() if name.startswith("cosine to the teacher, on ")]
+    best = max((record for record in records if "cosine" in record), key=lambda record: record["cosine"])
+    facts = read_config(Path(config.out, "config.json")).training
+    assert facts["steps"].startswith(f"{best['step']} of {config.steps}, ")
+    (figure,) = [text for name, text in facts.items() if name.startswith("cosine to the teacher, on ")]
     bilinear, bicubic = best["bilinear_cosine"], best["bicubic_cosine"]
     assert figure == f"{best['cosine']:.4f}; bilinear {bilinear:.4f}, bicubic {bicubic:.4f}"
     card = Path(config.out, "README.md").read_text()
-    assert all(f"| {text} |" in card for text in told.values())
+    assert all(f"| {text} |" in card for text in facts.values())
     assert not any(folder in card for folder in config.images)
 
 
@@ -235,25 +235,25 @@ def test_a_finished_run_started_again_gives_its_result_and_changes_nothing(train
     torch.testing.assert_close(again.state_dict(), given.state_dict(), rtol=0, atol=0)
 
 
-# ---------------------------------------------------------------- killed, and started again
+# ---------------------------------------------------------------- killed and resumed
 
-# Runs of these tests: four moments to be killed in, with and without cache and workers. One interpreter forks them all.
+# The runs of these tests are killed at four moments, with and without cache and workers. One interpreter forks them.
 KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
 import torch
 from brixel.train import TrainConfig, distill
-from brixel.train import trainer as loop
+from brixel.train import trainer
 torch.set_num_threads(1)
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def in_call(number, original, instead):
+def in_call(number, original, replacement):
     calls = []
     def counted(*args, **options):
         calls.append(1)
-        return (instead if len(calls) == number else original)(*args, **options)
+        return (replacement if len(calls) == number else original)(*args, **options)
     return counted
 
 def half_written(content, path):
@@ -276,9 +276,9 @@ for moment, settings in cases:
         elif moment == "while the state is written":
             torch.save = in_call(2, save, half_written)
         elif moment == "after a validation":
-            loop.save_state = in_call(2, loop.save_state, die)
+            trainer.save_state = in_call(2, trainer.save_state, die)
         elif moment == "from outside":
-            loop.Run.step = in_call(4, loop.Run.step, lambda *_: time.sleep(600))
+            trainer.Trainer.step = in_call(4, trainer.Trainer.step, lambda *_: time.sleep(600))
         distill(TrainConfig(**settings))
         os._exit(0)
     pids.append(pid)
@@ -293,7 +293,7 @@ for pid, (moment, settings) in zip(pids, cases):
     status = os.waitpid(pid, 0)[1]
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (moment, status)
 """
-# the moment, crops in the cache, workers; all of them after the state of step 2 and before that of step 4
+# moment, crops in the cache, workers; all moments are after the state of step 2 and before that of step 4
 CASES = [
     ("in a step", 0, 0),
     ("from outside", 0, 2),
@@ -304,22 +304,22 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def killed(backbone_folder, drawn, tmp_path_factory):
-    """A configuration for each case, whose run lies killed in its folder."""
+    """The configurations of the killed runs, by case."""
     folder = tmp_path_factory.mktemp("killed")
     configs = {
         case: interruptible(backbone_folder, drawn, folder / f"out-{number}", cache=case[1], workers=case[2])
         for number, case in enumerate(CASES)
     }
     cases = json.dumps([(case[0], dataclasses.asdict(config)) for case, config in configs.items()])
-    with (folder / "said").open("w") as said:  # not a pipe, which the orphaned readers of images hold open
-        done = subprocess.run([sys.executable, "-c", KILLED, cases], stdout=said, stderr=said, timeout=120)
-    assert done.returncode == 0, (folder / "said").read_text()
+    with (folder / "output").open("w") as output:  # not a pipe: orphaned DataLoader workers keep it open
+        done = subprocess.run([sys.executable, "-c", KILLED, cases], stdout=output, stderr=output, timeout=120)
+    assert done.returncode == 0, (folder / "output").read_text()
     return configs
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(backbone_folder, drawn, tmp_path_factory):
-    """The folders of two runs that nothing happened to, by the crops in their cache."""
+    """The output folders of two uninterrupted runs, by crops in the cache."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     for cache in (0, 6):
         distill(interruptible(backbone_folder, drawn, folder / str(cache), cache=cache, workers=0))
@@ -334,19 +334,19 @@ def interruptible(backbone, drawn, out, **settings):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no such signal on Windows")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_was_killed_ends_as_one_that_was_not(killed, uninterrupted, case):
+def test_a_killed_run_ends_as_an_uninterrupted_one(killed, uninterrupted, case):
     config = killed[case]
     assert state_of(config.out)["progress"]["step"] == 2
     distill(config)
     assert_same_run(config.out, uninterrupted[case[1]])
-    steps = [record["step"] for record in told(config.out) if "loss" in record]
+    steps = [record["step"] for record in metrics_of(config.out) if "loss" in record]
     assert steps == list(range(1, 6))
-    assert [record["step"] for record in told(config.out) if "cosine" in record] == [4, 5]
+    assert [record["step"] for record in metrics_of(config.out) if "cosine" in record] == [4, 5]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "call"), [(0, 1), (0, 8), (2, 5)])
-def test_a_run_that_an_exception_stopped_ends_as_one_that_was_not(
+def test_a_run_stopped_by_an_exception_ends_as_an_uninterrupted_one(
     backbone_folder, drawn, uninterrupted, tmp_path, workers, call
 ):
     config = interruptible(backbone_folder, drawn, tmp_path / "out", workers=workers, val=())
@@ -358,10 +358,10 @@ def test_a_run_that_an_exception_stopped_ends_as_one_that_was_not(
     ours, theirs = state_of(config.out), state_of(uninterrupted[0])
     for part in ("module", "average", "optimizer"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
-    assert [record["step"] for record in told(config.out)] == list(range(1, 6))
+    assert [record["step"] for record in metrics_of(config.out)] == list(range(1, 6))
 
 
-# ---------------------------------------------------------------- taken up with other settings, or damaged
+# ---------------------------------------------------------------- resumed with other settings, or from a damaged state
 
 
 @pytest.fixture(scope="module")
@@ -376,7 +376,7 @@ def half_done(backbone_folder, drawn, tmp_path_factory):
 
 @pytest.fixture
 def stopped(half_done, tmp_path):
-    """A copy of it, to go on with."""
+    """A copy of that run, to resume."""
     shutil.copytree(half_done.out, tmp_path / "out")
     return changed(half_done, out=str(tmp_path / "out"))
 
@@ -408,7 +408,7 @@ def test_incidental_settings_may_change(stopped):
     assert state["progress"]["step"] == 4
     assert (state["config"]["workers"], state["config"]["log_every"]) == (1, 2)
     assert read_settings(Path(stopped.out) / "train.toml")["save_every"] == 3
-    assert [record["step"] for record in told(stopped.out)] == [1, 2, 4]
+    assert [record["step"] for record in metrics_of(stopped.out)] == [1, 2, 4]
 
 
 def cut(content):
@@ -416,17 +416,17 @@ def cut(content):
 
 
 def flipped(content):
-    """One bit of a tensor in the middle is another."""
-    place = len(content) // 2
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    """Content with one bit of a tensor in the middle flipped."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
 @pytest.mark.parametrize("damage", [cut, flipped, lambda _: b"", lambda _: b"text", lambda content: content[:-9]])
-def test_a_damaged_state_says_so_and_is_left(stopped, damage):
+def test_a_damaged_state_is_an_error_and_is_not_changed(stopped, damage):
     path = Path(stopped.out) / "state.pt"
     content = damage(path.read_bytes())
     path.write_bytes(content)
-    with pytest.raises(BrixelError, match=r"state\.pt is damaged or no state of a training run; delete it"):
+    with pytest.raises(BrixelError, match=r"state\.pt is damaged or is not the state of a training run; delete it"):
         distill(stopped)
     assert path.read_bytes() == content
 
@@ -434,13 +434,13 @@ def test_a_damaged_state_says_so_and_is_left(stopped, damage):
 @pytest.mark.parametrize("content", [[1, 2], {"other": torch.ones(2)}, torch.ones(3)])
 def test_a_file_of_something_else_is_no_state(stopped, content):
     torch.save(content, Path(stopped.out) / "state.pt")
-    with pytest.raises(BrixelError, match="is damaged or no state of a training run"):
+    with pytest.raises(BrixelError, match="is damaged or is not the state of a training run"):
         distill(stopped)
 
 
 def test_a_state_that_would_run_code_is_refused(stopped):
     torch.save({"format_version": 1, "code": Teacher}, Path(stopped.out) / "state.pt")
-    with pytest.raises(BrixelError, match="is damaged or no state of a training run"):
+    with pytest.raises(BrixelError, match="is damaged or is not the state of a training run"):
         distill(stopped)
 
 
@@ -453,7 +453,7 @@ def test_a_newer_format_is_refused_by_number(stopped):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), RuntimeError("file write failed")])
-def test_a_full_disk_leaves_the_state_before_it(config, monkeypatch, plain, error):
+def test_a_full_disk_keeps_the_previous_state(config, monkeypatch, plain, error):
     saved = []
     save = torch.save
 
@@ -465,7 +465,7 @@ def test_a_full_disk_leaves_the_state_before_it(config, monkeypatch, plain, erro
         save(content, path)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(BrixelError, match=r"cannot write .*state\.pt.*make room and start again"):
+    with pytest.raises(BrixelError, match=r"cannot write .*state\.pt.*free some disk space and start again"):
         distill(config)
     monkeypatch.undo()
     assert state_of(config.out)["progress"]["step"] == 2
@@ -482,10 +482,10 @@ def test_a_full_disk_leaves_the_state_before_it(config, monkeypatch, plain, erro
     ("value", "call", "settings"),
     [(math.nan, 3, {}), (math.inf, 7, {"accumulate": 2, "edge": 0.0, "spectral": 0.0})],
 )
-def test_a_teacher_that_is_not_finite_stops_the_run_before_it_does_harm(
+def test_a_teacher_that_is_not_finite_stops_the_run_before_the_weights_change(
     backbone_folder, config, plain, tmp_path, value, call, settings
 ):
-    """In the second of two passes, too, when the first has already moved the running statistics."""
+    """Also in the second of two micro-batches, when the first has already changed the running statistics."""
     config = changed(config, **settings)
     with pytest.raises(BrixelError, match="^step 3: .*not finite") as caught:
         distill(config, teacher=Teacher(backbone_folder, {call: value}))
@@ -497,20 +497,20 @@ def test_a_teacher_that_is_not_finite_stops_the_run_before_it_does_harm(
 
     distill(config, teacher=Teacher(backbone_folder))
     if settings:
-        plain = tmp_path / "sane"
+        plain = tmp_path / "uninterrupted"
         distill(changed(config, out=str(plain)))
     assert_same_run(config.out, plain)
 
 
 def test_a_loss_that_overflows_stops_the_run(config):
-    """A rate that is far too high: the state of before the step that overflows is kept, statistics and all."""
+    """The state before the step is saved, running statistics included."""
     config = changed(config, lr=1e30, clip_norm=0.0, warmup=0, weight_decay=0.0, val_every=99)
     with pytest.raises(BrixelError, match=r"^step [123]: loss (inf|nan), gradient norm .*; training stops here"):
         distill(config)
     state = state_of(config.out)
     for part in ("module", "average"):
         assert all(tensor.isfinite().all() for tensor in state[part].values())
-    assert len(told(config.out)) == state["progress"]["step"]
+    assert len(metrics_of(config.out)) == state["progress"]["step"]
 
 
 # ---------------------------------------------------------------- what is given in code
@@ -522,7 +522,7 @@ def random_states():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_callers_random_state_is_left_alone(config, backbone_folder, workers):
+def test_the_callers_random_state_is_not_changed(config, backbone_folder, workers):
     teacher = Teacher(backbone_folder, {3: RuntimeError("interrupted")})
     torch.manual_seed(5)
     before = random_states()
@@ -533,7 +533,7 @@ def test_the_callers_random_state_is_left_alone(config, backbone_folder, workers
     assert random_states() == before
 
 
-def test_the_seed_and_not_the_callers_random_state_decides(config, plain, tmp_path):
+def test_the_result_depends_on_the_seed_and_not_on_the_callers_random_state(config, plain, tmp_path):
     torch.manual_seed(2)
     distill(config)
     assert_same_run(config.out, plain)
@@ -543,8 +543,8 @@ def test_the_seed_and_not_the_callers_random_state_decides(config, plain, tmp_pa
 
 
 @pytest.fixture
-def grown(backbone_folder):
-    """A model of one's own, with an adapter that is not fresh."""
+def own_model(backbone_folder):
+    """A model whose adapter is not fresh."""
     torch.manual_seed(3)
     model = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
     with torch.no_grad():
@@ -552,20 +552,20 @@ def grown(backbone_folder):
     return model
 
 
-def test_a_given_model_is_trained_and_its_backbone_is_not(config, grown):
-    backbone = {name: tensor.clone() for name, tensor in grown.backbone.state_dict().items()}
-    start = grown.head.out.weight.detach().clone()
-    result = distill(changed(config, ema=0.0, lr=1e-5), model=grown)
-    torch.testing.assert_close(dict(grown.backbone.state_dict()), backbone, rtol=0, atol=0)
+def test_a_given_model_is_trained_and_its_backbone_is_not(config, own_model):
+    backbone = {name: tensor.clone() for name, tensor in own_model.backbone.state_dict().items()}
+    start = own_model.head.out.weight.detach().clone()
+    result = distill(changed(config, ema=0.0, lr=1e-5), model=own_model)
+    torch.testing.assert_close(dict(own_model.backbone.state_dict()), backbone, rtol=0, atol=0)
     torch.testing.assert_close(dict(result.backbone.state_dict()), backbone, rtol=0, atol=0)
-    assert all(each.grad is None and not each.requires_grad for each in grown.backbone.parameters())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in own_model.backbone.parameters())
     assert not torch.equal(result.head.out.weight, start)
-    torch.testing.assert_close(result.head.out.weight, start, rtol=0, atol=1e-4)  # it began there
-    assert not any(module.training for module in (grown, grown.adapter, grown.head, result))
+    torch.testing.assert_close(result.head.out.weight, start, rtol=0, atol=1e-4)  # close to its start
+    assert not any(module.training for module in (own_model, own_model.adapter, own_model.head, result))
 
 
-def test_a_given_model_needs_no_backbone_on_the_disk(config, grown, drawn):
-    result = distill(changed(config, backbone="given in code"), model=grown)
+def test_a_given_model_needs_no_backbone_on_the_disk(config, own_model, drawn):
+    result = distill(changed(config, backbone="given in code", steps=1), model=own_model)
     saved = load_file(Path(config.out) / "adapter.safetensors")
     state = result.upsampler.state_dict()
     torch.testing.assert_close(dict(state), saved, rtol=0, atol=0)
@@ -574,15 +574,15 @@ def test_a_given_model_needs_no_backbone_on_the_disk(config, grown, drawn):
 
 def test_a_given_model_of_half_precision_is_trained_in_single(config, backbone_folder):
     model = BrixelFeatures.from_backbone(backbone_folder, device="cpu", dtype="bfloat16")
-    distill(config, model=model)
+    distill(changed(config, steps=1), model=model)
     assert {tensor.dtype for tensor in state_of(config.out)["module"].values()} == {torch.float32, torch.int64}
 
 
-def test_a_teacher_of_ones_own_is_asked_for_every_pass(config, backbone_folder, plain):
+def test_a_given_teacher_is_called_for_every_micro_batch(config, backbone_folder, plain):
     teacher = Teacher(backbone_folder)
     distill(config, teacher=teacher)
     assert teacher.shapes == [(2, 3, TEACHER_PX, TEACHER_PX)] * 4
-    assert_same_run(config.out, plain)  # it is the backbone, so that nothing differs
+    assert_same_run(config.out, plain)  # this teacher is the backbone
 
 
 def test_a_teacher_of_another_shape_is_refused(config):
@@ -601,7 +601,7 @@ def test_with_a_cache_the_teacher_sees_every_crop_once(config, backbone_folder, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"workers": 2}, {"cache": 8}])
-def test_unreadable_images_are_counted_and_listed_and_not_fatal(config, drawn, tmp_path, capsys, settings):
+def test_unreadable_images_are_counted_and_listed_and_skipped(config, drawn, tmp_path, capsys, settings):
     folder = tmp_path / "images"
     (folder / "below").mkdir(parents=True)
     for number in range(3):
@@ -609,11 +609,10 @@ def test_unreadable_images_are_counted_and_listed_and_not_fatal(config, drawn, t
     (folder / "broken.png").write_bytes((folder / "below" / "00.png").read_bytes()[:300])
     (folder / "text.jpg").write_text("no image")
     distill(changed(config, images=(str(folder),), **settings))
-    said = capsys.readouterr().err
-    assert f"2 images could not be used: {folder / 'broken.png'}, {folder / 'text.jpg'}" in said
+    assert f"2 images could not be used: {folder / 'broken.png'}, {folder / 'text.jpg'}" in capsys.readouterr().err
 
 
-def test_where_no_image_can_be_read_the_run_says_so(config, tmp_path):
+def test_a_run_without_readable_images_is_an_error(config, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     (folder / "broken.png").write_bytes(b"nothing")
@@ -622,7 +621,7 @@ def test_where_no_image_can_be_read_the_run_says_so(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_small_images_are_upsampled_or_passed_over(config, drawn, tmp_path, capsys):
+def test_small_images_are_upsampled_or_skipped(config, drawn, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
     shutil.copy(drawn / "train" / "00.png", folder)
@@ -644,17 +643,17 @@ def test_folders_that_are_missing_or_empty_are_named(config, tmp_path, setting):
 
 
 @pytest.mark.parametrize(
-    ("teacher_px", "said"), [(100, "take 56 or 112"), (50, "take 56"), (28, "take 56"), (113, "take 112 or 168")]
+    ("teacher_px", "advice"), [(100, "take 56 or 112"), (50, "take 56"), (28, "take 56"), (113, "take 112 or 168")]
 )
-def test_a_size_that_does_not_fit_the_patches_is_refused(config, teacher_px, said):
-    with pytest.raises(BrixelError, match=f"teacher_px is {teacher_px}; expected a multiple of 56, 4 x 14: {said}"):
+def test_a_size_that_does_not_fit_the_patches_is_refused(config, teacher_px, advice):
+    with pytest.raises(BrixelError, match=f"teacher_px is {teacher_px}; expected a multiple of 56, 4 x 14: {advice}"):
         distill(changed(config, teacher_px=teacher_px))
     assert not Path(config.out).exists()
 
 
-def test_the_teachers_size_is_64_patches_where_nobody_says():
-    assert loop.teacher_side(TrainConfig("b", "i", "o"), 14) == 896
-    assert loop.teacher_side(TrainConfig("b", "i", "o"), 16) == 1024
+def test_the_default_size_of_the_teacher_is_64_patches():
+    assert teacher_side_px(TrainConfig("b", "i", "o"), 14) == 896
+    assert teacher_side_px(TrainConfig("b", "i", "o"), 16) == 1024
 
 
 def test_a_backbone_that_is_missing_is_named(config):
@@ -662,11 +661,11 @@ def test_a_backbone_that_is_missing_is_named(config):
         distill(changed(config, backbone="absent"))
 
 
-def test_progress_is_a_line_every_few_steps_where_there_is_no_terminal(config, capsys):
+def test_progress_is_a_line_every_few_steps_without_a_terminal(config, capsys):
     distill(changed(config, log_every=3))
-    said, err = capsys.readouterr()
-    assert said == ""
-    lines = err.strip().split("\n")
+    output, errors = capsys.readouterr()
+    assert output == ""
+    lines = errors.strip().split("\n")
     assert [line.split(" loss ")[0] for line in lines] == ["step 3/4", "step 4/4"]
     assert all("images/s, " in line and line.endswith("s left") for line in lines)
 
@@ -685,18 +684,18 @@ def test_without_held_out_images_the_best_is_the_latest(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.05, 0.9])
-def test_the_average_is_what_an_explicit_loop_gives(config, monkeypatch, decay):
-    """Young averages decay by (1 + step) / (10 + step), where that is less."""
+def test_the_average_equals_that_of_an_explicit_loop(config, monkeypatch, decay):
+    """The decay is at most (1 + step) / (10 + step)."""
     weights = []
-    update = loop.Average.update
+    update = WeightAverage.update
 
     def recorded(self, module, step):
         if not step:
-            weights.append({name: each.clone() for name, each in self.module.named_parameters()})
-        weights.append({name: each.detach().clone() for name, each in module.named_parameters()})
+            weights.append({name: parameter.clone() for name, parameter in self.module.named_parameters()})
+        weights.append({name: parameter.detach().clone() for name, parameter in module.named_parameters()})
         update(self, module, step)
 
-    monkeypatch.setattr(loop.Average, "update", recorded)
+    monkeypatch.setattr(WeightAverage, "update", recorded)
     distill(changed(config, ema=decay, lr=1e-2))
     state = state_of(config.out)
     assert len(weights) == 5
@@ -712,18 +711,18 @@ def test_the_average_is_what_an_explicit_loop_gives(config, monkeypatch, decay):
         torch.testing.assert_close(state["average"], state["module"], rtol=0, atol=0)
 
 
-def test_the_cosine_rate_warms_up_and_falls_to_nearly_nothing():
+def test_the_cosine_rate_warms_up_and_falls_to_nearly_zero():
     config = TrainConfig("b", "i", "o", steps=14, warmup=4, lr=2.0)
     rates = [learning_rate(config, step) for step in range(14)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0]
-    assert rates[9] == pytest.approx(1.0)  # half of the way down
+    assert rates[9] == pytest.approx(1.0)  # half-way
     assert rates[13] == pytest.approx(1 + math.cos(math.pi * 0.9))
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert min(rates) > 0
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (3, 3), (3, 50), (5, 4)])
-def test_rates_of_short_runs_are_positive_and_not_above_the_highest(steps, warmup):
+def test_rates_of_short_runs_are_positive_and_at_most_lr(steps, warmup):
     config = TrainConfig("b", "i", "o", steps=steps, warmup=warmup, lr=0.5)
     rates = [learning_rate(config, step) for step in range(steps)]
     assert all(0 < rate <= 0.5 for rate in rates)
@@ -737,7 +736,7 @@ def test_the_rate_of_the_release_is_a_tenth_for_the_first_third(steps, low):
     assert rates == pytest.approx([1e-4] * low + [1e-3] * (steps - low))
 
 
-def test_the_optimiser_takes_the_rate_of_each_step(config, monkeypatch):
+def test_the_optimiser_uses_the_rate_of_every_step(config, monkeypatch):
     rates = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(
@@ -756,7 +755,7 @@ def test_matrices_and_kernels_decay_and_vectors_do_not(name, kind):
     optimizer = make_optimizer(TrainConfig("b", "i", "o", optimizer=name, weight_decay=0.25, lr=0.5), module)
     assert type(optimizer) is kind
     decayed, plain = optimizer.param_groups
-    assert [each is other for each, other in zip(decayed["params"], (module[0].weight, module[2].weight), strict=True)]
+    assert [a is b for a, b in zip(decayed["params"], (module[0].weight, module[2].weight), strict=True)]
     assert len(plain["params"]) == 6
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.25, 0.0)
     assert decayed["lr"] == plain["lr"] == 0.5
@@ -767,7 +766,7 @@ def test_every_parameter_but_the_blend_is_trained(plain):
     model = BrixelFeatures.from_pretrained(plain, device="cpu")
     count = sum(1 for part in (model.adapter, model.head) for _ in part.parameters()) - 2  # the blend is fitted
     assert sum(len(group["params"]) for group in groups["param_groups"]) == count
-    moved = [bool(each["exp_avg"].abs().max() > 0) for each in groups["state"].values()]
+    moved = [bool(moments["exp_avg"].abs().max() > 0) for moments in groups["state"].values()]
     assert moved.count(False) == 0
 
 
@@ -788,7 +787,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(config, monkeypatch, clip
     step = torch.optim.AdamW.step
 
     def recorded(self):
-        gradients = [each.grad for group in self.param_groups for each in group["params"]]
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
         norms.append(float(nn.utils.get_total_norm(gradients)))
         step(self)
 
@@ -800,13 +799,11 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(config, monkeypatch, clip
         assert min(norms) > 1
 
 
-def test_accumulated_passes_are_one_large_batch(config, tmp_path):
-    """L1 and no batch norm in the way: the head alone hears of the batch's split."""
+def test_accumulated_micro_batches_are_one_large_batch(config, tmp_path):
+    """With L1 only. The untrained head does not depend on the statistics of batch norm."""
     wide = changed(config, batch_size=4, accumulate=1, drop_path=0.0, edge=0.0, spectral=0.0, steps=1, warmup=0)
     distill(wide)
     distill(changed(wide, batch_size=2, accumulate=2, out=str(tmp_path / "narrow")))
-    ours, theirs = told(wide.out), told(tmp_path / "narrow")
-    assert ours[0]["loss"] == pytest.approx(
-        theirs[0]["loss"], rel=1e-6
-    )  # an untrained head: the statistics play no part
-    assert ours[0]["l1"] == pytest.approx(theirs[0]["l1"], rel=1e-6)
+    ours, theirs = metrics_of(wide.out), metrics_of(tmp_path / "narrow")
+    for name in ("loss", "l1"):
+        assert ours[0][name] == pytest.approx(theirs[0][name], rel=1e-6)
