@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from brixel.evaluate.fidelity import BASELINES, interpolated, mean_of, nearness
+from brixel.evaluate.fidelity import BASELINES, interpolated, l1_and_cosine, mean_of
 from brixel.train.teacher_cache import TeacherCache
 
 
@@ -15,7 +15,7 @@ def validate(predict: Callable[[Tensor], Tensor], crops: TeacherCache, device: t
     with torch.no_grad():
         for index in range(len(crops)):
             pixels, teacher = crops[index]
-            results.append(nearness(predict(pixels[None].to(device)).cpu(), teacher[None]))
+            results.append(l1_and_cosine(predict(pixels[None].to(device)).cpu(), teacher[None]))
     return mean_of(results)
 
 

@@ -1,25 +1,24 @@
 """Tables in Markdown."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 
-def markdown_table(headings: Mapping[str, bool] | Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Sequence[bool] | None = None
+) -> list[str]:
     """The lines of a table.
 
     Args:
-        headings: Titles of the columns; as a mapping, whether each holds numbers, which are aligned to the right.
+        headings: Titles of the columns.
         rows: Texts, one per column. White space becomes single spaces, and bars are escaped.
+        numeric: Whether each column holds numbers, which are aligned to the right; None for none.
 
     Returns:
         The heading, the line below it, and a line per row.
     """
-    numeric = list(headings.values()) if isinstance(headings, Mapping) else [False] * len(headings)
-    cells = [
-        list(headings),
-        ["---:" if each else "---" for each in numeric],
-        *([_cell(each) for each in row] for row in rows),
-    ]
+    marks = ["---:" if aligned else "---" for aligned in numeric or [False] * len(headings)]
+    cells = [[_cell(text) for text in headings], marks, *([_cell(text) for text in row] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in cells]
 
 
