@@ -13,10 +13,7 @@ from pathlib import Path
 import torch.nn.functional as F
 
 from brixel import BrixelFeatures
-from brixel.evaluate.datasets.labelled import read_labelled
-from brixel.evaluate.feature_sources import FeatureSource, sources_of
-from brixel.evaluate.probes.segmentation import segmentation
-from brixel.evaluate.probes.training import ProbeSettings
+from brixel.evaluate import FeatureSource, ProbeSettings, read_labelled, segmentation, sources_of
 
 
 def main(arguments=None):

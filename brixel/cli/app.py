@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from brixel import __version__
-from brixel.cli import evaluate, make, plan, throughput, use
+from brixel.cli import evaluate, make, plan, use
 from brixel.errors import BrixelError
 
 
@@ -37,6 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="brixel", description="Dense features of images from frozen ViTs.")
     parser.add_argument("--version", action="version", version=f"brixel {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for each in (use, make, plan, evaluate, throughput):
+    for each in (use, make, plan, evaluate):
         each.add(commands)
     return parser

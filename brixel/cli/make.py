@@ -1,4 +1,4 @@
-"""`brixel convert`, `train`, `benchmark`: how models come about, and what they cost."""
+"""`brixel convert`, `train`: how models come about."""
 
 import argparse
 import dataclasses
@@ -8,19 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.hub_upload import check_pushable
 from brixel.checkpoints.release_adapters import RELEASED
-from brixel.cli.options import (
-    ARCHITECTURE_HELP,
-    BACKBONE_HELP,
-    REPORT_HELP,
-    add_device_options,
-    check_report,
-    command,
-    positive,
-    print_table,
-    tell,
-)
+from brixel.cli.options import ARCHITECTURE_HELP, BACKBONE_HELP, command, positive, print_table
 from brixel.errors import BrixelError
-from brixel.evaluate.cost.timing import DEFAULT_ARCHITECTURES, benchmark, report
 from brixel.train.config import PRESETS, fields, make_config, read_settings
 from brixel.train.dry_run import plan
 from brixel.train.trainer import distill
@@ -49,14 +38,6 @@ def add(commands: Any) -> None:
     one.add_argument("--dry-run", action="store_true", help="tell sizes, times and memory, and stop")
     for field, kind in fields():
         _add_setting(one, field, kind)
-
-    one = command(commands, "benchmark", _benchmark, "time, operations and memory of students with random weights")
-    one.add_argument("--architectures", nargs="+", default=DEFAULT_ARCHITECTURES, metavar="NAME")
-    one.add_argument("--image-px", type=positive, default=256, help="side of the image; default: 256")
-    one.add_argument("--rounds", type=positive, default=20, help="default: 20")
-    one.add_argument("--threads", type=positive, help="default: torch's own choice")
-    one.add_argument("-o", "--output", type=Path, help=REPORT_HELP)
-    add_device_options(one)
 
 
 def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:
@@ -114,18 +95,4 @@ def _train(options: argparse.Namespace) -> int:
     else:
         distill(config)
         print(config.out)
-    return 0
-
-
-def _benchmark(options: argparse.Namespace) -> int:
-    check_report(options.output)
-    results = benchmark(
-        options.architectures,
-        image_px=options.image_px,
-        rounds=options.rounds,
-        threads=options.threads,
-        device=options.device,
-        dtype=options.dtype,
-    )
-    tell(report(results, options.command), options.output)
     return 0

@@ -1,4 +1,4 @@
-"""How sure a mean over images is: percentile bootstrap, images drawn with replacement, always the same draws."""
+"""Percentile bootstrap over images: samples drawn with replacement, always the same ones."""
 
 from collections.abc import Callable
 
@@ -9,17 +9,16 @@ DRAWS = 1000
 _SEED = 0
 
 
-def interval(images: Tensor, figure: Callable[[Tensor], Tensor] | None = None) -> tuple[float, float]:
-    """The 95 % interval of a figure of N images: what 1000 other samples of N of them would give.
+def interval(images: Tensor, statistic: Callable[[Tensor], Tensor] | None = None) -> tuple[float, float]:
+    """The 95 % interval of a statistic of N images: rows (N, ...).
 
-    ``images``: (N, ...), a row each. ``figure``: from rows summed over each sample, (DRAWS, ...), to the figure
-    (DRAWS,); None for the mean of rows that are numbers. Of two methods, subtract inside ``figure``: then both are
-    taken on the same images, and what makes some images harder for all falls out.
+    ``statistic``: from the sums of rows over each sample, (DRAWS, ...), to values (DRAWS,); None for the mean of rows
+    that are numbers. To compare two methods, subtract inside it: both are then evaluated on the same samples.
     """
     sums = _counts(len(images)) @ images.double().reshape(len(images), -1)
     sums = sums.reshape(DRAWS, *images.shape[1:])  # DRAWS ...
-    figures = sums / len(images) if figure is None else figure(sums)
-    low, high = torch.quantile(figures, torch.tensor([0.025, 0.975], dtype=figures.dtype)).tolist()
+    values = sums / len(images) if statistic is None else statistic(sums)
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
 
 

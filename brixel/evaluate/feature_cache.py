@@ -1,10 +1,8 @@
-"""Features of many crops, computed once: in memory, or on disk, where a run that was killed finds them again.
+"""Features of many crops, computed once and kept in memory or on disk, where an interrupted run finds them again.
 
-Where there is no room for all of them an error says so as soon as the first is there.
-
-On disk each crop is a file of its own, `FOLDER/KEY/HASH.npy` in float16: KEY says which source and which size, HASH is
-that of the image's bytes. Maps that are interpolated are kept as they come from the backbone, and so serve several
-sources. Shapes: D channels, h x w cells, T the crop's side in pixels.
+On disk every crop has a file, `FOLDER/KEY/HASH.npy` in float16: KEY is a hash of the source and the size, HASH that of
+the image's bytes. Maps are kept before interpolation, so that several sources share them.
+Shapes: D channels, h x w cells, T the crop's side in pixels.
 """
 
 import hashlib
@@ -25,7 +23,7 @@ from brixel.images.load import load_image
 from brixel.utils.atomic_files import atomic_path
 from brixel.utils.memory import MARGIN, format_bytes, free_bytes
 
-_FEWER = "take fewer images (--limit) or a smaller --teacher-px"
+_ADVICE = "take fewer images (--limit) or a smaller --teacher-px"
 
 
 def centre_crop(image: Path, teacher_px: int) -> Tensor:
@@ -36,7 +34,7 @@ def centre_crop(image: Path, teacher_px: int) -> Tensor:
 class Features:
     """The maps of a source on the centre crops of images: item i is (D, h, w), float32, of image i.
 
-    ``kept``: each map before interpolation, as a tensor, a file, or a function that computes it when it is asked for.
+    ``kept``: by image, the map before interpolation: a tensor, a file, or a function that computes it.
     """
 
     def __init__(self, source: FeatureSource, kept: Sequence[Tensor | Path | Callable[[], Tensor]]) -> None:
@@ -51,70 +49,66 @@ class Features:
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """Maps of several images, (B, D, h, w), float32."""
-        maps = [_opened(self._kept[index]) for index in indices]
+        maps = [_read(self._kept[index]) for index in indices]
         return self.source.finish(torch.stack(maps).float())
 
     def split(self, count: int) -> tuple["Features", "Features"]:
-        """Those of the first ``count`` images, and the others."""
+        """The features of the first ``count`` images, and those of the others."""
         return Features(self.source, self._kept[:count]), Features(self.source, self._kept[count:])
 
 
 def features_of(
     source: FeatureSource, images: Sequence[Path], teacher_px: int, cache: Path | None = None, keep: int | None = None
 ) -> Features:
-    """Compute what is not there yet. ``cache``: a folder, made if need be; None keeps them in memory.
+    """Compute the features of images that are not kept yet.
 
-    ``keep``: how many are kept in memory, from the first on, None for all; the others are computed whenever they are
-    asked for. A source without ``identity`` is never kept on disk. Raises BrixelError where disk or memory is too small
-    for all and for features that float16 cannot hold, ImageError for an image that cannot be used.
+    ``cache``: a folder, made if it is missing; None, or a source without ``identity``, keeps features in memory.
+    ``keep``: how many are kept in memory, None for all; the others are computed at every use. Raises BrixelError where
+    disk or memory is too small for all (at the first map), or float16 cannot hold a feature; ImageError as usual.
     """
     if cache is not None and source.identity:
         return Features(source, _on_disk(source, images, teacher_px, _folder(source, teacher_px, cache)))
     kept = _in_memory(source, images[:keep], teacher_px)
-    return Features(source, [*kept, *(partial(_computed, source, each, teacher_px) for each in images[len(kept) :])])
+    return Features(source, [*kept, *(partial(_compute, source, image, teacher_px) for image in images[len(kept) :])])
 
 
-def check_memory(needed: int, what: str, instead: str) -> None:
-    """Raise BrixelError where the host's memory has no room for so many bytes; ``instead``: what else can be done."""
+def check_memory(needed: int, what: str, advice: str) -> None:
+    """Raise BrixelError where the host's free memory is less than ``needed`` bytes and a margin."""
     free = free_bytes(torch.device("cpu"))
     if free is not None and needed > (1 - MARGIN) * free:
-        there = f"{format_bytes(free)} are free, of which {MARGIN:.0%} are left to others"
-        raise BrixelError(f"{what} need {format_bytes(needed)} of memory, and {there}: {instead}")
+        available = f"{format_bytes(free)} are free, of which {MARGIN:.0%} are left to others"
+        raise BrixelError(f"{what} need {format_bytes(needed)} of memory, and {available}: {advice}")
 
 
 def _in_memory(source: FeatureSource, images: Sequence[Path], teacher_px: int) -> list[Tensor]:
     kept: list[Tensor] = []
     for image in tqdm(images, f"features, {source.name}, {teacher_px} px", disable=None):
-        kept.append(_computed(source, image, teacher_px))
+        kept.append(_compute(source, image, teacher_px))
         if len(kept) == 1:
             maps = f"{len(images)} maps of source {source.name!r} at {teacher_px} px"
-            check_memory(len(images) * kept[0].nbytes, maps, f"keep them on disk (--cache), {_FEWER}")
+            check_memory(len(images) * kept[0].nbytes, maps, f"keep them on disk (--cache), {_ADVICE}")
     return kept
 
 
 def _on_disk(source: FeatureSource, images: Sequence[Path], teacher_px: int, folder: Path) -> list[Path]:
-    """The files of the images' maps, of which those that are missing are written."""
+    """The files of the images' maps; those that are missing are written."""
     paths = [folder / f"{_hash(image.read_bytes())}.npy" for image in images]
     missing = {path: image for path, image in zip(paths, images, strict=True) if not path.exists()}
     title = f"features, {source.name}, {teacher_px} px"
     for number, (path, image) in enumerate(tqdm(missing.items(), title, disable=None)):
-        half = _computed(source, image, teacher_px)
-        if number == 0:
-            maps = f"{len(missing)} maps of source {source.name!r} at {teacher_px} px"
-            _check_disk(len(missing) * half.nbytes, maps, folder)
+        half = _compute(source, image, teacher_px)
+        needed = len(missing) * half.nbytes
+        if number == 0 and needed > (free := shutil.disk_usage(folder).free):
+            raise BrixelError(
+                f"{len(missing)} maps of source {source.name!r} at {teacher_px} px need {format_bytes(needed)} in "
+                f"{folder}, and {format_bytes(free)} are free: name a folder on a larger disk (--cache), {_ADVICE}"
+            )
         with atomic_path(path) as temporary:
             np.save(temporary, half.numpy())
     return paths
 
 
-def _check_disk(needed: int, what: str, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        sizes = f"{format_bytes(needed)} in {folder}, and {format_bytes(free)} are free"
-        raise BrixelError(f"{what} need {sizes}: name a folder on a larger disk (--cache), {_FEWER}")
-
-
-def _computed(source: FeatureSource, image: Path, teacher_px: int) -> Tensor:
+def _compute(source: FeatureSource, image: Path, teacher_px: int) -> Tensor:
     """The map of an image as it is kept, (D, h, w), float16."""
     half = source.raw(centre_crop(image, teacher_px)[None])[0].half()
     if not half.isfinite().all():
@@ -122,7 +116,7 @@ def _computed(source: FeatureSource, image: Path, teacher_px: int) -> Tensor:
     return half
 
 
-def _opened(kept: Tensor | Path | Callable[[], Tensor]) -> Tensor:
+def _read(kept: Tensor | Path | Callable[[], Tensor]) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     return torch.from_numpy(np.load(kept)) if isinstance(kept, Path) else kept()

@@ -1,8 +1,7 @@
-"""Anything that gives dense features, behind one small class, so that all are judged by the same code.
+"""Sources of dense features: student, interpolated backbone, teacher, or any function, all evaluated by the same code.
 
-Our student, the backbone's own map brought up by interpolation, the backbone on the large image ("teacher"), or any
-function of yours. All start from one square crop of T pixels: a source with ``scale`` 4 sees all of them, one with
-``scale`` 1 an image of a quarter of the side, as the student does.
+Every source starts from one square crop of T pixels: with ``scale`` 4 it sees all of them, with ``scale`` 1 an image of
+a quarter of the side, as the student does.
 
 Shapes: B batch, D channels, h x w cells; T the crop's side and S = T / 4 the small image's, in pixels.
 """
@@ -17,12 +16,13 @@ from torch import Tensor
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.fingerprint import digest
-from brixel.errors import BrixelError, did_you_mean
+from brixel.errors import BrixelError
 from brixel.evaluate.cost.timing import flops_of, seconds_of
 from brixel.images.crops import DOWNSAMPLING, check_teacher_px, normalised, student_view
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import dtype_name
 from brixel.utils.eval_mode import evaluation_mode
+from brixel.utils.fields import check_field, check_names, one_of, optional
 
 STUDENT, TEACHER = "student", "teacher"
 INTERPOLATED = ("nearest", "bilinear", "bicubic")
@@ -31,12 +31,21 @@ SOURCES = (*INTERPOLATED, STUDENT, TEACHER)
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """Dense features of a normalised image: ``maps`` takes pixels (B, 3, H, W) and gives (B, D, h, w), any grid.
+    """A function from normalised pixels to dense features, with what is needed to call it.
 
-    ``patch_px``: H and W are multiples of it. ``mean``, ``std``: what the pixels are normalised with, by channel.
-    ``scale``: 1 for a source of the small image, 4 for one of the large. ``resize``: "nearest", "bilinear" or
-    "bicubic" where the map is to be brought to four cells a patch by interpolation. ``identity``: text that tells these
-    features from all others, by which they are kept on disk; empty where they are not to be kept.
+    Args:
+        name: For reports.
+        maps: From pixels (B, 3, H, W) to maps (B, D, h, w) of any grid.
+        patch_px: H and W are multiples of it.
+        mean: Mean of the normalisation, by channel.
+        std: Standard deviation of the normalisation, by channel.
+        scale: 1 for a source of the small image, 4 for one of the large.
+        resize: "nearest", "bilinear" or "bicubic" interpolates the map to four cells per patch; None leaves it.
+        identity: A text that differs for all other features; under it they are kept on disk. Empty: they are not.
+        device: Where ``maps`` computes, for timing.
+
+    Raises:
+        BrixelError: ``scale`` or ``resize`` is none of these.
     """
 
     name: str
@@ -52,20 +61,29 @@ class FeatureSource:
     def __post_init__(self) -> None:
         if self.scale not in (1, DOWNSAMPLING):
             raise BrixelError(f"scale of source {self.name!r} is {self.scale!r}; expected 1 (small image) or 4 (large)")
-        if self.resize is not None and self.resize not in INTERPOLATED:
-            raise BrixelError(f"resize is {self.resize!r}; {did_you_mean(self.resize, INTERPOLATED)}")
+        check_field(f"resize of source {self.name!r}", self.resize, optional(one_of(*INTERPOLATED)))
 
     @property
     def key(self) -> object:
-        """Equal for sources whose maps, before interpolation, are the same."""
+        """Equal for sources whose maps are the same before interpolation."""
         return (self.identity, self.scale) if self.identity else self
 
     def features(self, crops: Tensor) -> Tensor:
-        """Dense maps of square crops: (B, 3, T, T) in [0, 1] -> (B, D, h, w), float32 on the CPU."""
+        """Dense maps of square crops.
+
+        Args:
+            crops: (B, 3, T, T), RGB in [0, 1].
+
+        Returns:
+            (B, D, h, w), float32 on the CPU.
+
+        Raises:
+            BrixelError: T is not a multiple of four patches, or ``maps`` gave something other than finite maps.
+        """
         return self.finish(self.raw(crops))
 
     def raw(self, crops: Tensor) -> Tensor:
-        """The maps before they are interpolated, which is what is worth keeping: (B, D, h, w), float32 on the CPU."""
+        """Maps before interpolation, which are what is kept: crops (B, 3, T, T) -> (B, D, h, w), float32 on the CPU."""
         check_teacher_px(crops.shape[-1], self.patch_px)
         seen = crops.clamp(0, 1) if self.scale == DOWNSAMPLING else student_view(crops)
         with torch.no_grad():
@@ -75,27 +93,27 @@ class FeatureSource:
             raise BrixelError(f"source {self.name!r} gave {gave}; expected a tensor ({len(crops)}, D, h, w)")
         maps = found.float().cpu()
         if not maps.isfinite().all():
-            raise BrixelError(f"source {self.name!r} gave features that are not finite; nothing can be said of such")
+            raise BrixelError(f"source {self.name!r} gave features that are not finite; they cannot be evaluated")
         return maps
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Maps as they are judged: (B, D, h, w) -> four times h and w for interpolated sources, else as they are."""
+        """Maps as they are evaluated: (B, D, h, w) -> four times h and w for interpolated sources."""
         if self.resize is None:
             return raw
         corners = None if self.resize == "nearest" else False
         return F.interpolate(raw, scale_factor=UPSCALE, mode=self.resize, align_corners=corners)
 
 
-def check_names(sources: Sequence[FeatureSource]) -> None:
-    """Raise BrixelError where two sources have one name: results are kept by it."""
+def check_source_names(sources: Sequence[FeatureSource]) -> None:
+    """Raise BrixelError where two sources have the same name: results are kept by name."""
     names = [source.name for source in sources]
-    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-        raise BrixelError(f"two sources are named {twice[0]!r}; give each a name of its own")
+    if repeated := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise BrixelError(f"two sources are named {repeated[0]!r}; give each a name of its own")
 
 
 def features_by_name(sources: Sequence[FeatureSource], crops: Tensor) -> dict[str, Tensor]:
-    """Dense maps (B, D, h, w) of every source on crops (B, 3, T, T); what several interpolate is computed once."""
-    check_names(sources)
+    """Dense maps (B, D, h, w) of crops (B, 3, T, T) by source; maps that several sources interpolate are shared."""
+    check_source_names(sources)
     raw: dict[object, Tensor] = {}
     for source in sources:
         if source.key not in raw:
@@ -104,12 +122,20 @@ def features_by_name(sources: Sequence[FeatureSource], crops: Tensor) -> dict[st
 
 
 def sources_of(model: BrixelFeatures, names: Sequence[str] = SOURCES) -> list[FeatureSource]:
-    """Sources by name: "nearest", "bilinear", "bicubic" (the backbone alone), "student", "teacher".
+    """The feature sources of a model.
 
-    Raises BrixelError for another name.
+    Args:
+        model: The model.
+        names: "nearest", "bilinear", "bicubic" (the backbone's own map, interpolated), "student" (the dense map), or
+            "teacher" (the backbone on the large image).
+
+    Returns:
+        A source per name.
+
+    Raises:
+        BrixelError: A name is unknown.
     """
-    if unknown := [name for name in names if name not in SOURCES]:
-        raise BrixelError(f"unknown source {unknown[0]!r}; {did_you_mean(unknown[0], SOURCES)}")
+    check_names(names, SOURCES, "unknown source")
     return [_source(model, name) for name in names]
 
 
@@ -138,7 +164,7 @@ def _source(model: BrixelFeatures, name: str) -> FeatureSource:
 
 
 def cost_of(source: FeatureSource, teacher_px: int, rounds: int = 5) -> dict[str, float]:
-    """Operations in GFLOP and the median time in ms for one crop of noise of T pixels, on the source's own device."""
+    """GFLOP and the median time in ms for one crop of T pixels of noise, on the source's own device."""
     side = teacher_px * source.scale // DOWNSAMPLING
     pixels = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
 
@@ -146,6 +172,6 @@ def cost_of(source: FeatureSource, teacher_px: int, rounds: int = 5) -> dict[str
         return source.finish(source.maps(pixels))
 
     with torch.no_grad():
-        flops = flops_of(call)  # warms up as well
+        flops = flops_of(call)  # a warm-up as well
         seconds = statistics.median(seconds_of(call, torch.device(source.device)) for _ in range(rounds))
     return {"gflop": flops / 1e9, "ms": seconds * 1e3}

@@ -1,7 +1,7 @@
-"""How near maps are to the teacher's: the student's, and those of plain interpolation, which it must beat.
+"""How close maps are to the teacher's: the student's, and those of plain interpolation, which it must beat.
 
-The teacher is the backbone itself on an image of four times the side. Images are cut to centre squares, and every
-figure is taken of one image and then averaged. `docs/evaluation.md` says what each means.
+The teacher is the backbone on an image of four times the side. Images are cut to centre squares; metrics are computed
+per image and then averaged. `docs/evaluation.md` defines them.
 Shapes: B batch, D width, H x W cells; T and S = T / 4 the teacher's and the student's side in pixels.
 """
 
@@ -25,20 +25,20 @@ from brixel.model.losses import edge_loss, principal_directions, spectral_loss
 from brixel.utils.devices import describe_machine
 
 BASELINES = ("bilinear", "bicubic")
-BASE = "bilinear"  # of whose error the share is told that another removes
-EDGE_SHARE = 0.1  # of an image's cells, those with the teacher's strongest gradients, are its edges
-_DIRECTIONS = 8  # along which edges are looked at: the teacher's first principal ones, image by image
+BASE = "bilinear"  # other sources are compared with it
+EDGE_SHARE = 0.1  # of an image's cells: those with the teacher's strongest gradients
+_DIRECTIONS = 8  # the teacher's first principal directions, along which edges are found, per image
 
 
-def nearness(maps: Tensor, teacher: Tensor) -> dict[str, float]:
-    """Mean absolute difference and mean cosine similarity, cell by cell, of maps (B, D, H, W)."""
+def l1_and_cosine(maps: Tensor, teacher: Tensor) -> dict[str, float]:
+    """Mean absolute difference ``l1`` and mean cosine similarity over the cells of maps (B, D, H, W)."""
     maps, teacher = maps.float(), teacher.float()
     cosine = F.cosine_similarity(maps, teacher, dim=1).mean()
     return {"l1": float((maps - teacher).abs().mean()), "cosine": float(cosine)}
 
 
 def interpolated(backbone: Callable[[Tensor], Tensor], mode: str, grid_hw: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """The backbone's own map, brought to the teacher's grid by plain interpolation: what a student must beat."""
+    """A function from pixels to the backbone's own map, interpolated to the teacher's grid: the baseline."""
 
     def predict(pixels: Tensor) -> Tensor:
         return F.interpolate(backbone(pixels), size=tuple(grid_hw), mode=mode, align_corners=False)
@@ -47,17 +47,17 @@ def interpolated(backbone: Callable[[Tensor], Tensor], mode: str, grid_hw: Seque
 
 
 def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of every figure."""
-    return {name: sum(each[name] for each in records) / len(records) for name in records[0]}
+    """The mean of every key."""
+    return {name: sum(record[name] for record in records) / len(records) for name in records[0]}
 
 
-def figures(maps: Tensor, teacher: Tensor) -> dict[str, float]:
-    """All figures of one image's map beside the teacher's, (1, D, H, W) each, at least 3 x 3 cells."""
+def fidelity_metrics(maps: Tensor, teacher: Tensor) -> dict[str, float]:
+    """All metrics of one image's map against the teacher's, (1, D, H, W) each, at least 3 x 3 cells."""
     maps, teacher = maps.float(), teacher.float()
     directions = principal_directions(teacher, min(_DIRECTIONS, teacher.shape[1]))
     cosine = F.cosine_similarity(maps, teacher, dim=1)[0]
     return {
-        **nearness(maps, teacher),
+        **l1_and_cosine(maps, teacher),
         "cosine_edges": float(cosine[1:-1, 1:-1][teacher_edges(teacher, directions)].mean()),
         "edge": float(edge_loss(maps, teacher, directions=directions)),
         "spectral": float(spectral_loss(maps, teacher)),
@@ -66,10 +66,10 @@ def figures(maps: Tensor, teacher: Tensor) -> dict[str, float]:
 
 def teacher_edges(teacher: Tensor, directions: Tensor) -> Tensor:
     """The tenth of inner cells with the largest Sobel gradients: (1, D, H, W) -> (H - 2, W - 2), True at edges."""
-    planes = (directions @ teacher.flatten(2)).unflatten(2, teacher.shape[2:])[0, :, None]  # N 1 H W
+    projected = torch.einsum("nd,dhw->nhw", directions, teacher[0])[:, None]  # N 1 H W
     ramp, blur = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 2.0, 1.0])
     kernels = torch.stack([torch.outer(blur, ramp), torch.outer(ramp, blur)])[:, None]  # 2 1 3 3
-    strength = F.conv2d(planes, kernels.to(planes)).square().sum((0, 1))  # H-2 W-2
+    strength = F.conv2d(projected, kernels.to(projected)).square().sum((0, 1))  # H-2 W-2
     strongest = strength.flatten().topk(max(1, round(EDGE_SHARE * strength.numel()))).indices
     return torch.zeros_like(strength, dtype=torch.bool).flatten().index_fill(0, strongest, True).view_as(strength)
 
@@ -82,10 +82,21 @@ def fidelity(
     *,
     name: str = "",
 ) -> Report:
-    """Compare a model's sources with its teacher on centre crops, for each side T; ``name``: for the table.
+    """Compare a model's maps with its teacher's on centre crops.
 
-    Raises BrixelError where there is no image or a side is not four whole patches, ImageError for an image that
-    cannot be used.
+    Args:
+        model: The model.
+        images: Paths of images.
+        teacher_px: Sides of the teacher's image in pixels, T.
+        names: Of the sources to compare; see :func:`sources_of`.
+        name: The model's name in the report; by default its backbone's.
+
+    Returns:
+        A row per side and source; the metrics of every image in ``details``.
+
+    Raises:
+        BrixelError: There is no image, or a side is not four whole patches.
+        ImageError: An image cannot be used.
     """
     teacher = sources_of(model, [TEACHER])[0]
     return compare(sources_of(model, names), teacher, images, teacher_px, model=name or model.config.backbone.title)
@@ -99,7 +110,7 @@ def compare(
     *,
     model: str,
 ) -> Report:
-    """As :func:`fidelity`, of any sources; their maps must have the teacher's shape."""
+    """As :func:`fidelity`, for any sources whose maps have the teacher's shape; ``model`` is their name."""
     sides = tuple(teacher_px)
     if not images:
         raise BrixelError("no images to compare on; expected at least one")
@@ -119,13 +130,13 @@ def compare(
     }
     recipe = f"{len(images)} images, centre crops; {describe_machine(torch.device(teacher.device))}."
     names = [str(image.name) for image in images]
-    return Report("fidelity", "How near to the teacher", columns, rows, recipe, (), {"images": names, **details})
+    return Report("fidelity", "Fidelity to the teacher", columns, rows, recipe, (), {"images": names, **details})
 
 
 def _at_size(
     sources: Sequence[FeatureSource], teacher: FeatureSource, images: Sequence[Path], side: int
 ) -> dict[str, dict[str, Tensor]]:
-    """Every figure of every source by image, (N,), float64."""
+    """Every metric of every source by image, (N,), float64."""
     records: dict[str, list[dict[str, float]]] = {source.name: [] for source in sources}
     for image in tqdm(images, f"images, {side} px", disable=None):
         crop = centre_crop(image, side)[None]
@@ -133,10 +144,10 @@ def _at_size(
         for name, maps in features_by_name(sources, crop).items():
             if maps.shape != target.shape:
                 shapes = f"{tuple(maps.shape)}, the teacher {tuple(target.shape)}"
-                raise BrixelError(f"source {name!r} gave {shapes}; maps of one shape can be compared")
-            records[name].append(figures(maps, target))
+                raise BrixelError(f"source {name!r} gave {shapes}; only maps of the same shape can be compared")
+            records[name].append(fidelity_metrics(maps, target))
     return {
-        name: {key: torch.tensor([each[key] for each in by], dtype=torch.float64) for key in by[0]}
+        name: {key: torch.tensor([record[key] for record in by], dtype=torch.float64) for key in by[0]}
         for name, by in records.items()
     }
 

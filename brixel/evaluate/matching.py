@@ -1,9 +1,9 @@
-"""Points found again: an image and a warp of it, matched by nearest feature, with the truth known from the warp.
+"""Matching: points of an image found in a warp of it by nearest features; the warp gives the truth.
 
 The second view is the image's centre crop under a homography that lies inside it, so that nothing is blank. A point
-of the first is found in the second at the centre of the cell with the most similar feature (cosine).
+of the first view is found in the second at the centre of the cell with the most similar feature (cosine).
 
-Shapes: D channels, h x w cells, P points; coordinates (x, y) in shares of a view's side, 0 to 1.
+Shapes: D channels, h x w cells, P points; coordinates (x, y) as shares of a view's side, 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from brixel.errors import BrixelError
-from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.feature_cache import centre_crop
 from brixel.evaluate.feature_sources import FeatureSource, features_by_name
-from brixel.evaluate.report import Report
+from brixel.evaluate.metrics import pck
+from brixel.evaluate.report import SOURCE_COLUMNS, Report
 from brixel.images.crops import DOWNSAMPLING
 from brixel.utils.devices import describe_machine
 
@@ -32,43 +32,43 @@ _REACH = 0.25  # how far into the image, of its side, a corner of the second vie
 
 
 def random_homography(generator: torch.Generator) -> Tensor:
-    """A matrix (3, 3) that takes points of the second view to the first; its corners lie within, near those."""
+    """A matrix (3, 3) from points of the second view to the first, whose corners lie inside, near its own corners."""
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     inward = 1 - 2 * corners
-    moved = corners + inward * _REACH * torch.rand(4, 2, generator=generator, dtype=torch.float64)
+    targets = corners + inward * _REACH * torch.rand(4, 2, generator=generator, dtype=torch.float64)
     rows, right = [], []
-    for (x, y), (u, v) in zip(corners.tolist(), moved.tolist(), strict=True):
+    for (x, y), (u, v) in zip(corners.tolist(), targets.tolist(), strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
         right += [u, v]
     solved = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(right, dtype=torch.float64))
     return torch.cat([solved, solved.new_ones(1)]).view(3, 3)
 
 
-def moved(points: Tensor, homography: Tensor) -> Tensor:
+def transform_points(points: Tensor, homography: Tensor) -> Tensor:
     """Points (P, 2) under a homography, (P, 2)."""
     lifted = torch.cat([points, torch.ones_like(points[:, :1])], 1) @ homography.T.to(points)
     return lifted[:, :2] / lifted[:, 2:]
 
 
-def warped(crop: Tensor, homography: Tensor) -> Tensor:
-    """The second view of a crop (3, T, T), of the same size: each pixel read bilinearly where it comes from."""
+def warp_image(crop: Tensor, homography: Tensor) -> Tensor:
+    """The second view of a crop (3, T, T), of the same size, read bilinearly."""
     side = crop.shape[-1]
     at = (torch.arange(side, dtype=torch.float64) + 0.5) / side
     pixels = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1).view(-1, 2)  # x, y
-    return _read(crop, moved(pixels, homography)).view(-1, side, side)
+    return _read(crop, transform_points(pixels, homography)).view(-1, side, side)
 
 
-def _read(planes: Tensor, points: Tensor) -> Tensor:
-    """Planes (C, h, w) at points (P, 2), bilinearly, (C, P)."""
-    grid = (2 * points - 1).to(planes)[None, None]  # 1 1 P 2
-    return F.grid_sample(planes[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0]
+def _read(maps: Tensor, points: Tensor) -> Tensor:
+    """Maps (C, h, w) at points (P, 2), bilinearly, (C, P)."""
+    grid = (2 * points - 1).to(maps)[None, None]  # 1 1 P 2
+    return F.grid_sample(maps[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0]
 
 
-def distances(first: Tensor, second: Tensor, homography: Tensor, points: Tensor) -> Tensor:
-    """How far each match lies from where it should: maps (D, h, w), points (P, 2) of the second view -> (P,)."""
-    asked = F.normalize(_read(first, moved(points, homography)), dim=0)  # D P
+def match_distances(first: Tensor, second: Tensor, homography: Tensor, points: Tensor) -> Tensor:
+    """Distance of each match from the true position: maps (D, h, w), points (P, 2) of the second view -> (P,)."""
+    queries = F.normalize(_read(first, transform_points(points, homography)), dim=0)  # D P
     cells = F.normalize(second.flatten(1), dim=0)  # D h*w
-    best = (asked.T @ cells).argmax(1)
+    best = (queries.T @ cells).argmax(1)
     height, width = second.shape[1:]
     found = torch.stack([(best % width + 0.5) / width, (best // width + 0.5) / height], 1)
     return (found - points).norm(dim=1)
@@ -77,16 +77,31 @@ def distances(first: Tensor, second: Tensor, homography: Tensor, points: Tensor)
 def matching(
     sources: Sequence[FeatureSource], images: Sequence[Path], teacher_px: Sequence[int], *, model: str, seed: int = 0
 ) -> Report:
-    """Share of points found within each of ``THRESHOLDS`` (PCK), by source and size."""
+    """Share of points found within each of ``THRESHOLDS`` (PCK), by source and size.
+
+    Args:
+        sources: What is compared; see :func:`sources_of`.
+        images: Paths of images.
+        teacher_px: Sides of the teacher's image in pixels.
+        model: The sources' name in the report.
+        seed: Of the warps and points, which are the same for all sources.
+
+    Returns:
+        A row per side and source.
+
+    Raises:
+        BrixelError: There is no image, or a side is not four whole patches.
+        ImageError: An image cannot be used.
+    """
     if not images:
         raise BrixelError("no images to match; expected at least one")
     rows: list[dict[str, Any]] = []
     for side in teacher_px:
         found = _at_size(sources, images, side, seed)
         rows += [_row(model, side, source, found) for source in sources]
-    shares = {f"pck_{limit:g}": (f"PCK at {limit:.0%}", ".1%") for limit in THRESHOLDS}
     columns = {
-        **{"model": ("model", ""), "image_px": ("image, px", "d"), "source": ("source", ""), **shares},
+        **SOURCE_COLUMNS,
+        **{f"pck_{limit:g}": (f"PCK at {limit:.0%}", ".1%") for limit in THRESHOLDS},
         "gain_0.05": ("at 5 %, over bilinear, 95 %", "+.1%"),
         "median": ("median error, of the side", ".1%"),
     }
@@ -94,7 +109,7 @@ def matching(
         f"{len(images)} images, centre crops, {WARPS} homographies each (corners up to {_REACH:.0%} of the side "
         f"inwards), {POINTS} points each, seed {seed}; {describe_machine(torch.device(sources[0].device))}."
     )
-    return Report("matching", "Points found again under homographies", columns, rows, recipe)
+    return Report("matching", "Matching under homographies", columns, rows, recipe)
 
 
 def _at_size(sources: Sequence[FeatureSource], images: Sequence[Path], side: int, seed: int) -> dict[str, Tensor]:
@@ -105,22 +120,22 @@ def _at_size(sources: Sequence[FeatureSource], images: Sequence[Path], side: int
         crop = centre_crop(image, side)
         warps = [random_homography(generator) for _ in range(WARPS)]
         points = [torch.rand(POINTS, 2, generator=generator) for _ in warps]
-        views = torch.stack([crop, *(warped(crop, each) for each in warps)])
+        views = torch.stack([crop, *(warp_image(crop, warp) for warp in warps)])
         for name, maps in features_by_name(sources, views).items():
             triples = zip(maps[1:], warps, points, strict=True)
-            found[name].append(torch.cat([distances(maps[0], *triple) for triple in triples]))
-    return {name: torch.stack(each) for name, each in found.items()}
+            found[name].append(torch.cat([match_distances(maps[0], *triple) for triple in triples]))
+    return {name: torch.stack(distances) for name, distances in found.items()}
 
 
 def _row(model: str, side: int, source: FeatureSource, found: dict[str, Tensor]) -> dict[str, Any]:
     limits = torch.tensor(THRESHOLDS)
-    by_image = {name: torch.stack([metrics.pck(row, limits) for row in each]) for name, each in found.items()}
+    by_image = {name: torch.stack([pck(row, limits) for row in rows]) for name, rows in found.items()}
     own, base = by_image[source.name], by_image.get(BASE)  # images, thresholds
     row: dict[str, Any] = {"model": model, "image_px": side * source.scale // DOWNSAMPLING, "source": source.name}
-    for place, limit in enumerate(THRESHOLDS):
-        row[f"pck_{limit:g}"] = float(own[:, place].mean())
-        row[f"pck_{limit:g}_interval"] = interval(own[:, place])
+    for index, limit in enumerate(THRESHOLDS):
+        row[f"pck_{limit:g}"] = float(own[:, index].mean())
+        row[f"pck_{limit:g}_interval"] = interval(own[:, index])
         if base is not None and source.name != BASE:
-            row[f"gain_{limit:g}"] = interval(own[:, place] - base[:, place])
+            row[f"gain_{limit:g}"] = interval(own[:, index] - base[:, index])
     row["median"] = float(found[source.name].median())
     return row

@@ -1,4 +1,4 @@
-"""Panels for people: the maps of several sources side by side, in one set of colours or as likeness to one point.
+"""Panels: the maps of several sources side by side, in common colours or as similarity to one point.
 
 Shapes: T the crop's side in pixels; D channels, h x w cells of a map.
 """
@@ -25,15 +25,25 @@ def panel_of(
     teacher_px: int,
     point_yx: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """A row for each image: its centre square, then every source's map in the colours of one PCA basis.
+    """Draw the maps of several sources.
 
-    ``point_yx``: a point of the square, in its T pixels; then a second row shows the cosine similarity of every cell to
-    the cell at the point, black for -1 and white for 1, which is the source's own and needs no common basis.
-    Raises BrixelError for a point outside, ImageError for an image that cannot be used.
+    Args:
+        sources: The sources.
+        images: Paths of images.
+        teacher_px: Side of the centre square, T.
+        point_yx: A point of the square in pixels, row and column from 0 to below T. A second row per image then shows
+            the cosine similarity of every cell to the cell at the point, black for -1 and white for 1.
+
+    Returns:
+        A row per image: its centre square, then every source's map in the colours of one PCA basis.
+
+    Raises:
+        BrixelError: There is no image, the point is outside, or T is not a multiple of four patches.
+        ImageError: An image cannot be used.
     """
     if not images:
         raise BrixelError("no images to show; expected at least one")
-    if point_yx is not None and not all(0 <= each < teacher_px for each in point_yx):
+    if point_yx is not None and not all(0 <= at < teacher_px for at in point_yx):
         raise BrixelError(f"the point is {point_yx}; expected row and column from 0 to below {teacher_px}")
     for source in sources:
         check_teacher_px(teacher_px, source.patch_px)
@@ -41,12 +51,18 @@ def panel_of(
     size_hw = (HEIGHT_PX, HEIGHT_PX)
     for image in images:
         crop = centre_crop(image, teacher_px)
-        maps = {name: _feature_map(each[0], teacher_px) for name, each in features_by_name(sources, crop[None]).items()}
+        features = features_by_name(sources, crop[None])
+        maps = {name: _feature_map(batch[0], teacher_px) for name, batch in features.items()}
         title = f"{image.name[:24]}, {teacher_px} px"
         rows.append([image_tile(crop.clamp(0, 1).numpy(), size_hw, title), *map_tiles(maps, size_hw)])
         if point_yx is not None:
-            similar = [cells_tile(each, _greys(each, point_yx), size_hw, name) for name, each in maps.items()]
-            rows.append([image_tile(_marked(crop, point_yx).numpy(), size_hw, "similarity to this point"), *similar])
+            marked = image_tile(_marked(crop, point_yx).numpy(), size_hw, "similarity to this point")
+            rows.append(
+                [
+                    marked,
+                    *(cells_tile(one_map, _greys(one_map, point_yx), size_hw, name) for name, one_map in maps.items()),
+                ]
+            )
     return build_panel(rows)
 
 

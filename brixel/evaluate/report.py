@@ -1,7 +1,8 @@
-"""A table of figures that says how it was made: Markdown for people and the same numbers as JSON."""
+"""Reports: a table of results and how it was made, as Markdown and as JSON."""
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,29 @@ from typing import Any
 
 from brixel.errors import BrixelError
 from brixel.utils.atomic_files import check_folder, write_text
+from brixel.utils.markdown import markdown_table
+from brixel.utils.memory import format_bytes
+
+SOURCE_COLUMNS = {"model": ("model", ""), "image_px": ("image, px", "d"), "source": ("source", "")}
+"""What every report that compares feature sources begins with."""
+
+_OLD_KEYS = {"picture_px": "image_px", "image_px": "student_px"}  # of version 0.1, the second in reports of costs
+_OLD_PICTURES = re.compile(r"(?<=\d )pictures\b|(?<=% of the )pictures(?= to fit)")  # in recipes of version 0.1
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of plain JSON values, and what of them is shown.
+    """A table of results, and how it was made.
 
-    ``columns``: by key of a row, its heading and a format such as ".3f", empty for text; keys without a column are in
-    the JSON alone. A value may be a number, a text, None (shown as "-") or a pair of numbers (shown as "low to high").
-    ``recipe``: on what data and machine; ``notes``: sentences below the table. ``details``: further JSON values, such
-    as figures by image.
+    Args:
+        task: What was evaluated, such as "segmentation".
+        title: The heading.
+        columns: By key of a row: the column's heading, and a format such as ".3f"; "" for text, "bytes" for amounts of
+            memory. Keys of rows without a column are in the JSON alone.
+        rows: Plain JSON values: numbers, texts, None (shown as "-"), or pairs of numbers (shown as "low to high").
+        recipe: On what data and machine.
+        notes: Sentences below the table.
+        details: Further JSON values, such as results by image.
     """
 
     task: str
@@ -30,19 +44,19 @@ class Report:
     details: Mapping[str, Any] | None = None
 
     def markdown(self, command: str, level: int = 1) -> str:
-        """A section with the table, the recipe and the command; ``level`` of its heading."""
-        table = [
+        """The report as a section of Markdown; ``command`` made it, ``level`` is that of the heading."""
+        table = markdown_table(
             [heading for heading, _ in self.columns.values()],
-            ["---:" if form else "---" for _, form in self.columns.values()],
-            *([shown(row.get(key), form) for key, (_, form) in self.columns.items()] for row in self.rows),
-        ]
-        lines = [f"{'#' * level} {self.title}", "", *(f"| {' | '.join(cells)} |" for cells in table), ""]
+            [[shown(row.get(key), form) for key, (_, form) in self.columns.items()] for row in self.rows],
+            numeric=[bool(form) for _, form in self.columns.values()],
+        )
         notes = [*(f"- {note}" for note in self.notes), ""] if self.notes else []
-        return "\n".join([*lines, *notes, self.recipe, "Made by:", "", f"    {command}"])
+        heading = f"{'#' * level} {self.title}"
+        return "\n".join([heading, "", *table, "", *notes, self.recipe, "Made by:", "", f"    {command}"])
 
     def content(self, command: str) -> dict[str, Any]:
-        """The same as JSON values; :meth:`from_content` turns it back."""
-        columns = {key: list(each) for key, each in self.columns.items()}
+        """The report as JSON values, which :meth:`from_content` reads."""
+        columns = {key: list(column) for key, column in self.columns.items()}
         return {
             **{"task": self.task, "title": self.title, "command": command, "recipe": self.recipe},
             **{"columns": columns, "rows": [dict(row) for row in self.rows], "notes": list(self.notes)},
@@ -51,28 +65,38 @@ class Report:
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> "Report":
-        """What :meth:`content` gave."""
+        """Read what :meth:`content` gave, also in version 0.1, whose rows have "picture_px" in place of "image_px"."""
         fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
         columns = {key: (heading, form) for key, (heading, form) in content["columns"].items()}
+        if "picture_px" in columns:
+            columns = {key: (head.replace("picture", "image"), form) for key, (head, form) in _renamed(columns).items()}
+            fields["rows"] = [_renamed(row) for row in fields["rows"]]
+            fields["recipe"] = _OLD_PICTURES.sub("images", fields["recipe"])
+            fields["notes"] = [note.replace("pictures", "images") for note in fields["notes"]]
         return cls(**{**fields, "columns": columns})
 
 
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A row or the columns of version 0.1 with today's keys."""
+    return {_OLD_KEYS.get(key, key): value for key, value in values.items()}
+
+
 def shown(value: Any, form: str) -> str:
-    """A value as it stands in the table."""
+    """A value as the table shows it."""
     if value is None:
         return "-"
     if isinstance(value, (list, tuple)):
-        return " to ".join(shown(each, form) for each in value)
-    return format(value, form)
+        return " to ".join(shown(end, form) for end in value)
+    return format_bytes(value) if form == "bytes" else format(value, form)
 
 
 def check_markdown(path: Path | None) -> None:
-    """Raise BrixelError where no report can be written to ``path``; asked before the work is done."""
+    """Raise BrixelError where no report can be written to ``path``; called before the work is done."""
     if path is None:
         return
     if path.suffix != ".md":
         raise BrixelError(
-            f"{path}: expected a name that ends in .md; the same figures go to {path.with_suffix('.json')}"
+            f"{path}: expected a name that ends in .md; the same results go to {path.with_suffix('.json')}"
         )
     check_folder(path)
 
@@ -83,7 +107,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_report(report: Report, command: str, path: Path | None) -> None:
-    """Print the Markdown; where a path is given, write it there, and the JSON beside it."""
+    """Print the Markdown; with a path, write it there, and the JSON to the same name with .json."""
     text = report.markdown(command)
     print(text)
     if path is not None:

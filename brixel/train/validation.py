@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from brixel.brixel_features import BrixelFeatures
-from brixel.evaluate.fidelity import BASELINES, interpolated, mean_of, nearness
+from brixel.evaluate.fidelity import BASELINES, interpolated, mean_of, l1_and_cosine
 from brixel.train.checkpoint import TrainingState
 from brixel.train.config import TrainConfig
 from brixel.train.distributed import DistributedContext
@@ -28,7 +28,7 @@ def validate(predict: Callable[[Tensor], Tensor], crops: TeacherCache, device: t
     with torch.no_grad():
         for index in range(len(crops)):
             pixels, teacher = crops[index]
-            results.append(nearness(predict(pixels[None].to(device)).cpu(), teacher[None]))
+            results.append(l1_and_cosine(predict(pixels[None].to(device)).cpu(), teacher[None]))
     return mean_of(results)
 
 

@@ -1,25 +1,24 @@
 """Markdown tables."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 
-def markdown_table(headings: Mapping[str, bool] | Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Format the lines of a table.
+def markdown_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Sequence[bool] | None = None
+) -> list[str]:
+    """The lines of a table.
 
     Args:
-        headings: Titles of the columns. A mapping says which columns hold numbers, which are aligned to the right.
-        rows: One text per column; white space is collapsed, and bars are escaped.
+        headings: Titles of the columns.
+        rows: Texts, one per column. White space becomes single spaces, and bars are escaped.
+        numeric: Whether each column holds numbers, which are aligned to the right; None for none.
 
     Returns:
         The headings, the delimiter row, and one line per row.
     """
-    numeric = list(headings.values()) if isinstance(headings, Mapping) else [False] * len(headings)
-    cells = [
-        list(headings),
-        ["---:" if is_numeric else "---" for is_numeric in numeric],
-        *([_cell(text) for text in row] for row in rows),
-    ]
+    marks = ["---:" if aligned else "---" for aligned in numeric or [False] * len(headings)]
+    cells = [[_cell(text) for text in headings], marks, *([_cell(text) for text in row] for row in rows)]
     return [f"| {' | '.join(line)} |" for line in cells]
 
 

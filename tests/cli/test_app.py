@@ -167,8 +167,8 @@ def test_version(capsys):
             ("extract", "PICTURE", "--model", "MODEL", "-o", "MODEL/config.json"),
             "config.json is a file; expected a folder",
         ),
-        (("benchmark", "-o", "no/such/report.md"), "no folder no/such"),
-        (("benchmark", "--architectures", "dinov2-vits14"), "such as 252"),
+        (("evaluate", "cost", "-o", "no/such/report.md"), "no folder no/such"),
+        (("evaluate", "memory", "--architectures", "dinov2-vits14"), "such as 252"),
         (("show", "PICTURE", "--model", "MODEL", "-o", "no/such/panel.png"), "no folder no/such"),
         (("show", "PICTURE", "--model", "MODEL", "-o", "panel.xyz"), "panel.xyz: expected a name that ends in .png"),
         (("show", "PICTURE", "--model", "MODEL", "--device", "abacus"), "unknown device 'abacus'"),
@@ -180,7 +180,7 @@ def test_version(capsys):
         (("convert", "missing.pth", "--backbone", "BACKBONE", "-o", "out"), "no adapter at 'missing.pth'"),
         (("convert", "PICTURE", "--backbone", "BACKBONE", "-o", "out"), "expected a weight file"),
         (("info", "BACKBONE"), "for a backbone use from_backbone"),
-        (("benchmark", "--architectures", "dinov3-vits"), "unknown backbone architecture 'dinov3-vits'"),
+        (("evaluate", "cost", "--architectures", "dinov3-vits"), "unknown backbone architecture 'dinov3-vits'"),
     ],
 )
 def test_errors_are_one_line(
@@ -223,5 +223,5 @@ def test_it_runs_as_a_module(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module("brixel", run_name="__main__")
     told = capsys.readouterr().out
-    for command in ("show", "extract", "info", "convert", "benchmark"):
+    for command in ("show", "extract", "info", "convert", "evaluate"):
         assert command in told

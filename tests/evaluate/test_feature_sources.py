@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures
-from brixel.evaluate import feature_cache as feature_store
+from brixel.evaluate import feature_cache
 from brixel.evaluate.feature_cache import centre_crop, features_of
 from brixel.evaluate.feature_sources import FeatureSource, cost_of, features_by_name, sources_of
 from brixel.images.crops import normalised, student_view
@@ -63,7 +63,7 @@ def test_what_is_no_source_is_refused(model):
         sources_of(model, ["bilinar"])
     with pytest.raises(BrixelError, match="scale of source 'x' is 2; expected 1"):
         FeatureSource("x", mean_colour, 8, scale=2)
-    with pytest.raises(BrixelError, match="resize is 'cubic'"):
+    with pytest.raises(BrixelError, match="resize of source 'x' is 'cubic'; expected one of"):
         FeatureSource("x", mean_colour, 8, resize="cubic")
     with pytest.raises(BrixelError, match=r"'x' gave a tensor \(1, 3\); expected a tensor \(1, D, h, w\)"):
         FeatureSource("x", lambda pixels: pixels.mean((2, 3)), 8).features(torch.rand(1, 3, 32, 32))
@@ -155,18 +155,18 @@ MAP_BYTES = 2 * 3 * 2 * 2  # of a crop of 64 px: float16, three channels, 2 x 2 
 
 def test_maps_for_which_memory_is_too_small_are_refused_at_the_first(images, monkeypatch):
     calls = []
-    monkeypatch.setattr(feature_store, "free_bytes", lambda device: 3 * MAP_BYTES)
+    monkeypatch.setattr(feature_cache, "free_bytes", lambda device: 3 * MAP_BYTES)
     with pytest.raises(BrixelError, match=r"^3 maps of source 'x' at 64 px need 1 MiB of memory, .*--cache.*--limit"):
         features_of(FeatureSource("x", counted(calls), 8), images, 64)
     assert len(calls) == 1
     for free in (4 * MAP_BYTES, None):  # a tenth is left to others; not every system tells
-        monkeypatch.setattr(feature_store, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(feature_cache, "free_bytes", lambda device, free=free: free)
         assert len(features_of(FeatureSource("x", mean_colour, 8), images, 64)) == 3
 
 
 def test_a_disk_must_hold_what_is_not_there_yet(images, tmp_path, monkeypatch):
     calls, free = [], [10 * MAP_BYTES]
-    monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, free[0]))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, free[0]))
     source = FeatureSource("x", counted(calls), 8, identity="x")
     features_of(source, images[:1], 64, tmp_path / "cache")
     free[0] = 2 * MAP_BYTES - 1

@@ -5,7 +5,7 @@ import torch
 
 from brixel import BrixelError
 from brixel.evaluate.feature_sources import FeatureSource
-from brixel.evaluate.matching import distances, matching, moved, random_homography, warped
+from brixel.evaluate.matching import match_distances, matching, random_homography, transform_points, warp_image
 
 
 def coordinates(pixels):
@@ -25,23 +25,23 @@ def test_homographies_keep_the_second_view_inside_the_first():
     generator = torch.Generator().manual_seed(0)
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     for _ in range(20):
-        found = moved(corners, random_homography(generator))
+        found = transform_points(corners, random_homography(generator))
         assert (found - corners).abs().max() <= 0.25 + 1e-6
         assert 0 <= found.min() <= found.max() <= 1
 
 
 def test_the_warped_image_shows_what_lies_where_the_points_say(ramp):
     homography = random_homography(torch.Generator().manual_seed(1))
-    view = warped(ramp, homography)
+    view = warp_image(ramp, homography)
     at = torch.tensor([[10.5 / 32, 20.5 / 32]])  # the centre of the pixel in row 20, column 10
-    assert view[:2, 20, 10].tolist() == pytest.approx(moved(at, homography)[0].tolist(), abs=1e-6)
+    assert view[:2, 20, 10].tolist() == pytest.approx(transform_points(at, homography)[0].tolist(), abs=1e-6)
 
 
 def test_features_that_tell_the_place_find_every_point_within_half_a_cell(ramp):
     homography = random_homography(torch.Generator().manual_seed(2))
-    first, second = (coordinates(each[None])[0] for each in (ramp, warped(ramp, homography)))
+    first, second = (coordinates(each[None])[0] for each in (ramp, warp_image(ramp, homography)))
     points = 0.1 + 0.8 * torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
-    found = distances(first, second, homography, points)
+    found = match_distances(first, second, homography, points)
     assert found.max() < 1.5 * 2**0.5 / 2 / 32  # half a diagonal, and the curvature of the bilinear reading
 
 

@@ -25,8 +25,8 @@ from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.datasets.labelled import read_labelled
 from brixel.evaluate.feature_cache import Features
 from brixel.evaluate.feature_sources import FeatureSource
-from brixel.evaluate.fidelity import nearness, teacher_edges
-from brixel.evaluate.matching import distances, random_homography
+from brixel.evaluate.fidelity import l1_and_cosine, teacher_edges
+from brixel.evaluate.matching import match_distances, random_homography
 from brixel.evaluate.probes.segmentation import segment
 from brixel.evaluate.probes.training import Cells, ProbeSettings, linear_readout, train_probe
 from brixel.model.losses import edge_loss, principal_directions, spectral_loss
@@ -167,8 +167,8 @@ def cells(plane):
     return plane[0].flatten(1).T.numpy()  # H*W D
 
 
-def test_nearness(maps):
-    found = nearness(*maps)
+def test_l1_and_cosine(maps):
+    found = l1_and_cosine(*maps)
     assert found["l1"] == pytest.approx(mean_absolute_error(cells(maps[1]), cells(maps[0])), rel=1e-5)
     assert found["cosine"] == pytest.approx(1 - paired_cosine_distances(*map(cells, maps)).mean(), rel=1e-5)
 
@@ -220,7 +220,7 @@ def test_nearest_features():
     neighbours = NearestNeighbors(n_neighbors=1, metric="cosine", algorithm="brute").fit(cells(second[None]))
     rows, columns = np.divmod(neighbours.kneighbors(asked, return_distance=False)[:, 0], 16)
     expected = np.hypot((columns + 0.5) / 16 - points[:, 0].numpy(), (rows + 0.5) / 12 - points[:, 1].numpy())
-    assert distances(first, second, homography, points).tolist() == pytest.approx(expected.tolist())
+    assert match_distances(first, second, homography, points).tolist() == pytest.approx(expected.tolist())
 
 
 def test_a_linear_probe_is_least_squares():

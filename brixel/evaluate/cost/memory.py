@@ -1,18 +1,22 @@
-"""The smallest limits of memory that work, by architecture, size and dtype; random weights, predicted and measured."""
+"""Memory that students with random weights need on a CPU, predicted and measured, in two tables.
+
+`memory_table` gives the smallest limits that work, `limit_table` what is done within given limits.
+"""
 
 import itertools
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, MemoryLimitError
 from brixel.evaluate.cost.timing import check_side, random_student
+from brixel.evaluate.report import Report
 from brixel.inference.memory.allocation_tracker import AllocationTracker, weights_and_buffers
-from brixel.inference.memory.planner import Job, predict_peak, run_job, ways_by_cost
+from brixel.inference.memory.planner import Job, Tiles, choose_way, predict_peak, run_job, ways_by_cost
 from brixel.inference.memory.strategies import Way, new_results
 from brixel.model.student import Student
 from brixel.utils.devices import describe_machine, dtype_name
@@ -22,107 +26,157 @@ ARCHITECTURES = ("dinov3-vits16", "dinov3-vitb16", "dinov3-vitl16", "dinov3-vith
 SIDES = (256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16)
 _HOST = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Row:
-    """Least bytes of one way for one square image; measured bytes and seconds are None where it was not run."""
-
-    architecture: str
-    dtype: torch.dtype
-    side_px: int
-    kind: str
-    predicted_bytes: int
-    measured_bytes: int | None
-    seconds: float | None
+_STRATEGIES = {"whole": "whole", "pieces": "row chunks", "tiles": "tiles"}
+_IMAGE_COLUMNS = {"architecture": ("architecture", ""), "dtype": ("dtype", ""), "image_px": ("image, px", "d")}
+_NOTES = ("One image, random weights, bytes of tensors; weights are included, the map goes to a file.",)
 
 
 def memory_table(
-    architectures: Sequence[str], sides_px: Sequence[int], *, measured: Mapping[str, int] | None = None
-) -> list[Row]:
-    """Rows for whole passes, exact pieces and tiles of square images.
+    architectures: Sequence[str] = ARCHITECTURES,
+    image_px: Sequence[int] = SIDES,
+    *,
+    measured: Mapping[str, int] | None = None,
+) -> Report:
+    """The least memory of each strategy, predicted, for square images in float32 and bfloat16.
 
-    ``measured``: by architecture, the side up to which images are computed as well, on the CPU, the map going to a
-    file. Where nothing is computed the weights are never made. Raises BrixelError for one that is not in the table.
+    Args:
+        architectures: Names of known backbones.
+        image_px: Sides of the images in pixels.
+        measured: By architecture, the side up to which images are computed as well. Architectures that are not in it
+            are predicted without making their weights.
+
+    Returns:
+        A row per architecture, dtype and side; bytes by strategy, None where a pass is too large for the kernels.
+
+    Raises:
+        BrixelError: An architecture is unknown, a side does not fit it, or ``measured`` names one not in the table.
     """
-    rows, measured = [], measured or {}
-    for architecture, side_px in itertools.product((*architectures, *measured), sides_px):
-        check_side(architecture, side_px)  # an error should not cost the time of those before it
-    if left_out := [each for each in measured if each not in architectures]:
-        among = ", ".join(architectures)
-        raise BrixelError(f"{left_out[0]} is to be measured, and not among the architectures of the table: {among}")
+    measured = measured or {}
+    _check(itertools.product((*architectures, *measured), image_px))
+    if extra := [name for name in measured if name not in architectures]:
+        known = ", ".join(architectures)
+        raise BrixelError(f"{extra[0]} is to be measured, but is not among the architectures of the table: {known}")
+    rows = []
+    for architecture, dtype in itertools.product(architectures, DTYPES):
+        largest_px = measured.get(architecture, 0)
+        with torch.device("cpu" if largest_px else "meta"):
+            student = random_student(architecture).to(dtype)
+        for side in image_px:
+            row = {"architecture": architecture, "dtype": dtype_name(dtype), "image_px": side}
+            rows.append(row | _least(student, Job(1, (side, side), to_file=True), run=side <= largest_px))
+    columns = {
+        **_IMAGE_COLUMNS,
+        **{kind: (name, "bytes") for kind, name in _STRATEGIES.items()},
+        "measured": ("measured: whole, row chunks, tiles", ""),
+    }
+    notes = (
+        *_NOTES,
+        "Row chunks of one row of patches, tiles of 8 x 8 patches. A dash: not run, or too large for the kernels.",
+    )
+    return Report("memory", "Smallest limits of memory that work", columns, rows, describe_machine(_HOST) + ".", notes)
+
+
+def _least(student: Student, job: Job, *, run: bool) -> dict[str, Any]:
+    """Predicted bytes by strategy, and where ``run`` those measured, with seconds."""
+    row: dict[str, Any] = {"measured_bytes": {}, "seconds": {}, "measured": None}
+    for ways in ways_by_cost(student, job, "auto"):
+        way = ways[-1]
+        row[way.kind] = predict_peak(student, way, job, _HOST)
+        if run:
+            row["measured_bytes"][way.kind], row["seconds"][way.kind] = measure_peak(student, way, job)
+    if run:
+        pairs = zip(row["measured_bytes"].values(), row["seconds"].values(), strict=True)
+        row["measured"] = ", ".join(f"{format_bytes(count)} in {seconds:.1f} s" for count, seconds in pairs)
+    return row
+
+
+def limit_table(
+    architectures: Sequence[str],
+    image_px: Sequence[int],
+    limits: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    tiles: Tiles = "auto",
+) -> Report:
+    """Choose a strategy for every architecture, side and limit, compute a square image with it, and measure.
+
+    Args:
+        architectures: Names of known backbones.
+        image_px: Sides of the images in pixels.
+        limits: In bytes. A strategy that several limits lead to is run once.
+        dtype: Of weights and maps.
+        tiles: Whether tiles are allowed, as for :meth:`brixel.BrixelFeatures.extract`.
+
+    Returns:
+        A row per architecture, side and limit; values are None where nothing fits the limit.
+
+    Raises:
+        BrixelError: An architecture is unknown, or a side does not fit it.
+    """
+    _check(itertools.product(architectures, image_px))
+    rows = []
     for architecture in architectures:
-        for dtype in DTYPES:
-            largest_px = measured.get(architecture, 0)
-            with torch.device("cpu" if largest_px else "meta"):
-                student = random_student(architecture).to(dtype)
-            for side_px in sides_px:
-                job = Job(1, (side_px, side_px), to_file=True)
-                for ways in ways_by_cost(student, job, "auto"):
-                    rows.append(_row(architecture, student, ways[-1], job, run=side_px <= largest_px))
-    return rows
+        student = random_student(architecture).to(dtype)
+        for side in image_px:
+            job, measured = Job(1, (side, side), to_file=True), dict[Way, tuple[int, float]]()
+            for limit in limits:
+                row = {"architecture": architecture, "dtype": dtype_name(dtype), "image_px": side, "limit_bytes": limit}
+                rows.append(row | _within(student, job, limit, tiles, measured))
+    columns = {
+        **_IMAGE_COLUMNS,
+        **{"limit_bytes": ("limit", "bytes"), "strategy": ("strategy", "")},
+        **{"predicted_bytes": ("predicted peak", "bytes"), "measured_bytes": ("measured", "bytes")},
+        **{"share": ("of the prediction", ".1%"), "seconds": ("seconds", ".1f")},
+    }
+    return Report("limits", "Limits of memory kept", columns, rows, describe_machine(_HOST) + ".", _NOTES)
 
 
-def _row(architecture: str, student: Student, way: Way, job: Job, *, run: bool) -> Row:
-    predicted = predict_peak(student, way, job, _HOST)
-    measured, seconds = measure_peak(student, way, job) if run else (None, None)
-    dtype = student.head.out.weight.dtype
-    return Row(architecture, dtype, job.padded_hw[0], way.kind, predicted, measured, seconds)
+def _within(
+    student: Student, job: Job, limit: int, tiles: Tiles, measured: dict[Way, tuple[int, float]]
+) -> dict[str, Any]:
+    """The strategy for a limit, and its predicted and measured peaks; ``measured`` keeps those that were run."""
+    try:
+        way = choose_way(student, job, limit, tiles, _HOST)
+    except MemoryLimitError:
+        return {"strategy": "refused: nothing fits"}
+    if way not in measured:
+        measured[way] = measure_peak(student, way, job)
+    (peak, seconds), predicted = measured[way], predict_peak(student, way, job, _HOST)
+    row = {"strategy": _describe(way, job.grid_hw(student)), "kind": way.kind, "predicted_bytes": predicted}
+    return row | {"measured_bytes": peak, "share": peak / predicted, "seconds": seconds}
+
+
+def _describe(way: Way, grid_hw: tuple[int, int]) -> str:
+    if way.kind == "tiles":
+        return f"{way.tiling(grid_hw).count} tiles of {way.side} x {way.side} patches"
+    return f"row chunks of {way.rows} rows" if way.kind == "pieces" else "whole"
 
 
 def measure_peak(student: Student, way: Way, job: Job) -> tuple[int, float]:
     """Peak bytes and seconds of computing a job of noise on the CPU, counted as :func:`predict_peak` counts."""
     images = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
-    counter = AllocationTracker("cpu")
+    tracker = AllocationTracker("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        rooms = _rooms_in(folder, student, job) if job.to_file else None
-        with counter:
-            counter.track(weights_and_buffers(student))
-            counter.track(images)
-            counter.leave_out(rooms or [])
+        outputs = _outputs_in(folder, student, job) if job.to_file else None
+        with tracker:
+            tracker.track(weights_and_buffers(student))
+            tracker.track(images)
+            tracker.leave_out(outputs or [])
             start = time.perf_counter()
-            run_job(student, way, images, rooms)
-            return counter.peak, time.perf_counter() - start
+            run_job(student, way, images, outputs)
+            return tracker.peak, time.perf_counter() - start
 
 
-def _rooms_in(folder: str, student: Student, job: Job) -> list[Tensor]:
-    """Room for the maps of a job in files, which is where it is while a map is written to one."""
+def _outputs_in(folder: str, student: Student, job: Job) -> list[Tensor]:
+    """Memory-mapped files for the maps of a job, as when maps are written to files."""
     wanted = new_results(student, torch.empty(1, 3, *job.padded_hw).expand(job.batch, -1, -1, -1))
-    paths = [f"{folder}/{number}" for number in range(job.batch)]
     return [
-        torch.from_file(path, shared=True, size=room.numel(), dtype=room.dtype).view(room.shape)
-        for path, room in zip(paths, wanted, strict=True)
+        torch.from_file(f"{folder}/{number}", shared=True, size=out.numel(), dtype=out.dtype).view(out.shape)
+        for number, out in enumerate(wanted)
     ]
 
 
-def report(rows: Sequence[Row], command: str) -> str:
-    """A table in Markdown: a line for each architecture, dtype and size, the ways side by side."""
-    lines = [
-        "# Smallest limits of memory that work",
-        "",
-        "| architecture | dtype | image, px | whole | exact pieces | tiles | measured: whole, pieces, tiles |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    keys = dict.fromkeys((row.architecture, row.dtype, row.side_px) for row in rows)
-    for key in keys:
-        by_kind = {row.kind: row for row in rows if (row.architecture, row.dtype, row.side_px) == key}
-        predicted = [format_bytes(by_kind[kind].predicted_bytes) if kind in by_kind else "-" for kind in _KINDS]
-        measured = [_measured(by_kind[kind]) for kind in _KINDS if kind in by_kind]
-        shown = ", ".join(measured) if all(measured) else "-"
-        lines.append(f"| {key[0]} | {dtype_name(key[1])} | {key[2]} | {' | '.join(predicted)} | {shown} |")
-    return "\n".join([*lines, "", *_NOTES, "", describe_machine(_HOST) + ". Made by:", "", f"    {command}"])
-
-
-_KINDS = ("whole", "pieces", "tiles")
-_NOTES = (
-    "One image, random weights, weights included. Predicted on fake tensors for the CPU: live bytes of tensors, with",
-    "the pixels in float32 and without the map, which goes to a file. Pieces of one row of patches, tiles of 8 x 8",
-    "patches: the least there is. A dash: a pass that is too large for what kernels count, or that was not run.",
-    "Measured: by the same counter on real tensors, one run each, with its seconds, beside other work.",
-)
-
-
-def _measured(row: Row) -> str:
-    if row.measured_bytes is None:
-        return ""
-    return f"{format_bytes(row.measured_bytes)} in {row.seconds:.1f} s"
+def _check(pairs: "itertools.product[tuple[Any, ...]]") -> None:
+    """Check all architectures and sides before the first is measured."""
+    for architecture, side in pairs:
+        check_side(architecture, side)

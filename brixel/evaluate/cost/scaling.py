@@ -1,7 +1,7 @@
-"""What student, backbone and teacher cost as images and batches grow; random weights, operations counted by torch.
+"""The cost of student, backbone and teacher as images and batches grow, with random weights.
 
-Counting runs no number: it works on shapes alone, for every size. Times are of one process, all variants of a size in
-turn; peak memory is of a fresh one for every variant (see `brixel.evaluate.cost.timing`, whose calls these are).
+Operations are counted on the meta device, without computing. Times are of one process, all variants of a size in turn;
+peak memory is of a new process for every variant (see `brixel.evaluate.cost.timing`).
 """
 
 import statistics
@@ -10,24 +10,34 @@ from typing import Any
 
 import torch
 
-from brixel.backbones.registry import known_backbone
 from brixel.errors import BrixelError
 from brixel.evaluate.cost.timing import (
     BACKBONE,
     LARGE,
+    SLOW_EVERY,
     STUDENT,
     flops_of,
     peak_bytes_of,
     random_student,
     seconds_in_turn,
+    torch_threads,
     variants,
 )
 from brixel.evaluate.report import Report
-from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import choose_device, choose_dtype, describe_machine, dtype_name
 
 _LARGEST = 4096 * 4096  # pixels of a teacher's image
+
+_COLUMNS = {
+    **{"architecture": ("architecture", ""), "image_px": ("image, px", "d"), "output_cells": ("map", "")},
+    **{"variant": ("variant", ""), "parameters": ("parameters, M", ".1f"), "gflop": ("GFLOP", ".1f")},
+}
+_TIMED_COLUMNS = {
+    **{"batch": ("batch", "d"), "ms": ("ms, median", ".1f"), "ms_range": ("min to max", ".1f")},
+    **{"ms_p90": ("p90", ".1f"), "ratio": ("of its backbone's", ".2f"), "per_second": ("images/s", ".2f")},
+    "peak_mib": ("peak memory of one, MiB", ".0f"),
+}
 
 
 def cost(
@@ -36,98 +46,122 @@ def cost(
     *,
     batch_sizes: Sequence[int] = (1,),
     rounds: int = 10,
+    threads: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Report:
-    """Parameters, GFLOP, and where ``rounds`` is above 0 times and memory, of every size of every architecture.
+    """Measure what students, their backbones and their teachers cost.
 
-    Sides that are no whole patches go to the nearest that are. Teachers of more than 4096 x 4096 px are left out.
-    Raises BrixelError for an unknown architecture.
+    Args:
+        architectures: Names of known backbones.
+        image_px: Sides of the student's square image in pixels; one that is not a multiple of the patch size is
+            rounded to the nearest that is. Teachers on more than 4096 x 4096 px are left out.
+        batch_sizes: Images per call.
+        rounds: Timed calls of each variant; 0 counts parameters and operations alone.
+        threads: Threads of torch; None for its own choice.
+        device: As for :meth:`brixel.BrixelFeatures.from_pretrained`.
+        dtype: As ``device``.
+
+    Returns:
+        A row per architecture, size, variant and batch size: parameters in millions, GFLOP of one image; milliseconds
+        of a batch, their ratio to the backbone's (the median over the rounds), images per second, and the peak memory
+        in MiB of a process that runs one image.
+
+    Raises:
+        BrixelError: An architecture is unknown, ``rounds`` is negative, or there is nothing to measure.
     """
     if rounds < 0:
         raise BrixelError(f"rounds is {rounds}; expected 0, to count operations alone, or more")
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    rows: list[dict[str, Any]] = []
-    for name in architectures:
-        patch_px = known_backbone(name).vit.patch_px
-        sides = [max(1, round(side / patch_px)) * patch_px for side in image_px]
-        with torch.device("meta"):
-            shapes = random_student(name)
-        student = random_student(name).to(where, kind) if rounds else None
-        for side in sides:
-            counted = _counted(name, shapes, side)
-            timed = {} if student is None else _timed(student, side, counted, batch_sizes, rounds, where)
-            for row in counted:
-                if rounds:
-                    row["peak_mib"] = _mib(peak_bytes_of(name, row["variant"], side, where, kind))
-                rows += [{**row, **each} for each in timed.get(row["variant"], [{}])]
+    counted = {name: _count(name, image_px) for name in architectures}  # an unknown name fails before the first timing
+    rows = [row for name in architectures for row in counted[name]]
     if not rows:
         raise BrixelError("nothing to measure; expected at least one architecture and one size")
-    columns = {
-        **{"architecture": ("architecture", ""), "image_px": ("image, px", "d"), "output_cells": ("map", "")},
-        **{"variant": ("variant", ""), "parameters": ("parameters, M", ".1f"), "gflop": ("GFLOP", ".1f")},
-    }
+    timing = f"torch {torch.__version__}"
     if rounds:
-        columns |= {"batch": ("batch", "d"), "ms": ("ms, median", ".1f"), "ms_p90": ("p90", ".1f")}
-        columns |= {"per_second": ("images/s", ".2f"), "peak_mib": ("peak memory of one, MiB", ".0f")}
-    seldom = " (x 4: one of five)" if where.type == "cpu" else ""
-    timing = (
-        f"{dtype_name(kind)}, {rounds} rounds in turn{seldom}; {describe_machine(where)}"
-        if rounds
-        else f"torch {torch.__version__}"
-    )
+        with torch_threads(threads):
+            rows = [row for name in architectures for row in _time(counted[name], batch_sizes, rounds, where, kind)]
+            slow = f" (x 4: one of {SLOW_EVERY})" if where.type == "cpu" else ""
+            timing = f"{dtype_name(kind)}, {rounds} rounds in turn{slow}; {describe_machine(where)}"
     recipe = f"Random weights; operations of products, convolutions and attention, two for a multiply-add; {timing}."
-    return Report("cost", "What it costs", columns, rows, recipe)
+    notes = [_describe_upsampler(own) for own in counted.values()]
+    return Report("cost", "Cost", _COLUMNS | (_TIMED_COLUMNS if rounds else {}), rows, recipe, notes)
 
 
-def _counted(name: str, shapes: Student, side: int) -> list[dict[str, Any]]:
-    """Rows of the variants of one size, counted on the meta device."""
-    like = next(shapes.backbone.parameters())
-    counts = {part: sum(each.numel() for each in part.parameters()) for part in (shapes.backbone, shapes)}
+def _count(name: str, image_px: Sequence[int]) -> list[dict[str, Any]]:
+    """A row per size and variant, with what needs no computing."""
+    with torch.device("meta"):
+        student = random_student(name)
+    parameters = [sum(weight.numel() for weight in part.parameters()) for part in (student.backbone, student)]
+    patch_px = student.backbone.patch_px
     rows = []
-    with torch.no_grad():
-        for variant, call in variants(shapes, side, like).items():
-            large = variant == LARGE
-            if large and (UPSCALE * side) ** 2 > _LARGEST:
+    for side in (max(1, round(wanted / patch_px)) * patch_px for wanted in image_px):
+        for variant, call in variants(student, side).items():
+            if variant == LARGE and (UPSCALE * side) ** 2 > _LARGEST:
                 continue
-            cells = side // shapes.backbone.patch_px * (1 if variant == BACKBONE else UPSCALE)
+            cells = side // patch_px * (1 if variant == BACKBONE else UPSCALE)
+            with torch.no_grad():
+                gflop = flops_of(call) / 1e9
             rows.append(
                 {
                     **{"architecture": name, "student_px": side, "variant": variant},
-                    **{"image_px": side * (UPSCALE if large else 1), "output_cells": f"{cells} x {cells}"},
-                    "parameters": counts[shapes if variant == STUDENT else shapes.backbone] / 1e6,
-                    "gflop": flops_of(call) / 1e9,
+                    **{"image_px": side * (UPSCALE if variant == LARGE else 1), "output_cells": f"{cells} x {cells}"},
+                    "parameters": parameters[variant == STUDENT] / 1e6,
+                    "gflop": gflop,
                 }
             )
     return rows
 
 
-def _timed(
-    student: Student,
-    side: int,
-    counted: Sequence[dict[str, Any]],
-    batch_sizes: Sequence[int],
-    rounds: int,
-    device: torch.device,
-) -> dict[str, list[dict[str, Any]]]:
-    """By variant: median and p90 in ms of a batch, and images per second, for every batch size."""
-    like, names = next(student.backbone.parameters()), [row["variant"] for row in counted]
-    calls = {
-        (variant, batch): call
-        for batch in batch_sizes
-        for variant, call in variants(student, side, like, batch).items()
-        if variant in names
-    }
-    seldom = [key for key in calls if key[0] == LARGE]
-    found: dict[str, list[dict[str, Any]]] = {}
-    for (variant, batch), seconds in seconds_in_turn(calls, rounds, device, seldom).items():
-        median = statistics.median(seconds)
-        p90 = torch.quantile(torch.tensor(seconds, dtype=torch.float64), 0.9).item()
-        row = {"batch": batch, "ms": median * 1e3, "ms_p90": p90 * 1e3, "per_second": batch / median}
-        found.setdefault(variant, []).append(row)
-    return found
+def _describe_upsampler(rows: Sequence[dict[str, Any]]) -> str:
+    """The parameters of both parts of a student, and the operations that its upsampler adds, by size."""
+    by_variant = {(row["student_px"], row["variant"]): row for row in rows}
+    pairs = [(side, row, by_variant[side, BACKBONE]) for (side, name), row in by_variant.items() if name == STUDENT]
+    _, student, backbone = pairs[0]
+    upsampler = student["parameters"] - backbone["parameters"]
+    added = ", ".join(f"{own['gflop'] - base['gflop']:.2f} at {side} px" for side, own, base in pairs)
+    return (
+        f"{student['architecture']}: parameters: backbone {backbone['parameters']:.2f} M, upsampler {upsampler:.2f} M; "
+        f"GFLOP of the upsampler: {added}."
+    )
 
 
-def _mib(count: int | None) -> float | None:
-    return None if count is None else count / 2**20
+def _time(
+    counted: Sequence[dict[str, Any]], batch_sizes: Sequence[int], rounds: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, Any]]:
+    """The counted rows of an architecture with times and memory, one per batch size."""
+    name = counted[0]["architecture"]
+    peaks = [peak_bytes_of(name, row["variant"], row["student_px"], device, dtype) for row in counted]
+    student = random_student(name).to(device, dtype)
+    rows = []
+    seconds: dict[tuple[int, str, int], list[float]] = {}
+    for row, peak in zip(counted, peaks, strict=True):
+        side, variant = row["student_px"], row["variant"]
+        if (side, variant, batch_sizes[0]) not in seconds:  # all variants of a size in turn
+            names = [other["variant"] for other in counted if other["student_px"] == side]
+            calls = {
+                (side, other, batch): call
+                for batch in batch_sizes
+                for other, call in variants(student, side, batch).items()
+                if other in names
+            }
+            seconds |= seconds_in_turn(calls, rounds, device, [key for key in calls if key[1] == LARGE])
+        for batch in batch_sizes:
+            own, base = seconds[side, variant, batch], seconds[side, BACKBONE, batch]
+            times = {"batch": batch, **_summary(own, batch), "ratio": _ratio(own, base)}
+            rows.append({**row, "peak_mib": None if peak is None else peak / 2**20, **times})
+    return rows
+
+
+def _summary(seconds: Sequence[float], batch: int) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    p90 = torch.quantile(torch.tensor(seconds, dtype=torch.float64), 0.9).item()
+    ends = (min(seconds) * 1e3, max(seconds) * 1e3)
+    return {"ms": median * 1e3, "ms_range": ends, "ms_p90": p90 * 1e3, "per_second": batch / median}
+
+
+def _ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """The median over the rounds of the time over the backbone's in the same round."""
+    step = SLOW_EVERY if len(seconds) < len(base) else 1
+    return statistics.median(own / other for own, other in zip(seconds, base[::step], strict=True))

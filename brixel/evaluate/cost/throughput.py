@@ -1,69 +1,77 @@
-"""Images per second of the whole pipeline beside the bare model on pixels that lie in memory."""
+"""Images per second of the whole pipeline, compared with the model alone on pixels in memory."""
 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
-from brixel.backbones.registry import known_backbone
-from brixel.backbones.vit import ViT
 from brixel.brixel_features import BrixelFeatures
-from brixel.checkpoints.fingerprint import fingerprint
+from brixel.evaluate.report import Report
 from brixel.extraction import extract_files
 from brixel.images.find_images import SCENE, find_images
-from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
-from brixel.model.upsampler import Upsampler
 from brixel.utils.devices import describe_machine, dtype_name
 
 BARE, STREAM, EXTRACT = "bare model, pixels in memory", "stream, from files", "extract, files to files"
-
-
-@dataclass(frozen=True)
-class Result:
-    """Seconds of every round for all images, by what was done; the recipe."""
-
-    title: str
-    images: int
-    seconds: Mapping[str, Sequence[float]]
-    recipe: str
-
-
-def random_model(architecture: str) -> BrixelFeatures:
-    """A model of a known shape with random weights, for figures that do not depend on them."""
-    torch.manual_seed(0)
-    vit = ViT(known_backbone(architecture).vit).requires_grad_(False)
-    adapter = AdapterConfig(default_blocks(vit.depth), residual_detour=False, short_side_px=256, blend=True)
-    upsampler = Upsampler(vit.width, adapter)
-    nn.init.normal_(upsampler.head.out.weight, std=0.02)
-    described = BackboneConfig(architecture, (), vit.config, fingerprint(vit))
-    return BrixelFeatures(vit, upsampler, BrixelConfig(described, adapter)).eval()
+_COLUMNS = {
+    **{"backbone": ("backbone", ""), "what": ("what", ""), "per_second": ("images/s, median", ".2f")},
+    **{"per_second_range": ("min to max", ".2f"), "ratio": ("of the bare model's", ".1%")},
+}
 
 
 def draw_images(folder: Path, count: int, image_hw: tuple[int, int]) -> None:
-    """JPEG files of one size, cut from the drawing that comes with brixel, all different."""
+    """Write JPEG files of one size, all different, cut from the drawing in the package."""
     folder.mkdir(parents=True, exist_ok=True)
     height, width = image_hw
     with Image.open(SCENE) as scene:
-        drawn = scene.convert("RGB").resize((width + 64, height + 64))
+        drawing = scene.convert("RGB").resize((width + 64, height + 64))
     for number in range(count):
         left, top = number * 7 % 64, number * 13 % 64
-        drawn.crop((left, top, left + width, top + height)).save(folder / f"{number:05}.jpg", quality=90)
+        drawing.crop((left, top, left + width, top + height)).save(folder / f"{number:05}.jpg", quality=90)
 
 
-def measure(model: BrixelFeatures, images: Path, *, rounds: int, batch_size: int, workers: int) -> Result:
-    """Time the three, in turn within each round and after one round that does not count, over all images below."""
+def throughput(
+    models: Iterable[BrixelFeatures], images: Path, *, rounds: int = 7, batch_size: int = 1, workers: int = 2
+) -> Report:
+    """Measure how much of a model's speed is left when images are read from files and maps are written to files.
+
+    Args:
+        models: Models on their devices.
+        images: A folder of images.
+        rounds: Timed passes over all images, after one that is not counted.
+        batch_size: Images per call of the model.
+        workers: Threads that decode images.
+
+    Returns:
+        Three rows per model: images per second, and their ratio to the bare model's (medians over the rounds).
+    """
+    rows: list[dict[str, Any]] = []
+    recipes: dict[str, None] = {}
+    for model in models:
+        seconds, count, shapes = _measure(model, images, rounds, batch_size, workers)
+        rows += _rows(model.config.backbone.title, count, seconds)
+        recipe = (
+            f"{count} images, the first of {shapes}, {dtype_name(model.dtype)}, batches of {batch_size}, {workers} "
+            f"threads that decode, {rounds} rounds in turn; {describe_machine(model.device)}."
+        )
+        recipes[recipe] = None
+    return Report("throughput", "Throughput", _COLUMNS, rows, "\n".join(recipes))
+
+
+def _measure(
+    model: BrixelFeatures, images: Path, rounds: int, batch_size: int, workers: int
+) -> tuple[dict[str, list[float]], int, str]:
+    """Seconds of every round by what was done, in turn; the number of images; sizes of the first, in words."""
     found = find_images([images])
     paths = [path for path, _ in found]
     prepare = model.preparation()
     prepared = [prepare(path) for path in paths]
-    pixels = [each for each, _ in prepared]
-    batches = [torch.stack(pixels[first : first + batch_size]) for first in range(0, len(pixels), batch_size)]
+    pixels = [tensor for tensor, _ in prepared]
+    batches = [torch.stack(pixels[start : start + batch_size]) for start in range(0, len(pixels), batch_size)]
 
     def bare() -> None:
         with torch.no_grad():
@@ -86,38 +94,19 @@ def measure(model: BrixelFeatures, images: Path, *, rounds: int, batch_size: int
                 elapsed = _seconds(call)
             if turn >= 0:
                 seconds[name].append(elapsed)
-    stored, seen = ("{} x {} px".format(*each) for each in (prepared[0][1].geometry.image_hw, pixels[0].shape[-2:]))
-    recipe = (
-        f"{len(paths)} images, the first of {stored}, {seen} as the model sees it, {dtype_name(model.dtype)}, "
-        f"batches of {batch_size}, {workers} threads that decode ahead, {rounds} rounds in turn; "
-        f"{describe_machine(model.device)}."
-    )
-    return Result(model.config.backbone.title, len(paths), seconds, recipe)
+    stored, seen = ("{} x {} px".format(*hw) for hw in (prepared[0][1].geometry.image_hw, pixels[0].shape[-2:]))
+    return seconds, len(paths), f"{stored}, {seen} as the model sees it"
 
 
-def report(results: Sequence[Result], command: str) -> str:
-    """The results as Markdown: medians, ranges, and medians of the ratio to the bare model of the same round."""
-    lines = [
-        "# What reading and writing cost beside the model",
-        "",
-        "| backbone | what | images/s: median (min to max) | of the bare model's |",
-        "| --- | --- | ---: | ---: |",
-        *(row for result in results for row in _rows(result)),
-        "",
-        *dict.fromkeys(result.recipe for result in results),
-        "Ratios are medians over the rounds. Made by:",
-        "",
-        f"    {command}",
-    ]
-    return "\n".join(lines)
-
-
-def _rows(result: Result) -> Iterator[str]:
-    for name, seconds in result.seconds.items():
-        speeds = sorted(result.images / each for each in seconds)
-        ratio = statistics.median(a / b for a, b in zip(result.seconds[BARE], seconds, strict=True))
-        middle = statistics.median(speeds)
-        yield f"| {result.title} | {name} | {middle:.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f}) | {100 * ratio:.1f} % |"
+def _rows(backbone: str, count: int, seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """A row for each thing that was done to ``count`` images."""
+    rows = []
+    for name, own in seconds.items():
+        speeds = [count / elapsed for elapsed in own]
+        ratio = statistics.median(bare / elapsed for bare, elapsed in zip(seconds[BARE], own, strict=True))
+        row = {"backbone": backbone, "what": name, "per_second": statistics.median(speeds), "ratio": ratio}
+        rows.append({**row, "per_second_range": (min(speeds), max(speeds)), "seconds": list(own)})
+    return rows
 
 
 def _seconds(call: Callable[[], None]) -> float:

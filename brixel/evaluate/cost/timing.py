@@ -1,15 +1,14 @@
-"""What a student costs beside its backbone: time, operations, parameters, memory; on random weights.
+"""Models with random weights, and what their forward passes cost: time, operations, peak memory.
 
-Times of the variants are taken in turn within one run, so that what else the machine does falls on all of them alike.
+Calls that are compared are timed in turn within one process, so that the load of the machine affects all of them alike.
 """
 
 import functools
 import multiprocessing
-import statistics
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -19,51 +18,40 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brixel.backbones.registry import known_backbone
 from brixel.backbones.vit import ViT
+from brixel.brixel_features import BrixelFeatures
+from brixel.checkpoints.fingerprint import fingerprint
 from brixel.errors import BrixelError
-from brixel.model.config import AdapterConfig, default_blocks
+from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE, Upsampler
-from brixel.utils.devices import choose_device, choose_dtype, describe_machine, dtype_name
 from brixel.utils.memory import peak_bytes
 
 Key = TypeVar("Key")
-DEFAULT_ARCHITECTURES = ("dinov3-vits16", "dinov3-vitb16")
 STUDENT, BACKBONE, LARGE = "student", "backbone alone", "backbone alone, image x 4"
-_WARM_UP = 3
-_SELDOM = 5  # the large image takes long: on a CPU it is timed in one round of five
+WARM_UP = 3
+SLOW_EVERY = 5  # rounds
 
 
-@dataclass(frozen=True)
-class Result:
-    """One architecture's figures; the mappings are by variant, seconds a list over the rounds."""
-
-    architecture: str
-    seconds: Mapping[str, Sequence[float]]
-    flops: Mapping[str, int]
-    peak_bytes: Mapping[str, int | None]
-    parameters: Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class Report:
-    """The results of a run and how it was made."""
-
-    results: Sequence[Result]
-    recipe: str
-
-
-def random_student(architecture: str) -> Student:
-    """A student of released shape with random weights, its last layer too, so that nothing is a product with zero."""
+def random_student(architecture: str, *, residual_detour: bool = True, blend: bool = False) -> Student:
+    """A student with random weights, of the released shape by default; no layer is zero, as a fresh head's last is."""
     torch.manual_seed(0)
     vit = known_backbone(architecture).vit
-    config = AdapterConfig(default_blocks(vit.depth), residual_detour=True, short_side_px=256)
+    config = AdapterConfig(default_blocks(vit.depth), residual_detour, short_side_px=256, blend=blend)
     upsampler = Upsampler(vit.width, config)
     torch.nn.init.normal_(upsampler.head.out.weight, std=0.02)
     return Student(ViT(vit), upsampler, config.blocks)
 
 
+def random_model(architecture: str) -> BrixelFeatures:
+    """A model with random weights, of the shape that training gives."""
+    student = random_student(architecture, residual_detour=False, blend=True)
+    adapter = AdapterConfig(student.blocks, residual_detour=False, short_side_px=256, blend=True)
+    backbone = BackboneConfig(architecture, (), known_backbone(architecture).vit, fingerprint(student.backbone))
+    return BrixelFeatures(student.backbone, student.upsampler, BrixelConfig(backbone, adapter)).eval()
+
+
 def check_side(architecture: str, image_px: int) -> None:
-    """Raise BrixelError for an unknown architecture, and for a side of an image that is no whole patches of it."""
+    """Raise BrixelError for an unknown architecture, or for a side that is not a multiple of its patch size."""
     patch_px = known_backbone(architecture).vit.patch_px
     if image_px % patch_px:
         near = max(1, round(image_px / patch_px)) * patch_px
@@ -72,15 +60,15 @@ def check_side(architecture: str, image_px: int) -> None:
         )
 
 
-def variants(student: Student, image_px: int, like: Tensor, batch: int = 1) -> dict[str, Callable[[], Tensor]]:
-    """The calls that are compared, by name, on ``batch`` images; ``like`` gives device and dtype.
+def variants(student: Student, image_px: int, batch: int = 1) -> dict[str, Callable[[], Tensor]]:
+    """The calls that are compared, by name, on ``batch`` square images of random numbers.
 
-    Images are drawn when they are first looked at: memory is of what is called alone.
+    An image is made by the first call that needs it, so that the peak memory of a call includes no other's image.
     """
 
     @functools.cache
     def image(side: int) -> Tensor:
-        return torch.randn(batch, 3, side, side).to(like)
+        return torch.randn(batch, 3, side, side).to(next(student.backbone.parameters()))
 
     return {
         BACKBONE: lambda: student.backbone_features(image(image_px)),
@@ -89,56 +77,29 @@ def variants(student: Student, image_px: int, like: Tensor, batch: int = 1) -> d
     }
 
 
-def benchmark(
-    architectures: Sequence[str],
-    *,
-    image_px: int = 256,
-    rounds: int = 20,
-    threads: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> Report:
-    """Measure students of the named architectures on one image of ``image_px`` x ``image_px`` pixels."""
-    where = choose_device(device)
-    kind = choose_dtype(dtype, where)
-    for name in architectures:  # an error should not cost the time of those before it
-        check_side(name, image_px)
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Run with ``count`` threads of torch, and restore the number after; None leaves it as it is."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(count or before)
     try:
-        results = [_measure(name, image_px, rounds, where, kind) for name in architectures]
-        recipe = _recipe(image_px, rounds, where, kind)
+        yield
     finally:
         torch.set_num_threads(before)
-    return Report(results, recipe)
-
-
-def _measure(architecture: str, image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> Result:
-    peaks = {name: peak_bytes_of(architecture, name, image_px, device, dtype) for name in (BACKBONE, STUDENT, LARGE)}
-    student = random_student(architecture).to(device, dtype)
-    calls = variants(student, image_px, next(student.backbone.parameters()))
-    with torch.inference_mode():
-        flops = {name: flops_of(call) for name, call in calls.items()}
-    seconds = seconds_in_turn(calls, rounds, device, seldom=(LARGE,))
-    counts = {
-        "backbone": sum(each.numel() for each in student.backbone.parameters()),
-        "adapter and head": sum(each.numel() for part in (student.adapter, student.head) for each in part.parameters()),
-    }
-    return Result(architecture, seconds, flops, peaks, counts)
 
 
 def seconds_in_turn(
-    calls: Mapping[Key, Callable[[], Tensor]], rounds: int, device: torch.device, seldom: Container[Key] = ()
+    calls: Mapping[Key, Callable[[], Tensor]], rounds: int, device: torch.device, slow: Container[Key] = ()
 ) -> dict[Key, list[float]]:
-    """Seconds of every call, one after another in each round, after rounds that do not count.
+    """Seconds of every call in every round, all calls in turn, after rounds of warm-up.
 
-    ``seldom``: those that take long, and run on a CPU in one round of five, after one that does not count.
+    On a CPU the ``slow`` calls run in one round of five only: 0, 5, 10 and so on.
     """
     seconds: dict[Key, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
-        for turn in range(-_WARM_UP, rounds):
+        for turn in range(-WARM_UP, rounds):
             for name, call in calls.items():
-                if name in seldom and device.type == "cpu" and turn != -1 and (turn < 0 or turn % _SELDOM):
+                if name in slow and device.type == "cpu" and turn != -1 and (turn < 0 or turn % SLOW_EVERY):
                     continue
                 elapsed = seconds_of(call, device)
                 if turn >= 0:
@@ -147,7 +108,7 @@ def seconds_in_turn(
 
 
 def seconds_of(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Seconds that one call takes, until the device is done with it."""
+    """Seconds that one call takes, until the device has finished it."""
     start = time.perf_counter()
     call()
     if device.type != "cpu":
@@ -157,7 +118,7 @@ def seconds_of(call: Callable[[], Tensor], device: torch.device) -> float:
 
 def flops_of(call: Callable[[], Tensor]) -> int:
     """Operations of matrix products, convolutions and attention, two for each multiply-add."""
-    # torch 2.13 counts nothing for the attention kernel that the CPU takes: as plain products it is counted everywhere
+    # torch 2.13 does not count the CPU's attention kernel; plain matrix products are counted on every device
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     return int(counter.get_total_flops())
@@ -166,7 +127,7 @@ def flops_of(call: Callable[[], Tensor]) -> int:
 def peak_bytes_of(
     architecture: str, variant: str, image_px: int, device: torch.device, dtype: torch.dtype
 ) -> int | None:
-    """Peak memory of a fresh process that runs one variant: resident on the CPU, allocated on CUDA; else None."""
+    """Peak memory of a new process that runs one variant: resident on a CPU, allocated on CUDA, None elsewhere."""
     context = multiprocessing.get_context("spawn")
     arguments = (architecture, variant, image_px, str(device), dtype, torch.get_num_threads())
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
@@ -178,58 +139,8 @@ def _peak_of_this_process(
 ) -> int | None:
     torch.set_num_threads(threads)
     student = random_student(architecture).to(device, dtype)
-    call = variants(student, image_px, next(student.backbone.parameters()))[variant]
+    call = variants(student, image_px)[variant]
     with torch.inference_mode():
         for _ in range(1 if variant == LARGE else 2):
             call()
     return peak_bytes(torch.device(device))
-
-
-def _recipe(image_px: int, rounds: int, device: torch.device, dtype: torch.dtype) -> str:
-    return (
-        f"One image of {image_px} x {image_px} px, {dtype_name(dtype)}, random weights, {rounds} rounds in turn; "
-        f"{describe_machine(device)}."
-    )
-
-
-def report(run: Report, command: str) -> str:
-    """The run as Markdown: a table with medians, ranges and ratios, the recipe, and the command that made it."""
-    lines = [
-        "# What a student costs beside its backbone",
-        "",
-        "| architecture | variant | time, ms: median (min to max) | of its backbone's | GFLOP | peak memory, MiB |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for result in run.results:
-        for variant, seconds in result.seconds.items():
-            peak = result.peak_bytes[variant]
-            lines.append(
-                f"| {result.architecture} | {variant} | {_range(seconds)} | {_ratio(result, variant)} "
-                f"| {result.flops[variant] / 1e9:.2f} | {'-' if peak is None else f'{peak / 2**20:.0f}'} |"
-            )
-    lines.append("")
-    for result in run.results:
-        extra = (result.flops[STUDENT] - result.flops[BACKBONE]) / 1e9
-        counts = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in result.parameters.items())
-        lines.append(f"- {result.architecture}: parameters: {counts}; adapter and head: {extra:.2f} GFLOP.")
-    lines += [
-        "",
-        run.recipe,
-        "Ratios are medians over the rounds. Operations are those of products, convolutions and attention, two for a",
-        "multiply-add. Peak memory is of a whole process: resident on the CPU, allocated on CUDA. Made by:",
-        "",
-        f"    {command}",
-    ]
-    return "\n".join(lines)
-
-
-def _range(seconds: Sequence[float]) -> str:
-    low, median, high = (each * 1e3 for each in (min(seconds), statistics.median(seconds), max(seconds)))
-    return f"{median:.1f} ({low:.1f} to {high:.1f})"
-
-
-def _ratio(result: Result, variant: str) -> str:
-    """Median over the rounds of the time over the backbone's in the same round."""
-    own, base = result.seconds[variant], result.seconds[BACKBONE]
-    step = _SELDOM if len(own) < len(base) else 1
-    return f"{statistics.median(a / b for a, b in zip(own, base[::step], strict=True)):.2f}"

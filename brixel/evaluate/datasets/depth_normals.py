@@ -1,12 +1,11 @@
-"""Images with a depth or a surface normal for every pixel, in the folder layouts in which people have them.
+"""Images with a depth or a surface normal for every pixel, read from the folder layouts of common data sets.
 
-`docs/evaluation.md` names the sources. Depth is (1, H, W) in metres, 0 where it was not measured; normals are
-(3, H, W), x right, y down, z into the image, towards the camera, zeros where there is none.
+`docs/evaluation.md` lists the layouts. Depth is (1, H, W) in metres, 0 where it was not measured; normals are
+(3, H, W), x right, y down, z into the image, pointing to the camera, zeros where there is none.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,46 +13,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from brixel.errors import BrixelError, did_you_mean
-from brixel.evaluate.datasets.labelled import Sample, check_outlines, check_samples, need, paired, read_numbers
+from brixel.errors import BrixelError
+from brixel.evaluate.datasets.labelled import ImageDataset, Sample, check_samples, need, paired, read_numbers
 from brixel.evaluate.datasets.normals_from_depth import normals_from_depth
+from brixel.utils.fields import check_names
 
 _NAVI = "navi_v1.5.tar.gz or an earlier version, see https://github.com/google/navi"
 
 
-@dataclass(frozen=True)
-class MeasuredImages:
-    """Images with what was measured of them; ``read`` gives it from the file, (C, H, W) float32."""
-
-    name: str
-    samples: Sequence[Sample]
-    read: Callable[[Path], Tensor]
-
-    def first(self, count: int | None) -> "MeasuredImages":
-        """Only the first images; all where None."""
-        return replace(self, samples=self.samples[:count])
-
-    def target(self, index: int) -> Tensor:
-        """What was measured of an image, (C, H, W)."""
-        found = self.read(self.samples[index].target)
-        check_outlines(self.samples[index], found.shape[1:])
-        return found
+def plain_depth(folder: Path, split: str) -> ImageDataset:
+    """`images/` and `depth/NAME.npy` (metres) or `depth/NAME.png` (16 bits, millimetres) in ``folder/split``."""
+    return ImageDataset(folder.resolve().name, paired(folder / split, "depth", (".npy", ".png")), read_depth)
 
 
-def plain_depth(folder: Path, split: str) -> MeasuredImages:
-    """`images/` and `depth/NAME.npy` (metres) or `depth/NAME.png` (16 bits, millimetres) below ``folder/split``."""
-    return MeasuredImages(folder.resolve().name, paired(folder / split, "depth", (".npy", ".png")), read_depth)
-
-
-def plain_normals(folder: Path, split: str) -> MeasuredImages:
+def plain_normals(folder: Path, split: str) -> ImageDataset:
     """`images/` and `normals/NAME.npy` (H, W, 3) or `normals/NAME.png` (RGB, 0 to 255 for -1 to 1, black none)."""
-    return MeasuredImages(folder.resolve().name, paired(folder / split, "normals", (".npy", ".png")), read_normals)
+    return ImageDataset(folder.resolve().name, paired(folder / split, "normals", (".npy", ".png")), read_normals)
 
 
-def nyuv2(root: Path, split: str) -> MeasuredImages:
+def nyuv2(root: Path, split: str) -> ImageDataset:
     """NYU Depth v2 as the scripts of BTS unpack it: `official_splits/{train,test}/SCENE/{rgb_N.jpg,sync_depth_N.png}`.
 
-    654 images to test, 795 to train; "val" is "test" here. Depth in millimetres.
+    795 images to train, 654 to test; "val" means "test". Depth in millimetres.
     """
     where = (
         "nyu_depth_v2_labeled.mat from https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html, unpacked by "
@@ -65,13 +46,13 @@ def nyuv2(root: Path, split: str) -> MeasuredImages:
     images = sorted(folder.glob("*/rgb_*.jpg"))
     samples = [Sample(path, path.with_name(f"sync_depth_{path.stem[4:]}.png")) for path in images]
     check_samples(samples, "NYU Depth v2", where)
-    return MeasuredImages("NYU Depth v2", samples, read_depth)
+    return ImageDataset("NYU Depth v2", samples, read_depth)
 
 
-def nyuv2_normals(root: Path, split: str) -> MeasuredImages:
-    """NYU Depth v2 as `dsine_eval.zip` unpacks: `nyuv2/{train,test}/{N_img.png,N_normal.png}`, normals by GeoNet.
+def nyuv2_normals(root: Path, split: str) -> ImageDataset:
+    """NYU Depth v2 as unpacked from `dsine_eval.zip`: `nyuv2/{train,test}/{N_img.png,N_normal.png}`, normals by GeoNet.
 
-    The same 795 and 654 images; "val" is "test" here. Its normals point away from the camera and are turned round.
+    The same 795 and 654 images; "val" means "test". Its normals point away from the camera, so they are negated.
     """
     where = "dsine_eval.zip, linked in step 2 of https://github.com/baegwangbin/DSINE"
     base = next((path for path in (root / "dsine_eval" / "nyuv2", root / "nyuv2") if path.is_dir()), root)
@@ -80,34 +61,33 @@ def nyuv2_normals(root: Path, split: str) -> MeasuredImages:
     images = sorted(folder.glob("*_img.png"))
     samples = [Sample(path, path.with_name(path.name.replace("_img.png", "_normal.png"))) for path in images]
     check_samples(samples, f"NYU Depth v2 with normals ({folder}/*_img.png)", where)
-    return MeasuredImages("NYU Depth v2", samples, lambda path: -read_normals(path))
+    return ImageDataset("NYU Depth v2", samples, lambda path: -read_normals(path))
 
 
-def navi(root: Path, split: str) -> MeasuredImages:
-    """NAVI as it unpacks: `OBJECT/SCENE/{images/N.jpg,depth/N.png}`; "train" is `multiview*`, "val" `wild_set`.
+def navi(root: Path, split: str) -> ImageDataset:
+    """NAVI as unpacked: `OBJECT/SCENE/{images/N.jpg,depth/N.png}`; "train" is `multiview*`, "val" is `wild_set`.
 
-    Its files hold 1 / depth; what is not the object has no depth. The videos of v1.5 are left aside.
+    Its files contain 1 / depth, of the object alone. The videos of v1.5 are ignored.
     """
     need(root, "the folder of NAVI", _NAVI)
     scenes = {"train": "multiview*", "val": "wild_set"}  # multiview_NN_CAMERA at first, then multiview-NN-CAMERA
-    if split not in scenes:
-        raise BrixelError(f"NAVI has no split {split!r} here; {did_you_mean(split, scenes)}")
+    check_names([split], scenes, "NAVI has no split")
     images = sorted(root.glob(f"*/{scenes[split]}/images/*.jpg"))
     images = [path for path in images if not path.name.startswith("downsampled_")]
     samples = [Sample(path, path.parent.parent / "depth" / f"{path.stem}.png") for path in images]
     check_samples(samples, f"NAVI ({root}/OBJECT/{scenes[split]}/images/*.jpg)", _NAVI)
-    return MeasuredImages("NAVI", samples, _read_inverse)
+    return ImageDataset("NAVI", samples, _read_inverse)
 
 
-def navi_normals(root: Path, split: str) -> MeasuredImages:
-    """NAVI's depth as normals, by the focal lengths in `OBJECT/SCENE/annotations.json`; see `normals_from_depth`."""
+def navi_normals(root: Path, split: str) -> ImageDataset:
+    """Normals from NAVI's depth and the focal lengths in `OBJECT/SCENE/annotations.json`; see `normals_from_depth`."""
     data = navi(root, split)
     cameras: dict[Path, float] = {}
     for scene in sorted({sample.target.parents[1] for sample in data.samples}):
         cameras |= _navi_cameras(scene)
     if missing := [sample.target for sample in data.samples if sample.target not in cameras]:
         listed = missing[0].parents[1] / "annotations.json"
-        raise BrixelError(f"{listed} lacks the focal length of {missing[0].stem}; to be had: {_NAVI}")
+        raise BrixelError(f"{listed} lacks the focal length of {missing[0].stem}; source: {_NAVI}")
 
     def read(path: Path) -> Tensor:
         numbers = read_numbers(path)
@@ -122,29 +102,41 @@ def _navi_cameras(scene: Path) -> dict[Path, float]:
     need(path, "the cameras of a scene of NAVI", _NAVI)
     try:
         return {
-            scene / "depth" / f"{Path(each['filename']).stem}.png": each["camera"]["focal_length"] / width
-            for each in json.loads(path.read_text(encoding="utf-8"))
-            for _, width in [each["image_size"]]
+            scene / "depth" / f"{Path(entry['filename']).stem}.png": entry["camera"]["focal_length"] / width
+            for entry in json.loads(path.read_text(encoding="utf-8"))
+            for _, width in [entry["image_size"]]
         }
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         expected = "a list with filename, image_size and camera.focal_length of each image"
-        raise BrixelError(f"{path} cannot be used ({error!r}); expected {expected}; to be had: {_NAVI}") from error
+        raise BrixelError(f"{path} cannot be used ({error!r}); expected {expected}; source: {_NAVI}") from error
 
 
 DEPTH_LAYOUTS = {"plain": plain_depth, "nyuv2": nyuv2, "navi": navi}
 NORMALS_LAYOUTS = {"plain": plain_normals, "nyuv2": nyuv2_normals, "navi": navi_normals}
 
 
-def read_measured(kind: str, layout: str, root: Path, split: str) -> MeasuredImages:
-    """Images with "depth" or "normals" in a layout. Raises BrixelError where something is not where it should."""
+def read_measured(kind: str, layout: str, root: Path, split: str) -> ImageDataset:
+    """Read a split of a data set with depth or surface normals.
+
+    Args:
+        kind: "depth" or "normals".
+        layout: One of ``DEPTH_LAYOUTS`` or ``NORMALS_LAYOUTS``: "plain", "nyuv2", "navi".
+        root: The data set's folder.
+        split: Its name, such as "train" or "val".
+
+    Returns:
+        The images; depth and normals are read when they are needed.
+
+    Raises:
+        BrixelError: The layout is unknown, or files are missing.
+    """
     layouts = DEPTH_LAYOUTS if kind == "depth" else NORMALS_LAYOUTS
-    if layout not in layouts:
-        raise BrixelError(f"no layout {layout!r} for {kind}; {did_you_mean(layout, layouts)}")
+    check_names([layout], layouts, f"unknown layout for {kind}:")
     return layouts[layout](root, split)
 
 
 def read_depth(path: Path) -> Tensor:
-    """Metres, (1, H, W), 0 where not measured: of a `.npy` as it is, of a 16-bit image from millimetres."""
+    """Metres, (1, H, W), 0 where not measured: from a `.npy` in metres or a 16-bit image in millimetres."""
     depth = torch.from_numpy(_array(path, 2)).float() if path.suffix == ".npy" else _millimetres(path) / 1000
     return torch.where(depth.isfinite() & (depth > 0), depth, 0.0)[None]
 
@@ -159,7 +151,7 @@ def _millimetres(path: Path) -> Tensor:
 
 
 def read_normals(path: Path) -> Tensor:
-    """Unit vectors, (3, H, W), zeros where there is none: of a `.npy` (H, W, 3), or an image, black where none."""
+    """Unit vectors, (3, H, W), zeros where there is none: from a `.npy` (H, W, 3), or an image, black where none."""
     if path.suffix == ".npy":
         values = torch.from_numpy(_array(path, 3)).float()
     else:
@@ -171,7 +163,7 @@ def read_normals(path: Path) -> Tensor:
 
 
 def _read_inverse(path: Path) -> Tensor:
-    """NAVI's files: 65535 stands for 10 / mm, 0 for none."""
+    """Metres, (1, H, W), from NAVI's files: a number n is a depth of 65535 * 10 / n mm, 0 is none."""
     numbers = read_numbers(path).float()
     return torch.where(numbers > 0, 65535 * 10 / numbers.clamp(min=1) / 1000, 0.0)[None]
 
@@ -184,5 +176,5 @@ def _array(path: Path, dimensions: int) -> "np.ndarray[tuple[int, ...], np.dtype
     wrong = array.ndim != dimensions or (dimensions == 3 and array.shape[-1] != 3)
     if wrong or not np.issubdtype(array.dtype, np.floating):
         expected = "(H, W)" if dimensions == 2 else "(H, W, 3)"
-        raise BrixelError(f"{path} holds {array.dtype} {array.shape}; expected floats {expected}")
+        raise BrixelError(f"{path} contains {array.dtype} {array.shape}; expected floats {expected}")
     return array

@@ -1,8 +1,8 @@
-"""Images with a class for every pixel, in the folder layouts in which people have them.
+"""Images with a class for every pixel, read from the folder layouts of common data sets.
 
-Each reader gives the same thing: pairs of image and mask, the classes, and what the numbers in a mask mean. Where a
-folder is not as expected the error says which one was, and where the data set comes from. `docs/evaluation.md` names
-the sources. Shapes: H x W pixels, K classes.
+Every reader gives pairs of image and mask, the classes, and the meaning of the numbers in a mask. Errors say which
+folder was expected and where the data set comes from. `docs/evaluation.md` lists the layouts.
+Shapes: H x W pixels, K classes.
 """
 
 import dataclasses
@@ -16,18 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from brixel.errors import BrixelError, did_you_mean
+from brixel.errors import BrixelError
 from brixel.evaluate.metrics import IGNORE
 from brixel.images.decode import jpeg_hw, open_image_file
 from brixel.images.find_images import IMAGE_SUFFIXES
+from brixel.utils.fields import check_names
 
-_UNKNOWN = -2  # a number that no mask should hold
+_UNKNOWN = -2  # for numbers that no mask should contain
 
 _VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-_CITYSCAPES = {  # the number in `*_gtFine_labelIds.png` of each of the 19 classes that are evaluated
+_CITYSCAPES = {  # by number in `*_gtFine_labelIds.png`, the 19 classes of the benchmark
     **{7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light"},
     **{20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car"},
     **{27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"},
@@ -36,75 +37,90 @@ _CITYSCAPES = {  # the number in `*_gtFine_labelIds.png` of each of the 19 class
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and what is known of it, as files."""
+    """The files of an image and of its target: a mask, depth or normals."""
 
     image: Path
     target: Path
 
 
 @dataclass(frozen=True)
-class LabelledImages:
-    """Images with masks. ``table``: (V,), the class of each number that a mask may hold, IGNORE for none."""
+class ImageDataset:
+    """Images with a target for every pixel, read when it is needed.
+
+    Args:
+        name: Of the data set.
+        samples: Pairs of image and target file.
+        read: From a target file to classes (H, W), IGNORE where there is none, or to depth or normals (C, H, W).
+        classes: Their names.
+    """
 
     name: str
-    classes: Sequence[str]
     samples: Sequence[Sample]
-    table: Tensor
+    read: Callable[[Path], Tensor]
+    classes: Sequence[str] = ()
 
-    def first(self, count: int | None) -> "LabelledImages":
-        """Only the first images; all where None."""
+    def first(self, count: int | None) -> "ImageDataset":
+        """Only the first ``count`` images, or all."""
         return dataclasses.replace(self, samples=self.samples[:count])
 
-    def labels(self, index: int) -> Tensor:
-        """The classes of an image's pixels, IGNORE where there is none: (H, W), int64."""
-        path = self.samples[index].target
+    def target(self, index: int) -> Tensor:
+        """The target of an image. Raises BrixelError where its aspect is not the image's."""
+        target = self.read(self.samples[index].target)
+        check_aspect(self.samples[index], target.shape[-2:])
+        return target
+
+
+def _labelled(name: str, classes: Sequence[str], samples: Sequence[Sample], table: Tensor) -> ImageDataset:
+    """A data set of masks; ``table``: (256,), the class of every number in a mask."""
+
+    def read(path: Path) -> Tensor:
         numbers = read_numbers(path)
-        check_outlines(self.samples[index], numbers.shape)
-        known = torch.where(numbers < len(self.table), self.table[numbers.clamp(max=len(self.table) - 1)], _UNKNOWN)
+        known = torch.where(numbers < len(table), table[numbers.clamp(max=len(table) - 1)], _UNKNOWN)
         if (known == _UNKNOWN).any():
             wrong = int(numbers[known == _UNKNOWN][0])
             raise BrixelError(
-                f"{path} holds the number {wrong}; expected a class below {len(self.classes)} of {self.name}, "
-                "or the number for pixels without one: see docs/evaluation.md for the layouts"
+                f"{path} contains the number {wrong}; expected a class below {len(classes)} of {name}, or the number "
+                "for pixels without one; docs/evaluation.md describes the layouts"
             )
         return known
 
+    return ImageDataset(name, samples, read, classes)
+
 
 def read_numbers(path: Path) -> Tensor:
-    """An image of one number per pixel, palettes left aside: (H, W), int64."""
+    """An image of one number per pixel, without applying a palette: (H, W), int64."""
     with Image.open(path) as image:
         if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
             raise BrixelError(f"{path} has mode {image.mode}; expected one whole number per pixel (grey or palette)")
         return torch.from_numpy(np.asarray(image).astype(np.int64))
 
 
-def plain(folder: Path, split: str = "") -> LabelledImages:
-    """`images/` and `masks/NAME.png` below ``folder/split``: numbers are classes from 0, 255 is none.
+def plain(folder: Path, split: str = "") -> ImageDataset:
+    """`images/` and `masks/NAME.png` in ``folder/split``: numbers are classes from 0, 255 means none.
 
-    `classes.json`, a list of names, beside them or one folder up; without it, as many classes as the masks show.
+    `classes.json` in the same folder or its parent lists the names; without it, the masks say how many there are.
     """
     samples = paired(folder / split, "masks", (".png",))
-    files = [
-        path for path in (folder / split / "classes.json", folder / split / ".." / "classes.json") if path.exists()
-    ]
+    files = [path / "classes.json" for path in (folder / split, folder / split / "..")]
+    files = [path for path in files if path.exists()]
     if files:
         classes = json.loads(files[0].read_text(encoding="utf-8"))
         if not isinstance(classes, list) or not 1 < len(classes) <= 255:
-            raise BrixelError(f"{files[0]} holds no list of 2 to 255 names")
+            raise BrixelError(f"{files[0]} is not a list of 2 to 255 names")
     else:
         numbers = (read_numbers(sample.target) for sample in samples)
-        count = 1 + max(int(torch.where(each == 255, 0, each).max()) for each in numbers)
+        count = 1 + max(int(torch.where(mask == 255, 0, mask).max()) for mask in numbers)
         if count == 1:
             raise BrixelError(
-                f"the masks of {folder / split} hold no number but 0 and 255, and 255 stands for no label; write "
+                f"the masks of {folder / split} contain only 0 and 255, and 255 means no label; write "
                 "classes as 0, 1, 2 and so on (for a black and white mask: 0 and 1)"
             )
         classes = [f"class {number}" for number in range(count)]
-    return LabelledImages(folder.resolve().name, [str(name) for name in classes], samples, _table(range(len(classes))))
+    return _labelled(folder.resolve().name, [str(name) for name in classes], samples, _table(range(len(classes))))
 
 
-def voc2012(root: Path, split: str) -> LabelledImages:
-    """Pascal VOC 2012 as `VOCtrainval_11-May-2012.tar` unpacks: 21 classes; the outlines, 255, have none."""
+def voc2012(root: Path, split: str) -> ImageDataset:
+    """Pascal VOC 2012 as unpacked from `VOCtrainval_11-May-2012.tar`: 21 classes; 255, the outlines, means none."""
     where = "VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
     inner = next((path for path in (root / "VOCdevkit" / "VOC2012", root / "VOC2012") if path.is_dir()), root)
     listed = inner / "ImageSets" / "Segmentation" / f"{split}.txt"
@@ -114,11 +130,11 @@ def voc2012(root: Path, split: str) -> LabelledImages:
         for name in listed.read_text(encoding="utf-8").split()
     ]
     check_samples(samples, "Pascal VOC 2012", where)
-    return LabelledImages("Pascal VOC 2012", _VOC, samples, _table(range(21)))
+    return _labelled("Pascal VOC 2012", _VOC, samples, _table(range(21)))
 
 
-def ade20k(root: Path, split: str) -> LabelledImages:
-    """ADE20K, 150 classes, as `ADEChallengeData2016.zip` unpacks: 0 is "other" and has no class, i is class i - 1."""
+def ade20k(root: Path, split: str) -> ImageDataset:
+    """ADE20K as unpacked from `ADEChallengeData2016.zip`: 150 classes; 0, "other", means none, i is class i - 1."""
     where = "ADEChallengeData2016.zip from http://data.csail.mit.edu/places/ADEchallenge/"
     inner = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
     folder = {"train": "training", "val": "validation"}.get(split, split)
@@ -130,11 +146,11 @@ def ade20k(root: Path, split: str) -> LabelledImages:
     names = inner / "objectInfo150.txt"  # a table with a head; the name is the last column
     lines = names.read_text(encoding="utf-8").splitlines()[1:151] if names.exists() else []
     classes = [line.split("\t")[-1].strip() for line in lines] or [f"class {number}" for number in range(1, 151)]
-    return LabelledImages("ADE20K", classes, samples, _table(range(150), first=1, ignored=[0]))
+    return _labelled("ADE20K", classes, samples, _table(range(150), first=1, ignored=[0]))
 
 
-def cityscapes(root: Path, split: str) -> LabelledImages:
-    """Cityscapes, `leftImg8bit/` and `gtFine/` side by side: the 19 classes of its benchmark out of 34 numbers."""
+def cityscapes(root: Path, split: str) -> ImageDataset:
+    """Cityscapes, `leftImg8bit/` and `gtFine/` in one folder: the 19 classes of its benchmark out of 34 numbers."""
     where = "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com (a login)"
     images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
     for path in (images, masks):
@@ -146,10 +162,10 @@ def cityscapes(root: Path, split: str) -> LabelledImages:
     check_samples(samples, "Cityscapes", where)
     table = torch.full((256,), IGNORE)
     table[list(_CITYSCAPES)] = torch.arange(len(_CITYSCAPES))
-    return LabelledImages("Cityscapes", list(_CITYSCAPES.values()), samples, table)
+    return _labelled("Cityscapes", list(_CITYSCAPES.values()), samples, table)
 
 
-LAYOUTS: dict[str, Callable[[Path, str], LabelledImages]] = {
+LAYOUTS: dict[str, Callable[[Path, str], ImageDataset]] = {
     "plain": plain,
     "voc2012": voc2012,
     "ade20k": ade20k,
@@ -157,15 +173,26 @@ LAYOUTS: dict[str, Callable[[Path, str], LabelledImages]] = {
 }
 
 
-def read_labelled(layout: str, root: Path, split: str) -> LabelledImages:
-    """The images of a split in a layout of ``LAYOUTS``. Raises BrixelError where something is not where it should."""
-    if layout not in LAYOUTS:
-        raise BrixelError(f"unknown layout {layout!r}; {did_you_mean(layout, LAYOUTS)}")
+def read_labelled(layout: str, root: Path, split: str) -> ImageDataset:
+    """Read a split of a data set for semantic segmentation.
+
+    Args:
+        layout: One of ``LAYOUTS``: "plain", "voc2012", "ade20k", "cityscapes".
+        root: The data set's folder.
+        split: Its name, such as "train" or "val".
+
+    Returns:
+        The images with their masks; masks are read when they are needed.
+
+    Raises:
+        BrixelError: The layout is unknown, or files are missing.
+    """
+    check_names([layout], LAYOUTS, "unknown layout")
     return LAYOUTS[layout](root, split)
 
 
 def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:
-    """Images of `images/` with the file of the same stem in ``targets``, in order."""
+    """Images of `images/` with the file of the same stem in ``targets``, sorted by name."""
     where = f"your own images in {folder / 'images'} and {folder / targets}/NAME{' or '.join(endings)}"
     for path in (folder / "images", folder / targets):
         need(path, "a folder of the plain layout", where)
@@ -180,43 +207,43 @@ def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:
 def need(path: Path, what: str, where: str) -> None:
     """Raise BrixelError where a file or folder of a data set is missing."""
     if not path.exists():
-        raise BrixelError(f"expected {what} at {path}, and there is none; to be had: {where}")
+        raise BrixelError(f"expected {what} at {path}, which does not exist; source: {where}")
 
 
 def check_samples(samples: Sequence[Sample], what: str, where: str) -> None:
     """Raise BrixelError where there are no samples, or a file of one is missing."""
     if not samples:
-        raise BrixelError(f"no {what} found; to be had: {where}")
+        raise BrixelError(f"no {what} found; source: {where}")
     missing = [path for sample in samples for path in (sample.image, sample.target) if not path.exists()]
     if missing:
-        raise BrixelError(f"{len(missing)} files of {what} are missing, the first {missing[0]}; to be had: {where}")
+        raise BrixelError(f"{len(missing)} files of {what} are missing, the first {missing[0]}; source: {where}")
 
 
-def check_outlines(sample: Sample, target_hw: Sequence[int]) -> None:
-    """Raise BrixelError where an image, upright, and what is known of it are not of one shape, within a pixel."""
+def check_aspect(sample: Sample, target_hw: Sequence[int]) -> None:
+    """Raise BrixelError where an image, upright, and its target have different aspects, within a pixel."""
     with open_image_file(str(sample.image)) as file:
         upright = jpeg_hw(file, str(sample.image))
         width, height = file.size
-    possible = [upright] if upright else [(height, width), (width, height)]  # others tell of a turn when decoded
-    if not any(_alike(each, target_hw) for each in possible):
-        image_hw, target = " x ".join(map(str, possible[0])), " x ".join(map(str, target_hw))
+    possible = [upright] if upright else [(height, width), (width, height)]  # only JPEG says so before decoding
+    if not any(_same_aspect(image_hw, target_hw) for image_hw in possible):
+        image, target = (" x ".join(map(str, size)) for size in (possible[0], target_hw))
         raise BrixelError(
-            f"{sample.image} has {image_hw} px upright, {sample.target} has {target}: not one shape, so that they "
-            "cannot belong together; turn or crop one as the other is"
+            f"{sample.image} has {image} px upright, {sample.target} has {target}: different aspects, so they cannot "
+            "belong together; rotate or crop one like the other"
         )
 
 
-def _alike(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:
-    """Whether one is the other resized, to whole pixels."""
+def _same_aspect(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:
+    """Whether one is the other resized to whole pixels."""
     return abs(one_hw[0] * other_hw[1] - one_hw[1] * other_hw[0]) <= max(sum(one_hw), sum(other_hw))
 
 
-def centre_square(planes: Tensor) -> Tensor:
-    """The centre square of (..., H, W), just as the crop of the image is cut."""
-    height, width = planes.shape[-2:]
+def centre_square(target: Tensor) -> Tensor:
+    """The centre square of (..., H, W), cut as the crop of the image is."""
+    height, width = target.shape[-2:]
     side = min(height, width)
     top, left = (height - side + 1) // 2, (width - side + 1) // 2
-    return planes[..., top : top + side, left : left + side]
+    return target[..., top : top + side, left : left + side]
 
 
 def _table(numbers: Sequence[int], *, first: int = 0, ignored: Sequence[int] = (255,)) -> Tensor:

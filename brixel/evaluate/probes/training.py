@@ -1,9 +1,9 @@
-"""A small readout on frozen features, trained by one fixed protocol, so that sources differ in their features alone.
+"""Training of small readouts on frozen features by one fixed protocol, so that sources differ in their features alone.
 
-Features are brought to mean 0 and deviation 1 per channel (a 1x1 convolution could do it itself), AdamW runs a fixed
-number of steps on a cosine schedule, and the learning rate is searched on a fifth of the training images that is held
-out meanwhile; then all of them train the readout that is reported. Batches, starts and splits follow from the seed and
-are the same for every source. All learning rates are trained side by side on one reading of the features.
+Features are standardised per channel, and AdamW runs a fixed number of steps with a cosine schedule. The learning rate
+is chosen on a held-out fifth of the training images; then all of them train the readout that is reported. Batches,
+initial weights and splits depend on the seed alone. Readouts of all learning rates are trained at the same time, so
+that features are read once.
 
 Shapes: B batch, D channels, C outputs, h x w cells; n cells drawn from an image.
 """
@@ -15,25 +15,37 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from brixel.errors import BrixelError
 from brixel.evaluate.feature_cache import Features, check_memory
+from brixel.utils.fields import check_fields, number, several, whole_number
 
-_STATISTICS_ITEMS = 4096  # means and deviations of channels are taken on at most so many examples, evenly spaced
+_STATISTICS_ITEMS = 4096  # mean and deviation of channels are computed on at most so many examples, evenly spaced
 
 Loss = Callable[[Tensor, Sequence[int]], Tensor]
-"""From outputs (B, C, h, w) and the examples' numbers to a mean over what is known there."""
+"""From outputs (B, C, h, w) and the examples' numbers to a mean loss."""
 
 Score = Callable[[nn.Module, Sequence[int]], float]
-"""How good a readout is on images, by number; higher is better."""
+"""The score of a readout on images, by number; higher is better."""
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """The protocol. ``batch_size``: examples of a step, which are cells or maps; ``held_out``: share of the training
-    images on which the learning rate is chosen.
+    """The protocol of a probe's training.
+
+    Args:
+        steps: Of the optimiser.
+        batch_size: Examples per step: cells for linear probes, maps for convolutional ones.
+        learning_rates: The rates to choose from.
+        weight_decay: Of AdamW.
+        held_out: Share of the training images on which the learning rate is chosen, between 0 and 1.
+        seed: Of batches, initial weights and splits.
+
+    Raises:
+        BrixelError: A value is not allowed.
     """
 
     steps: int = 1000
@@ -44,13 +56,27 @@ class ProbeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or not self.learning_rates or not 0 < self.held_out < 1:
-            raise BrixelError(f"{self} cannot be run; expected steps, batch_size and learning rates, 0 < held_out < 1")
+        check_fields(self, _RULES)
+
+    def describe(self, examples: str) -> str:
+        """The protocol in words, for a report; ``examples`` is the name of what a batch consists of."""
+        rates = ", ".join(f"{rate:g}" for rate in self.learning_rates)
+        return (
+            f"{self.steps} steps of {self.batch_size} {examples}, seed {self.seed}, learning rate of {rates} chosen on "
+            f"{self.held_out:.0%} of the images to fit"
+        )
+
+
+_RULES = {
+    **{"steps": whole_number(1), "batch_size": whole_number(1), "seed": whole_number()},
+    "learning_rates": several(number(above=0), "one or more numbers above 0", least=1),
+    **{"weight_decay": number(0), "held_out": number(above=0, below=1)},
+}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A trained readout, (B, D, h, w) -> (B, C, h, w); its learning rate and the scores of all that were tried."""
+    """A trained readout, (B, D, h, w) -> (B, C, h, w), its learning rate, and the scores of all learning rates."""
 
     readout: nn.Module
     learning_rate: float
@@ -58,7 +84,7 @@ class Probe:
 
 
 class Standardised(nn.Module):
-    """Channels less a mean and over a deviation that stay as they are."""
+    """Channels less a fixed mean and over a fixed deviation."""
 
     mean: Tensor
     deviation: Tensor
@@ -69,12 +95,12 @@ class Standardised(nn.Module):
         self.register_buffer("deviation", deviation[:, None, None])
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(B, D, h, w) -> the same."""
+        """(B, D, h, w) -> the same shape."""
         return (maps - self.mean) / self.deviation
 
 
 def linear_readout(width: int, outputs: int) -> nn.Module:
-    """One 1x1 convolution, which starts at zero."""
+    """One 1x1 convolution, initialised with zeros."""
     layer = nn.Conv2d(width, outputs, 1)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
@@ -93,7 +119,7 @@ def convolutional_readout(width: int, outputs: int, hidden: int = 32) -> nn.Sequ
 
 
 class Examples(Protocol):
-    """What a readout is trained on: ``per_image`` examples of each of ``images`` images, numbered in a row."""
+    """What a readout is trained on: ``per_image`` examples of each of ``images`` images, numbered consecutively."""
 
     images: int
     per_image: int
@@ -103,9 +129,9 @@ class Examples(Protocol):
 
 
 class Cells:
-    """Single cells as examples, for readouts of one cell: of every image the same n, drawn once.
+    """Single cells as examples, for linear readouts: the same n cells of every image, kept in memory in float16.
 
-    The batch is one map, (1, D, B, 1). Kept in memory, in float16.
+    A batch is one map, (1, D, B, 1).
     """
 
     def __init__(self, features: Features, per_image: int, seed: int = 0) -> None:
@@ -113,12 +139,13 @@ class Cells:
         width, *grid_hw = first.shape
         self.images, self.per_image, self.grid_hw = len(features), min(per_image, math.prod(grid_hw)), grid_hw
         order = torch.randperm(math.prod(grid_hw), generator=torch.Generator().manual_seed(seed))
-        self.chosen = order[: self.per_image].sort().values  # places in the flattened grid
+        self.chosen = order[: self.per_image].sort().values  # indices into the flattened grid
         shape = (self.images, self.per_image, width)
         check_memory(2 * math.prod(shape), f"cells of {self.images} images", "take fewer images (--limit)")
         rows = torch.empty(shape, dtype=torch.float16)
-        for number in tqdm(range(self.images), f"cells, {features.source.name}", disable=None):
-            rows[number] = (features[number] if number else first).flatten(1)[:, self.chosen].T
+        for index in tqdm(range(self.images), f"cells, {features.source.name}", disable=None):
+            cells = rearrange(features[index] if index else first, "d h w -> (h w) d")
+            rows[index] = cells[self.chosen]
         self._rows = rows.flatten(0, 1)  # images*n D
 
     def inputs(self, items: Sequence[int]) -> Tensor:
@@ -140,24 +167,24 @@ class Maps:
 def train_probe(
     new: Callable[[int], nn.Module], examples: Examples, loss: Loss, score: Score, settings: ProbeSettings
 ) -> Probe:
-    """Search the learning rate on a split of these images, then train on all of them.
+    """Choose the learning rate on held-out images, then train on all images.
 
-    ``new``: from D to an untrained readout. Raises BrixelError for fewer than two images.
+    ``new`` makes an untrained readout from D. Raises BrixelError for fewer than two images.
     """
     count = examples.images
     if count < 2:
-        raise BrixelError(f"{count} training images; expected two at least, one of them to choose a learning rate on")
+        raise BrixelError(f"{count} training images; expected at least two, one of them to choose a learning rate on")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed)).tolist()
     held = min(count - 1, max(1, round(settings.held_out * count)))
     chosen, rest = sorted(order[:held]), sorted(order[held:])
-    readouts = fit(new, examples, rest, loss, settings.learning_rates, settings)
+    readouts = fit_readouts(new, examples, rest, loss, settings.learning_rates, settings)
     pairs = zip(settings.learning_rates, readouts, strict=True)
     scores = {rate: score(readout, chosen) for rate, readout in pairs}
     best = max(scores, key=lambda rate: scores[rate])
-    return Probe(fit(new, examples, range(count), loss, [best], settings)[0], best, scores)
+    return Probe(fit_readouts(new, examples, range(count), loss, [best], settings)[0], best, scores)
 
 
-def fit(
+def fit_readouts(
     new: Callable[[int], nn.Module],
     examples: Examples,
     images: Sequence[int],
@@ -165,22 +192,23 @@ def fit(
     learning_rates: Sequence[float],
     settings: ProbeSettings,
 ) -> list[nn.Module]:
-    """Readouts trained on the images of these numbers, one for each learning rate, from one start."""
+    """Readouts trained on the images of these numbers, one per learning rate, from the same initial weights."""
     items = items_of(examples, images)
     spaced = items[:: max(1, len(items) // _STATISTICS_ITEMS)].split(settings.batch_size)
     scale = _standardised(examples.inputs(batch.tolist()) for batch in spaced)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        first = new(len(scale.mean))
-    readouts = [copy.deepcopy(first) for _ in learning_rates]
-    groups = [{"params": each.parameters(), "lr": rate} for each, rate in zip(readouts, learning_rates, strict=True)]
+        initial = new(len(scale.mean))
+    readouts = [copy.deepcopy(initial) for _ in learning_rates]
+    pairs = zip(readouts, learning_rates, strict=True)
+    groups = [{"params": readout.parameters(), "lr": rate} for readout, rate in pairs]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     )
     for batch in _batches(items, settings):
         maps = scale(examples.inputs(batch))
-        total = torch.stack([loss(readout(maps), batch) for readout in readouts]).sum()  # their gradients do not meet
+        total = torch.stack([loss(readout(maps), batch) for readout in readouts]).sum()  # gradients stay separate
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -190,12 +218,12 @@ def fit(
 
 def items_of(examples: Examples, images: Sequence[int]) -> Tensor:
     """The numbers of all examples of the images of these numbers."""
-    each = examples.per_image
-    return (torch.tensor(list(images))[:, None] * each + torch.arange(each)).flatten()
+    count = examples.per_image
+    return (torch.tensor(list(images))[:, None] * count + torch.arange(count)).flatten()
 
 
 def _batches(items: Tensor, settings: ProbeSettings) -> Iterator[list[int]]:
-    """Numbers of the examples of every step: shuffled anew whenever all had their turn."""
+    """Numbers of the examples of every step, shuffled anew in every epoch."""
     generator = torch.Generator().manual_seed(settings.seed)
     left = items[:0]
     for _ in range(settings.steps):
@@ -212,7 +240,7 @@ def _standardised(batches: Iterable[Tensor]) -> Standardised:
     """
     count, around, total, squares = 0, torch.zeros(1), torch.zeros(1), torch.zeros(1)
     for maps in batches:
-        cells = maps.double().transpose(0, 1).flatten(1)  # D B*h*w
+        cells = rearrange(maps.double(), "b d h w -> d (b h w)")
         if not count:
             around = cells.mean(1)
         cells = cells - around[:, None]

@@ -32,19 +32,19 @@ def test_plain(tmp_path):
     (tmp_path / "train" / "images" / "notes.txt").write_text("no image")
     data = read_labelled("plain", tmp_path, "train")
     assert [sample.image.name for sample in data.samples] == ["a.jpg", "b.jpg"]
-    assert data.labels(0).tolist() == [[0, 1, -1], [2, 2, 0]]
+    assert data.target(0).tolist() == [[0, 1, -1], [2, 2, 0]]
     assert data.classes == ["class 0", "class 1", "class 2"]
     (tmp_path / "classes.json").write_text(json.dumps(["nothing", "cat"]))
     data = read_labelled("plain", tmp_path / "train", "")
     assert data.classes == ["nothing", "cat"]
-    with pytest.raises(BrixelError, match=r"a\.png holds the number 2; expected a class below 2"):
-        data.labels(0)
+    with pytest.raises(BrixelError, match=r"a\.png contains the number 2; expected a class below 2"):
+        data.target(0)
 
 
 def test_black_and_white_masks_are_no_classes(tmp_path):
     photograph(tmp_path / "val" / "images" / "a.jpg")
     write(tmp_path / "val" / "masks" / "a.png", [[0, 255, 255], [0, 0, 255]])
-    with pytest.raises(BrixelError, match="no number but 0 and 255, and 255 stands for no label"):
+    with pytest.raises(BrixelError, match="contain only 0 and 255, and 255 means no label"):
         read_labelled("plain", tmp_path, "val")
 
 
@@ -66,10 +66,10 @@ def test_a_mask_of_another_shape_is_refused(tmp_path):
         write(mask, np.arange(mask_hw[0] * mask_hw[1]).reshape(mask_hw) % 2)
         data = read_labelled("plain", tmp_path, "val")
         if fits:
-            assert data.labels(0).shape == mask_hw
+            assert data.target(0).shape == mask_hw
         else:
-            with pytest.raises(BrixelError, match=r"a\.jpg has .* px upright, .*a\.png has .*: not one shape"):
-                data.labels(0)
+            with pytest.raises(BrixelError, match=r"a\.jpg has .* px upright, .*a\.png has .*: different aspects"):
+                data.target(0)
 
 
 def test_voc(tmp_path):
@@ -80,9 +80,9 @@ def test_voc(tmp_path):
     (inner / "ImageSets" / "Segmentation" / "val.txt").write_text("2007_000033\n")
     for root in (tmp_path, tmp_path / "VOCdevkit", inner):
         data = read_labelled("voc2012", root, "val")
-        assert data.labels(0).tolist() == [[0, 20, -1], [15, 1, 0]]
+        assert data.target(0).tolist() == [[0, 20, -1], [15, 1, 0]]
     assert (len(data.classes), data.classes[15], data.classes[20]) == (21, "person", "tvmonitor")
-    with pytest.raises(BrixelError, match=r"train\.txt, and there is none; to be had: VOCtrainval"):
+    with pytest.raises(BrixelError, match=r"train\.txt, which does not exist; source: VOCtrainval"):
         read_labelled("voc2012", tmp_path, "train")
     (inner / "ImageSets" / "Segmentation" / "val.txt").write_text("2007_000033\n2007_000042\n")
     with pytest.raises(BrixelError, match=r"2 files of Pascal VOC 2012 are missing, the first .*2007_000042\.jpg"):
@@ -94,15 +94,15 @@ def test_ade20k(tmp_path):
     photograph(inner / "images" / "validation" / "ADE_val_00000001.jpg")
     write(inner / "annotations" / "validation" / "ADE_val_00000001.png", [[0, 1, 150], [3, 3, 0]])
     data = read_labelled("ade20k", tmp_path, "val")
-    assert data.labels(0).tolist() == [[-1, 0, 149], [2, 2, -1]]
+    assert data.target(0).tolist() == [[-1, 0, 149], [2, 2, -1]]
     assert (len(data.classes), data.classes[0]) == (150, "class 1")
     rows = [f"{number}\t0.1\t5\t2\tthing {number}, other word" for number in range(1, 151)]
     (inner / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]))
     assert read_labelled("ade20k", inner, "val").classes[149] == "thing 150, other word"
     write(inner / "annotations" / "validation" / "ADE_val_00000001.png", [[151]])
-    with pytest.raises(BrixelError, match="holds the number 151"):
-        data.labels(0)
-    with pytest.raises(BrixelError, match=r"training, and there is none; to be had: ADEChallengeData2016\.zip"):
+    with pytest.raises(BrixelError, match="contains the number 151"):
+        data.target(0)
+    with pytest.raises(BrixelError, match=r"training, which does not exist; source: ADEChallengeData2016\.zip"):
         read_labelled("ade20k", tmp_path, "train")
 
 
@@ -111,7 +111,7 @@ def test_cityscapes(tmp_path):
     mask = tmp_path / "gtFine" / "val" / "ulm" / "ulm_000000_000019_gtFine_labelIds.png"
     write(mask, [[7, 8, 33], [0, 29, 255]])
     data = read_labelled("cityscapes", tmp_path, "val")
-    assert data.labels(0).tolist() == [[0, 1, 18], [-1, -1, -1]]  # 29 is "caravan", 255 a licence plate
+    assert data.target(0).tolist() == [[0, 1, 18], [-1, -1, -1]]  # 29 is "caravan", 255 a licence plate
     assert [data.classes[number] for number in (0, 13, 18)] == ["road", "car", "bicycle"]
     mask.unlink()
     with pytest.raises(BrixelError, match="1 files of Cityscapes are missing.*a login"):
@@ -121,7 +121,7 @@ def test_cityscapes(tmp_path):
 def test_what_is_not_there(tmp_path):
     with pytest.raises(BrixelError, match="unknown layout 'voc'; did you mean 'voc2012'"):
         read_labelled("voc", tmp_path, "val")
-    with pytest.raises(BrixelError, match=r"expected a folder of the plain layout at .*images, and there is none"):
+    with pytest.raises(BrixelError, match=r"expected a folder of the plain layout at .*images, which does not exist"):
         read_labelled("plain", tmp_path, "")
     for name in ("images", "masks"):
         (tmp_path / name).mkdir()

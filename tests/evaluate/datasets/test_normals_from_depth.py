@@ -126,14 +126,14 @@ def test_nyuv2(tmp_path):
         assert [sample.image.name for sample in data.samples] == ["000000_img.png", "000001_img.png"]
         expected = torch.tensor([[0, 0, -1.0], [0, -1, 0], [0, 0, 0]]).T[:, None]  # as in examples/render_scenes.py
         assert torch.allclose(data.target(1), expected, atol=0.01)
-    with pytest.raises(BrixelError, match=r"with normals at .*train, and there is none; to be had: dsine_eval\.zip"):
+    with pytest.raises(BrixelError, match=r"with normals at .*train, which does not exist; source: dsine_eval\.zip"):
         read_measured("normals", "nyuv2", tmp_path, "train")
     (folder / "000001_normal.png").unlink()
-    with pytest.raises(BrixelError, match=r"1 files of .* are missing, the first .*000001_normal\.png; to be had: ds"):
+    with pytest.raises(BrixelError, match=r"1 files of .* are missing, the first .*000001_normal\.png; source: ds"):
         read_measured("normals", "nyuv2", tmp_path, "test")
     for path in folder.iterdir():
         path.unlink()
-    with pytest.raises(BrixelError, match=r"no NYU Depth v2 with normals \(.*test/\*_img\.png\) found; to be had: dsi"):
+    with pytest.raises(BrixelError, match=r"no NYU Depth v2 with normals \(.*test/\*_img\.png\) found; source: dsi"):
         read_measured("normals", "nyuv2", tmp_path, "test")
 
 
@@ -173,14 +173,14 @@ def test_folders_of_navi_that_are_not_as_expected(ball_in_navi):
     root, _ = ball_in_navi
     listed = root / "duck" / "wild_set" / "annotations.json"
     listed.write_text(json.dumps([annotation("000.jpg", 90.0, [240, 320])]))
-    with pytest.raises(BrixelError, match=r"annotations\.json lacks the focal length of 001; to be had: navi_v1"):
+    with pytest.raises(BrixelError, match=r"annotations\.json lacks the focal length of 001; source: navi_v1"):
         read_measured("normals", "navi", root, "val")
     for wrong in ("{", "[1]", '[{"filename": "000.jpg", "image_size": [3]}]', '[{"filename": "000.jpg"}]'):
         listed.write_text(wrong)
         with pytest.raises(BrixelError, match=r"annotations\.json cannot be used .*; expected a list with filename"):
             read_measured("normals", "navi", root, "val")
     listed.unlink()
-    with pytest.raises(BrixelError, match=r"the cameras of a scene of NAVI at .*annotations\.json, and there is none"):
+    with pytest.raises(BrixelError, match=r"the cameras of a scene of NAVI at .*annotations\.json, which does not"):
         read_measured("normals", "navi", root, "val")
     assert len(read_measured("depth", "navi", root, "val").samples) == 2  # depth needs no camera
 

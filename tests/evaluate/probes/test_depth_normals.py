@@ -15,7 +15,7 @@ from PIL import Image
 from brixel import BrixelError
 from brixel.evaluate.datasets.depth_normals import read_measured
 from brixel.evaluate.feature_sources import FeatureSource
-from brixel.evaluate.probes.depth_normals import probe_shape, shape
+from brixel.evaluate.probes.depth_normals import depth_normals, probe_depth_normals
 from brixel.evaluate.probes.training import ProbeSettings
 
 EXAMPLES = ROOT / "examples"
@@ -40,7 +40,7 @@ def test_plain_depth_in_millimetres_and_in_metres(tmp_path):
     assert data.target(0).flatten().tolist() == pytest.approx([0, 1.5, 65.535])
     assert data.target(1).tolist() == [[[0, 1.5, 0]]]
     np.save(tmp_path / "val" / "depth" / "b.npy", np.array([1, 2]))
-    with pytest.raises(BrixelError, match=r"b\.npy holds int64 \(2,\); expected floats \(H, W\)"):
+    with pytest.raises(BrixelError, match=r"b\.npy contains int64 \(2,\); expected floats \(H, W\)"):
         data.target(1)
     (tmp_path / "val" / "depth" / "b.npy").write_bytes(b"no array")
     with pytest.raises(BrixelError, match=r"b\.npy cannot be read .*; write it again"):
@@ -74,7 +74,7 @@ def test_nyuv2(tmp_path):
     grey16(scene / "sync_depth_00045.png", [[0, 2000, 9999]])
     data = read_measured("depth", "nyuv2", tmp_path, "val")
     assert data.target(0).flatten().tolist() == pytest.approx([0, 2, 9.999])
-    with pytest.raises(BrixelError, match="train, and there is none; to be had: nyu_depth_v2_labeled"):
+    with pytest.raises(BrixelError, match="train, which does not exist; source: nyu_depth_v2_labeled"):
         read_measured("depth", "nyuv2", tmp_path, "train")
 
 
@@ -94,11 +94,11 @@ def test_navi(tmp_path):
     data = read_measured("depth", "navi", tmp_path, "val")
     assert len(data.samples) == 1
     assert data.target(0).flatten().tolist() == pytest.approx([0, 0.1, 0.5], rel=1e-3)
-    with pytest.raises(BrixelError, match=r"no NAVI \(.*multiview.*found; to be had: navi_v1"):
+    with pytest.raises(BrixelError, match=r"no NAVI \(.*multiview.*found; source: navi_v1"):
         read_measured("depth", "navi", tmp_path, "train")
-    with pytest.raises(BrixelError, match="no split 'test'"):
+    with pytest.raises(BrixelError, match="NAVI has no split .test."):
         read_measured("depth", "navi", tmp_path, "test")
-    with pytest.raises(BrixelError, match="no layout 'nyuv' for normals; did you mean 'nyuv2'"):
+    with pytest.raises(BrixelError, match="unknown layout for normals: .nyuv.; did you mean 'nyuv2'"):
         read_measured("normals", "nyuv", tmp_path, "val")
 
 
@@ -130,14 +130,14 @@ NOTHING = FeatureSource("bilinear", lambda pixels: torch.ones(len(pixels), 3, 2,
 @pytest.mark.parametrize(("kind", "figure", "limit"), [("depth", "abs_rel", 0.05), ("normals", "mean_deg", 4)])
 def test_features_that_tell_it_all_reach_it(told, kind, figure, limit):
     train, val = (read_measured(kind, "plain", told, split) for split in ("train", "val"))
-    probe, found = probe_shape(kind, COLOURS, train, val, 64, settings=QUICK)
+    probe, found = probe_depth_normals(kind, COLOURS, train, val, 64, settings=QUICK)
     assert probe.learning_rate == 0.01
     assert max(each[figure] for each in found) < limit
 
 
 def test_the_report_compares_with_bilinear(told):
     train, val = (read_measured("depth", "plain", told, split) for split in ("train", "val"))
-    report = shape("depth", [NOTHING, COLOURS], train, val, [64], model="any", settings=QUICK)
+    report = depth_normals("depth", [NOTHING, COLOURS], train, val, [64], model="any", settings=QUICK)
     nothing, all_of_it = report.rows
     assert all_of_it["rmse"] < 0.3 * nothing["rmse"]
     assert all_of_it["change"][1] < 0
@@ -160,12 +160,12 @@ def without_values(told, tmp_path, kind, images):
 @pytest.mark.parametrize("kind", ["depth", "normals"])
 def test_images_without_a_value_are_left_out_and_told_of_once(told, tmp_path, kind, caplog):
     train, val = without_values(told, tmp_path, kind, [("train", 2), ("val", 0)])
-    report = shape(kind, [NOTHING, COLOURS], train, val, [64], model="any", settings=QUICK)
+    report = depth_normals(kind, [NOTHING, COLOURS], train, val, [64], model="any", settings=QUICK)
     assert "5 images to fit, 1 to report, centre squares; 2 of 8 images without a value left out; " in report.recipe
     (record,) = caplog.records
     assert record.getMessage().endswith(f"2 of 8 images without a value left out, the first {train.samples[2].target}")
     less = replace(train, samples=[*train.samples[:2], *train.samples[3:]]), replace(val, samples=val.samples[1:])
-    again = shape(kind, [NOTHING, COLOURS], *less, [64], model="any", settings=QUICK)
+    again = depth_normals(kind, [NOTHING, COLOURS], *less, [64], model="any", settings=QUICK)
     assert again.rows == report.rows
     assert "left out" not in again.recipe
 
@@ -174,10 +174,10 @@ def test_splits_without_any_value_are_refused(told, tmp_path):
     train, val = without_values(told, tmp_path, "depth", [("val", 0), ("val", 1)])
     message = r"^none of 2 images of told has depth in its centre square, the first .*val/depth/0\.npy"
     with pytest.raises(BrixelError, match=message):
-        shape("depth", [COLOURS], train, val, [64], model="any", settings=QUICK)
+        depth_normals("depth", [COLOURS], train, val, [64], model="any", settings=QUICK)
     sparse = replace(train, read=lambda path: F.one_hot(torch.tensor([1] * 64), 64)[None].float())  # between centres
     with pytest.raises(BrixelError, match="no image of told has depth at the centre of any of its 8 x 8 cells"):
-        probe_shape("depth", COLOURS, sparse, val, 64, settings=QUICK)
+        probe_depth_normals("depth", COLOURS, sparse, val, 64, settings=QUICK)
 
 
 @pytest.fixture

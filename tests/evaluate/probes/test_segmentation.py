@@ -1,6 +1,7 @@
 """The linear probe: planted solutions, which it must find, and a protocol that is the same for all."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from brixel import BrixelError
 from brixel.cli.app import main
-from brixel.evaluate import feature_cache as feature_store
+from brixel.evaluate import feature_cache
 from brixel.evaluate.datasets.labelled import read_labelled
 from brixel.evaluate.feature_cache import Features
 from brixel.evaluate.feature_sources import FeatureSource
@@ -21,7 +22,7 @@ from brixel.evaluate.probes.training import (
     Maps,
     ProbeSettings,
     convolutional_readout,
-    fit,
+    fit_readouts,
     linear_readout,
     train_probe,
 )
@@ -112,7 +113,7 @@ def test_no_gap_is_told_where_the_teacher_may_be_no_better(splits):
 def test_other_classes_are_refused(splits, coloured):
     train, val = splits
     with pytest.raises(BrixelError, match="3 classes to fit and 2 to report, or others; .* classes.json"):
-        segment(FeatureSource("x", constant, 8), train, type(val)(val.name, ["a", "b"], val.samples, val.table), 64)
+        segment(FeatureSource("x", constant, 8), train, replace(val, classes=["a", "b"]), 64)
 
 
 def test_shares_of_a_cell():
@@ -122,14 +123,14 @@ def test_shares_of_a_cell():
 
 
 def test_cells_for_which_memory_is_too_small_are_refused(monkeypatch):
-    monkeypatch.setattr(feature_store, "free_bytes", lambda device: 6 * 36 * 5 * 2)
+    monkeypatch.setattr(feature_cache, "free_bytes", lambda device: 6 * 36 * 5 * 2)
     with pytest.raises(BrixelError, match=r"^cells of 6 images need 1 MiB of memory, .*take fewer images"):
         Cells(planted(), 36)
     assert Cells(planted(5), 36).inputs([4]).shape == (1, 5, 1, 1)
 
 
 def test_without_a_cache_there_need_be_room_for_cells_alone(splits, monkeypatch):
-    monkeypatch.setattr(feature_store, "free_bytes", lambda device: 2 * 8 * 256 * 3 * 2)  # maps have 1024 cells
+    monkeypatch.setattr(feature_cache, "free_bytes", lambda device: 2 * 8 * 256 * 3 * 2)  # maps have 1024 cells
     fine = FeatureSource("teacher", lambda pixels: F.avg_pool2d(pixels, 2), 2, scale=4)
     assert segment(fine, *splits, 64, settings=QUICK).accuracy > 0.9
 
@@ -176,7 +177,7 @@ def test_readouts_trained_side_by_side_do_not_meet():
 
     settings = ProbeSettings(steps=5, batch_size=4)
     args = (lambda width: convolutional_readout(width, 1, 8), Maps(features), range(6), loss)
-    pair, alone = fit(*args, [0.01, 0.001], settings), fit(*args, [0.001], settings)
+    pair, alone = fit_readouts(*args, [0.01, 0.001], settings), fit_readouts(*args, [0.001], settings)
     for one, other in zip(pair[1].parameters(), alone[0].parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-6)
     assert not any(parameter.requires_grad for parameter in pair[0].parameters())
@@ -184,12 +185,14 @@ def test_readouts_trained_side_by_side_do_not_meet():
 
 def test_the_global_random_state_is_left_alone():
     state = torch.get_rng_state()
-    fit(lambda width: nn.Conv2d(width, 1, 1), Maps(planted()), range(6), lambda out, _: out.mean(), [0.1], QUICK)
+    fit_readouts(
+        lambda width: nn.Conv2d(width, 1, 1), Maps(planted()), range(6), lambda out, _: out.mean(), [0.1], QUICK
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_settings_that_cannot_be_run_are_refused():
-    with pytest.raises(BrixelError, match="cannot be run"):
+    with pytest.raises(BrixelError, match="steps is 0; expected a whole number from 1 up"):
         ProbeSettings(steps=0)
     with pytest.raises(BrixelError, match="1 training images"):
         train_probe(lambda width: linear_readout(width, 1), Maps(planted(1)), lambda a, b: a.mean(), None, QUICK)

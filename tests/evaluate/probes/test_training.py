@@ -6,7 +6,7 @@ from torch import nn
 
 from brixel.evaluate.feature_cache import Features
 from brixel.evaluate.feature_sources import FeatureSource
-from brixel.evaluate.probes.training import Maps, ProbeSettings, fit
+from brixel.evaluate.probes.training import Maps, ProbeSettings, fit_readouts
 
 
 class Counting(Maps):
@@ -27,7 +27,9 @@ def test_channels_are_standardised_a_batch_at_a_time(mean):
     maps = [mean + torch.randn(5, 6, 7, generator=generator) * torch.arange(5)[:, None, None] for _ in range(11)]
     examples = Counting(Features(FeatureSource("planted", nn.Identity(), 8), maps))
     images, settings = [0, 1, 2, 4, 5, 7, 8, 9, 10], ProbeSettings(steps=1, batch_size=2)
-    readout = fit(lambda width: nn.Conv2d(width, 1, 1), examples, images, lambda out, _: out.mean(), [0.1], settings)
+    readout = fit_readouts(
+        lambda width: nn.Conv2d(width, 1, 1), examples, images, lambda out, _: out.mean(), [0.1], settings
+    )
     scale = readout[0][0]
     cells = torch.stack([maps[number] for number in images]).double().transpose(0, 1).flatten(1)
     assert torch.allclose(scale.mean.flatten(), cells.mean(1).float(), rtol=1e-6)

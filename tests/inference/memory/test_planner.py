@@ -14,7 +14,6 @@ from PIL import Image
 from brixel import BrixelError, BrixelFeatures, FeatureMap, MemoryLimitError
 from brixel.backbones.vit import ViT
 from brixel.cli.app import main
-from brixel.evaluate.cost.memory import memory_table, report
 from brixel.evaluate.cost.timing import random_student
 from brixel.inference.memory import limited_forward as bounded_module
 from brixel.inference.memory import planner as memory_plan
@@ -511,21 +510,6 @@ def test_extract_and_show_take_a_limit(waves, tmp_path, caplog):
     assert main(["extract", str(tmp_path / "waves.png"), "-o", str(tmp_path / "none"), *tight]) == 1
     assert "the limit is 4 MiB" in caplog.text
     assert main(["show", str(tmp_path / "waves.png"), "-o", str(tmp_path / "panel.png"), *tight]) == 2
-
-
-@pytest.mark.slow
-def test_the_table_is_predicted_without_weights_and_measured_where_asked():
-    rows = memory_table(["dinov3-vits16"], [64, 128], measured={"dinov3-vits16": 64})
-    assert {(row.kind, row.side_px) for row in rows} == {
-        (kind, side_px) for kind in ("whole", "pieces") for side_px in (64, 128)
-    }
-    for row in rows:
-        assert (row.measured_bytes is None) == (row.side_px == 128)
-        if row.measured_bytes is not None:
-            assert 0.9 * row.predicted_bytes <= row.measured_bytes <= row.predicted_bytes
-    text = report(rows, "brixel plan --table")
-    assert "| dinov3-vits16 | bfloat16 | 128 |" in text
-    assert text.endswith("    brixel plan --table")
 
 
 @pytest.mark.parametrize(
