@@ -503,7 +503,7 @@ def test_plan_prints_the_way(capsys):
 @pytest.mark.slow
 def test_extract_and_show_take_a_limit(waves, tmp_path, caplog):
     Image.fromarray(waves).save(tmp_path / "waves.png")
-    limited = ["--short-side", "native", "--tiles", "always", "--device", "cpu"]
+    limited = ["--short-side-px", "native", "--tiles", "always", "--device", "cpu"]
     assert main(["extract", str(tmp_path / "waves.png"), "-o", str(tmp_path / "out"), *limited]) == 0
     made = FeatureMap.load(tmp_path / "out" / "waves.png.safetensors")
     assert "tiles" in made.meta
