@@ -13,7 +13,7 @@ from brixel.errors import BrixelError
 
 def add(commands: Any) -> None:
     """Add the command."""
-    text = "convert an adapter file of the authors of BRIXEL to a brixel model"
+    text = "convert an adapter file of the BRIXEL authors to a model"
     parser = command(commands, "convert", _convert, text, "brixel convert adapter.pth --release vitb16-256 -o model")
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the authors' file, a .pth")
     parser.add_argument(

@@ -21,12 +21,12 @@ from brixel.model.upsampler import UPSCALE, Upsampler
 
 def add(commands: Any) -> None:
     """Add the commands."""
-    text = "print the facts of a saved model: its backbone, where its weights are, how it was trained"
+    text = "print the facts of a saved model"
     parser = command(commands, "info", _info, text, "brixel info brixel-tiny")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_flag(parser, "--json")
 
-    text = "list the models that are known by name, with sources and licences"
+    text = "list the models that are known by name"
     parser = command(commands, "models", _models, text, "brixel models --json")
     add_flag(parser, "--json")
 
@@ -116,10 +116,9 @@ def _info(options: argparse.Namespace) -> int:
         print_json(facts)
         return 0
     training = {f"training: {name}": text for name, text in facts.pop("training").items()}
-    missing = {name: "missing" for name in ("backbone_weights", "adapter_weights") if not facts[name]}
-    if facts["backbone_module"] is not None:
-        missing["backbone_weights"] = "in the module that is given as backbone"
-    print_table(facts | missing | training)
+    needed = {"adapter_weights"} if facts["backbone_module"] else {"adapter_weights", "backbone_weights"}
+    facts |= {name: "missing" for name in needed if not facts[name]}
+    print_table({name: value for name, value in facts.items() if value not in (None, [])} | training)
     return 0
 
 

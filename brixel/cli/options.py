@@ -130,14 +130,15 @@ def byte_count(text: str) -> int:
 SHARED: Mapping[str, Mapping[str, Any]] = {
     "--model": {"help": f"saved brixel model: {MODEL_HELP}"},
     "--backbone": {
+        "metavar": "BACKBONE",
         "help": "backbone: a folder in Hugging Face or timm layout, ORG/NAME[@REVISION] on the Hub, a weight file, or "
-        "a name that `brixel models` lists"
+        "a name that `brixel models` lists",
     },
     "--architecture": {
         "metavar": "NAME",
         "help": "with --backbone: its architecture, such as dinov3-vits16; needed only where its files leave it open",
     },
-    "--device": {"help": "device to compute on: auto, cpu, cuda, cuda:1, mps"},
+    "--device": {"metavar": "DEVICE", "help": "device to compute on: auto, cpu, cuda, cuda:1, mps"},
     "--dtype": {"help": "dtype of the model: auto, float32, bfloat16, float16"},
     "--short-side-px": {"metavar": "PX", "help": "short side that images are resized to, in pixels"},
     "--memory-limit": {
@@ -157,20 +158,22 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
 """Flags that have one meaning in every command, and their description."""
 
 
-def add_flag(parser: argparse.ArgumentParser, flag: str, *names: str, usual: str = "", **settings: Any) -> None:
+def add_flag(
+    parser: argparse.ArgumentParser, flag: str, *names: str, note: str = "", usual: str = "", **settings: Any
+) -> None:
     """Add a flag of :data:`SHARED`.
 
     Args:
         parser: The parser of the command.
         flag: A key of :data:`SHARED`.
         names: Further names of the flag, such as "-o".
+        note: What the command adds to the description.
         usual: The default in words; the default value where empty.
         settings: Other arguments of ``add_argument``.
     """
-    text = SHARED[flag]["help"]
-    if settings.get("default") not in (None, argparse.SUPPRESS):
+    if settings.get("default") is not None:
         usual = usual or "%(default)s"
-    settings["help"] = f"{text}; default: {usual}" if usual else text
+    settings["help"] = "; ".join(filter(None, (SHARED[flag]["help"], note, f"default: {usual}" if usual else "")))
     parser.add_argument(*names, flag, **{**SHARED[flag], **settings})
 
 
@@ -181,22 +184,22 @@ def add_output(parser: argparse.ArgumentParser, **settings: Any) -> None:
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
     """The device and the dtype of a model."""
-    add_flag(parser, "--device", default="auto", usual="auto, the fastest there is")
+    add_flag(parser, "--device", default="auto", usual="auto, the fastest that is available")
     add_flag(parser, "--dtype", default="auto", usual="auto, bfloat16 on CUDA devices that have it, else float32")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The model; :func:`load` loads it."""
     add_flag(parser, "--model", usual="brixel-tiny; with --backbone alone, a fresh adapter")
-    add_flag(parser, "--backbone", usual="the one of --model")
+    add_flag(parser, "--backbone", usual="that of --model")
     add_flag(parser, "--architecture")
     add_device_options(parser)
 
 
 def add_short_side(parser: argparse.ArgumentParser, usual: str = "as the adapter was trained") -> None:
     """The size that images are resized to."""
-    usual = f"{usual}; '{NATIVE}' keeps the size of the image"
-    add_flag(parser, "--short-side-px", type=pixels_or_native, usual=usual)
+    note = f"{NATIVE} keeps the size of an image"
+    add_flag(parser, "--short-side-px", type=pixels_or_native, note=note, usual=usual)
     deprecated(parser, "--short-side", "--short-side-px")
 
 
@@ -254,14 +257,13 @@ def print_json(value: Any) -> None:
 
 def print_table(rows: Mapping[str, Any]) -> None:
     """Print values by name, one per line; suffixes of the names say the units, as in ``peak_bytes``."""
+    labels = {name: re.sub("_(px|hw|bytes)$", "", name).replace("_", " ") for name in rows}
+    width = max(map(len, labels.values()))
     for name, value in rows.items():
-        label = re.sub("_(px|hw|bytes)$", "", name).replace("_", " ")
-        print(f"{label:20} {_as_text(name, value)}")
+        print(f"{labels[name]:{width}}  {_as_text(name, value)}")
 
 
 def _as_text(name: str, value: Any) -> str:
-    if value is None or value == []:
-        return "-"
     if isinstance(value, str):
         return value
     if isinstance(value, bool):

@@ -33,7 +33,7 @@ from brixel.utils.memory import parse_bytes
 
 def add(commands: Any) -> None:
     """Add the command."""
-    text = "predict how an image would be computed within a memory limit, without computing it"
+    text = "predict how an image would be computed in a memory limit"
     one = command(commands, "plan", _plan, text, "brixel plan 4096x4096 --memory-limit 4GiB")
     one.add_argument(
         "size", nargs="?", type=height_by_width, metavar="HEIGHTxWIDTH", help="size of the image in pixels"

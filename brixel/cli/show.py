@@ -12,7 +12,7 @@ from brixel.inference.comparison_panel import comparison_panel
 
 def add(commands: Any) -> None:
     """Add the command."""
-    text = "draw images, their backbone's maps and their dense maps side by side"
+    text = "draw images, backbone maps and dense maps side by side"
     parser = command(commands, "show", _show, text, "brixel show photo.jpg --teacher -o panel.png")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files; default: a scene that brixel contains")
     add_output(parser, default=Path("panel.png"), metavar="IMAGE")

@@ -12,6 +12,7 @@ from brixel.train.dry_run import plan
 from brixel.train.trainer import distill
 
 _REQUIRED = {"backbone": "--backbone", "images": "--images", "out": "--output"}
+_FOLDERS = {"out", "cache_dir"}
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -33,10 +34,11 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
     """Add a flag for a setting; one that is not given stays out of the namespace."""
     flag = f"--{field.name.replace('_', '-')}"
     flags = ("-o", flag, "--output") if field.name == "out" else (flag,)
-    text = SHARED[flags[-1]]["help"] if flags[-1] in SHARED else field.metadata.get("help", "")
+    shared = SHARED.get(flags[-1], {})
+    text = shared.get("help") or field.metadata.get("help", "").replace("%", "%%")
     if field.default not in (dataclasses.MISSING, None, (), ""):
         text = f"{text}; default: {field.default}".removeprefix("; ")
-    settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
     if kind is bool:
         parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **settings)
     elif get_origin(kind) is tuple:
@@ -45,8 +47,8 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
         parser.add_argument(*flags, choices=get_args(kind), **settings)
     else:
         plain = next((type_ for type_ in get_args(kind) if type_ is not type(None)), kind)
-        metavar = "PX" if flag.endswith("-px") else "FOLDER" if field.name == "out" else _METAVARS[plain]
-        parser.add_argument(*flags, type=plain, metavar=metavar, **settings)
+        metavar = "PX" if flag.endswith("-px") else "FOLDER" if field.name in _FOLDERS else _METAVARS[plain]
+        parser.add_argument(*flags, **{"type": plain, "metavar": metavar, **shared, **settings})
 
 
 def _train(options: argparse.Namespace) -> int:
