@@ -272,7 +272,7 @@ def _as_text(name: str, value: Any) -> str:
         sides = value if isinstance(value, list | tuple) else [value]
         return " x ".join(f"{side:g}" for side in sides) + " px"
     if name.endswith("_bytes"):
-        return format_bytes(value)
+        return format_bytes(value, up=name != "limit_bytes")
     if name.endswith("parameters"):
         return f"{value / 1e6:.2f} M"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
