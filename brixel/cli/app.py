@@ -40,10 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        kind = "" if isinstance(error, (BrixelError, OSError)) else f"{type(error).__name__}: "
-        message = in_flags(" ".join(str(error).split()), options.parser)
-        print(f"brixel: error: {kind}{message}", file=sys.stderr)
+        print(f"brixel: error: {in_flags(_one_line(error), options.parser)}", file=sys.stderr)
         return 2
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    kind = "" if isinstance(error, (BrixelError, OSError)) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
 
 
 def build_parser() -> argparse.ArgumentParser:

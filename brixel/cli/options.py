@@ -285,7 +285,8 @@ def in_flags(message: str, parser: argparse.ArgumentParser) -> str:
         if flag.startswith("--"):
             message = re.sub(rf"(?<![\w/.-]){name}=(?:True\b|(?=[\s,.;)]|$))", flag, message)
             message = re.sub(rf"(?<![\w/.-]){name}=(?=')", f"{flag} ", message)
-            if "_" in name:
+            message = re.sub(rf"^{name}(?= (is|are) )", flag, message)
+            if "_" in name:  # no word of a sentence
                 message = re.sub(rf"(?<![\w/.'-]){name}(?![\w/.='-])", flag, message)
     return message
 

@@ -138,6 +138,7 @@ def test_the_warning_is_one_line_on_standard_error():
         ("no folder /data/short_side_px", "no folder /data/short_side_px"),
         ("push with include_backbone=True if", "push with --include-backbone if"),
         ("the backbone is 5 wide", "the backbone is 5 wide"),
+        ("backbone is ''; expected a path", "--backbone is ''; expected a path"),
     ],
 )
 def test_errors_of_the_library_name_flags(message, expected):
