@@ -1,4 +1,4 @@
-"""Draw the image that comes with the package: `python examples/draw_scene.py brixel/assets/scene.jpg`."""
+"""Draw the scene that the package contains: `python examples/draw_scene.py brixel/assets/scene.jpg`."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""One image to a dense feature map, and its three main directions as colours.
+"""Extract the dense feature map of one image, and colour it by its three main directions.
 
-    python examples/quickstart.py brixel/assets/scene.jpg [dinov2-small]
+    python examples/quickstart.py brixel/assets/scene.jpg [FOLDER]
 
-With the model that comes with the package, or with a folder: a model's (written by save_pretrained), or a backbone's.
+FOLDER: a model that save_pretrained wrote, or a backbone; without it, the model inside the package.
 """
 
 import sys
@@ -21,13 +21,13 @@ def load(folder: str | None = None) -> BrixelFeatures:
     return BrixelFeatures.from_backbone(folder)  # with a fresh adapter
 
 
-def main(image: str, folder: str | None = None, output: str = "features.safetensors") -> None:
+def main(path: str, folder: str | None = None, output: str = "features.safetensors") -> None:
     model = load(folder)
-    feature_map = model.extract(image)  # a FeatureMap: (D, Hf, Wf) and where its cells lie on the image
+    feature_map = model.extract(path)  # a FeatureMap: features (D, Hf, Wf), and their geometry on the image
     print(feature_map)
 
     height, width = feature_map.image_hw
-    centre = feature_map.at([(height / 2, width / 2)])  # (1, D), coordinates in pixels of the image
+    centre = feature_map.at([(height / 2, width / 2)])  # (1, D); coordinates in pixels of the image
     print("at the centre:", centre.shape, "length", float(centre.norm()))
 
     feature_map.save(output)

@@ -1,6 +1,8 @@
-"""Click a pixel, see what is like it (red): `python examples/similarity.py IMAGE [ROW COLUMN [FOLDER]]`.
+"""Click a pixel to see how similar the rest of the image is to it: red is similar, blue is not.
 
-With a pixel on the command line there is no window; the image is written to heat.png. FOLDER as in quickstart.py.
+    python examples/similarity.py IMAGE [ROW COLUMN [FOLDER]]
+
+With a pixel on the command line, no window opens: the result is written to heat.png. FOLDER as in quickstart.py.
 """
 
 import sys
@@ -10,8 +12,7 @@ from PIL import Image
 from quickstart import load
 
 
-def main(path: str, *pixel_and_folder: str) -> None:
-    pixel, folder = pixel_and_folder[:2], dict(enumerate(pixel_and_folder)).get(2)
+def main(path: str, row: str | None = None, column: str = "0", folder: str | None = None) -> None:
     image = Image.open(path).convert("RGB")
     feature_map = load(folder).extract(image)
 
@@ -21,16 +22,15 @@ def main(path: str, *pixel_and_folder: str) -> None:
         colours = np.stack([heat, 0 * heat, 1 - heat], axis=-1) * 255
         return Image.blend(image, Image.fromarray(colours.astype(np.uint8)), 0.6)
 
-    if pixel:
-        heat_image(int(pixel[0]), int(pixel[1])).save("heat.png")
-        return
+    if row is not None:
+        return heat_image(int(row), int(column)).save("heat.png")
     from tkinter import Label, Tk
 
     from PIL.ImageTk import PhotoImage
 
-    shown = [PhotoImage(image, master=(window := Tk(className="similarity")))]
-    label = Label(window, image=shown[0], borderwidth=0)
-    label.bind("<Button-1>", lambda at: label.configure(image=shown[0].paste(heat_image(at.y, at.x)) or shown[0]))
+    photo = PhotoImage(image, master=(window := Tk(className="similarity")))
+    label = Label(window, image=photo, borderwidth=0)
+    label.bind("<Button-1>", lambda click: photo.paste(heat_image(click.y, click.x)))
     label.pack()
     window.mainloop()
 

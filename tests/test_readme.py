@@ -11,7 +11,7 @@ from helpers import ROOT
 from PIL import Image
 from safetensors.torch import save
 
-from brixel.cli.app import make_parser
+from brixel.cli.app import build_parser
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
@@ -71,7 +71,7 @@ def test_what_the_first_block_prints(photographs, capsys):
 def test_a_command_is_understood(command):
     program, *arguments = shlex.split(command)
     assert program == "brixel"
-    make_parser().parse_args(arguments)
+    build_parser().parse_args(arguments)
 
 
 def test_links_lead_somewhere():

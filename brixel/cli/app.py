@@ -1,4 +1,4 @@
-"""The command line: `brixel COMMAND --help` tells the options; the commands are in `brixel/commands/`."""
+"""The command line: the parser of all commands, and how errors and interruptions end."""
 
 import argparse
 import os
@@ -7,13 +7,25 @@ import sys
 from collections.abc import Sequence
 
 from brixel import __version__
-from brixel.cli import evaluate, make, plan, use
+from brixel.cli import convert, evaluate, extract, info, plan, show, train
+from brixel.cli.options import Parser, in_flags
 from brixel.errors import BrixelError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status. Errors are one line on standard error, with ``--debug`` a traceback."""
-    options = _parser().parse_args(arguments)
+    """Run a command.
+
+    Args:
+        arguments: What follows ``brixel`` on the command line; those of this process where None.
+
+    Returns:
+        The exit status. An error is one line on standard error, with ``--debug`` a traceback.
+    """
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if "run" not in options:
+        parser.print_help()
+        return 0
     options.command = shlex.join(["brixel", *(sys.argv[1:] if arguments is None else arguments)])
     try:
         status = int(options.run(options))
@@ -22,21 +34,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("brixel: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if options.debug:
             raise
-        kind = "" if isinstance(error, (BrixelError, OSError)) else f"{type(error).__name__}: "
-        print(f"brixel: error: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"brixel: error: {in_flags(_one_line(error), options.parser)}", file=sys.stderr)
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="brixel", description="Dense features of images from frozen ViTs.")
-    parser.add_argument("--version", action="version", version=f"brixel {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for each in (use, make, plan, evaluate):
-        each.add(commands)
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    kind = "" if isinstance(error, (BrixelError, OSError)) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="brixel",
+        description="Dense features of images from frozen vision transformers. `brixel COMMAND --help` lists options.",
+        example="brixel show photo.jpg --teacher -o panel.png",
+    )
+    parser.add_argument("--version", action="version", version=f"brixel {__version__}", help="print the version")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for module in (show, extract, info, plan, convert, train, evaluate):
+        module.add(commands)
     return parser

@@ -1,64 +1,89 @@
-"""Options that several commands share, the model that they name, and how results are told."""
+"""What the commands share: the parser with its one-line errors, flags with one meaning, the model, printed output."""
 
 import argparse
+import difflib
+import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from brixel.brixel_features import BrixelFeatures
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, did_you_mean
 from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.planner import Tiles
-from brixel.utils.atomic_files import check_folder, write_text
+from brixel.utils.memory import format_bytes, parse_bytes
 
-REPORT_HELP = "also write the report (Markdown) here"
-MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] of one on the Hub, or brixel-tiny"
-BACKBONE_HELP = "a folder in Hugging Face or timm layout, ORG/NAME[@REVISION] of one on the Hub, or a weight file"
-ARCHITECTURE_HELP = "what the backbone is, such as dinov3-vits16, where its files leave it open"
+MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] on the Hub, or brixel-tiny"
 
 
-def command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-    """A command's parser, with the options that all have."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.set_defaults(run=run)
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a usage error in one line, with the nearest known name or an example."""
+
+    def __init__(self, *, example: str | None = None, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, epilog=f"example: {example}" if example else None, **settings)
+        self.example = example
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, after a search for unknown options: they are reported before missing arguments are."""
+        given = sys.argv[1:] if args is None else list(args)
+        has_commands = self._subparsers is not None
+        for argument in takewhile(lambda text: text.startswith("-") if has_commands else text != "--", given):
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and flag != "--" and flag not in self._option_string_actions:
+                self.error(f"unknown option {flag!r}{self._nearest_flag(flag)}")
+        options, rest = super().parse_known_args(given, namespace)
+        if rest and not has_commands:
+            several = [str(action.metavar) for action in self._actions if action.nargs == "*"]
+            where = f": give every {several[0]} in one place" if several and not rest[0].startswith("-") else ""
+            self.error(f"unexpected argument {rest[0]!r}{where}")
+        return options, rest
+
+    def _nearest_flag(self, flag: str) -> str:
+        flags = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        near = [name for name in flags if name.startswith(flag)] or difflib.get_close_matches(flag, flags, n=1)
+        return f"; did you mean {near[0]!r}?" if near else f"; see '{self.prog} --help'"
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        nearest = did_you_mean(str(value), map(str, action.choices))
+        if isinstance(action, argparse._SubParsersAction):
+            self.error(f"unknown command {value!r}; {nearest}")
+        raise argparse.ArgumentError(action, f"unknown value {value!r}; {nearest}")
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message as one line and exit with status 2."""
+        message = message.replace("the following arguments are required:", "missing").removeprefix("argument ")
+        message = re.sub(r"invalid \w+ value: (.*)", r"\1; expected a number", message, flags=re.DOTALL)
+        if "; " not in message:
+            message += f"; example: {self.example}" if self.example else f"; see '{self.prog} --help'"
+        self.exit(2, f"brixel: error: {message}\n")
+
+
+def command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, example: str | None = None
+) -> argparse.ArgumentParser:
+    """Add a command.
+
+    Args:
+        commands: What ``add_subparsers`` returned.
+        name: Name of the command.
+        run: Does the work, from the parsed options to the exit status.
+        text: What the command does, for the lists of commands and for its own help.
+        example: A call of the command, for its help and for usage errors.
+    """
+    title = f"{text[0].upper()}{text[1:]}."
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=title, example=example)
+    parser.set_defaults(run=run, parser=parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Where a model is put, and in which dtype."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps; default: the best there is")
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16; default: by device")
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model; :func:`load` loads it."""
-    parser.add_argument("--model", help=f"{MODEL_HELP}; default: brixel-tiny")
-    parser.add_argument("--backbone", help=f"without --model: {BACKBONE_HELP}, with a fresh adapter")
-    parser.add_argument("--architecture", help=ARCHITECTURE_HELP)
-    add_device_options(parser)
-
-
-def add_short_side(parser: argparse.ArgumentParser) -> None:
-    """The size that images are brought to."""
-    parser.add_argument(
-        "--short-side", type=short_side, metavar="PX", help="pixels, or 'native'; default: as the adapter was trained"
-    )
-
-
-def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """How much memory may be used, and whether maps may be put together from tiles."""
-    parser.add_argument(
-        "--memory-limit", metavar="AMOUNT", help="such as 4GiB, weights included; default: what is free on the device"
-    )
-    parser.add_argument(
-        "--tiles",
-        choices=get_args(Tiles),
-        default="auto",
-        help="blended tiles, an approximation: where nothing exact fits (auto), never, always; default: %(default)s",
-    )
+# ------------------------------------------------------------------------------------------------ types of values
 
 
 def positive(text: str) -> int:
@@ -75,9 +100,11 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def short_side(text: str) -> int | str:
+def pixels_or_native(text: str) -> int | str:
     """A number of pixels, or "native"."""
-    return NATIVE if text == NATIVE else positive(text)
+    if text != NATIVE and (not text.isdecimal() or int(text) == 0):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a positive number of pixels, or '{NATIVE}'")
+    return text if text == NATIVE else int(text)
 
 
 def height_by_width(text: str) -> tuple[int, int]:
@@ -88,36 +115,175 @@ def height_by_width(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def byte_count(text: str) -> int:
+    """Bytes, from text such as 4GiB or 500MiB."""
+    try:
+        return parse_bytes(int(text) if text.isdecimal() else text)
+    except BrixelError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a size such as 4GiB or 500MiB") from None
+
+
+# ------------------------------------------------------------------------------------------------ shared flags
+
+SHARED: Mapping[str, Mapping[str, Any]] = {
+    "--model": {"help": f"saved brixel model: {MODEL_HELP}"},
+    "--backbone": {
+        "metavar": "BACKBONE",
+        "help": "backbone: a folder in Hugging Face or timm layout, ORG/NAME[@REVISION] on the Hub, a weight file, or "
+        "a name that `brixel models` lists",
+    },
+    "--architecture": {
+        "metavar": "NAME",
+        "help": "with --backbone: its architecture, such as dinov3-vits16; needed only where its files leave it open",
+    },
+    "--device": {"metavar": "DEVICE", "help": "device to compute on: auto, cpu, cuda, cuda:1, mps"},
+    "--dtype": {"help": "dtype of the model: auto, float32, bfloat16, float16"},
+    "--short-side-px": {"metavar": "PX", "help": "short side that images are resized to, in pixels"},
+    "--memory-limit": {
+        "metavar": "SIZE",
+        "type": byte_count,
+        "help": "memory to use at most on the model's device, weights included, such as 4GiB",
+    },
+    "--tiles": {
+        "choices": get_args(Tiles),
+        "help": "compute in overlapping tiles, an approximation: auto (where nothing exact fits), never, always",
+    },
+    "--batch-size": {"metavar": "N", "type": positive, "help": "images per batch"},
+    "--workers": {"metavar": "N", "type": whole, "help": "background workers that read and decode images"},
+    "--output": {"type": Path, "help": "file or folder to write"},
+    "--json": {"action": "store_true", "help": "print JSON instead of text"},
+}
+"""Flags that have one meaning in every command, and their description."""
+
+
+def add_flag(
+    parser: argparse.ArgumentParser, flag: str, *names: str, note: str = "", usual: str = "", **settings: Any
+) -> None:
+    """Add a flag of :data:`SHARED`.
+
+    Args:
+        parser: The parser of the command.
+        flag: A key of :data:`SHARED`.
+        names: Further names of the flag, such as "-o".
+        note: What the command adds to the description.
+        usual: The default in words; the default value where empty.
+        settings: Other arguments of ``add_argument``.
+    """
+    if settings.get("default") is not None:
+        usual = usual or "%(default)s"
+    settings["help"] = "; ".join(filter(None, (SHARED[flag]["help"], note, f"default: {usual}" if usual else "")))
+    parser.add_argument(*names, flag, **{**SHARED[flag], **settings})
+
+
+def add_output(parser: argparse.ArgumentParser, **settings: Any) -> None:
+    """What a command writes."""
+    add_flag(parser, "--output", "-o", **settings)
+
+
+def add_device_options(parser: argparse.ArgumentParser) -> None:
+    """The device and the dtype of a model."""
+    add_flag(parser, "--device", default="auto", usual="auto, the fastest that is available")
+    add_flag(parser, "--dtype", default="auto", usual="auto, bfloat16 on CUDA devices that have it, else float32")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model; :func:`load` loads it."""
+    add_flag(parser, "--model", usual="brixel-tiny; with --backbone alone, a fresh adapter")
+    add_flag(parser, "--backbone", usual="that of --model")
+    add_flag(parser, "--architecture")
+    add_device_options(parser)
+
+
+def add_short_side(parser: argparse.ArgumentParser, usual: str = "as the adapter was trained") -> None:
+    """The size that images are resized to."""
+    note = f"{NATIVE} keeps the size of an image"
+    add_flag(parser, "--short-side-px", type=pixels_or_native, note=note, usual=usual)
+    deprecated(parser, "--short-side", "--short-side-px")
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """How much memory may be used, and whether maps may be blended from tiles."""
+    add_flag(parser, "--memory-limit", usual="what is free, less a tenth")
+    add_flag(parser, "--tiles", default="auto")
+
+
+def deprecated(parser: argparse.ArgumentParser, old: str, new: str, **settings: Any) -> None:
+    """Keep an old name of a flag: it sets the new flag, with a DeprecationWarning, and is in no help text."""
+    current = parser._option_string_actions[new]
+    settings = {"type": current.type, "dest": current.dest, **settings}
+    parser.add_argument(old, action=_Deprecated, new=new, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **settings)
+
+
+class _Deprecated(argparse.Action):
+    def __init__(self, *args: Any, new: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.new = new
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        text = f"{option_string} is deprecated; use {self.new}"
+        # Python's default filters show this category for the module "__main__" alone
+        warnings.warn_explicit(text, DeprecationWarning, "brixel", 0, module="__main__")
+        setattr(namespace, self.dest, values)
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
 def load(options: argparse.Namespace) -> BrixelFeatures:
     """The model that the options name; the bundled one where they name none."""
     where = {"device": options.device, "dtype": options.dtype}
+    if options.architecture is not None and (options.model is not None or options.backbone is None):
+        raise BrixelError("--architecture goes with --backbone, without --model: a saved model knows its architecture")
     if options.model is not None:
-        if options.architecture is not None:
-            raise BrixelError("--architecture goes with --backbone alone; a model folder says what its backbone is")
         return BrixelFeatures.from_pretrained(options.model, backbone=options.backbone, **where)
     if options.backbone is None:
-        if options.architecture is not None:
-            raise BrixelError("--architecture goes with --backbone; without it the model is the bundled brixel-tiny")
         return BrixelFeatures.from_pretrained(**where)
     model = BrixelFeatures.from_backbone(options.backbone, architecture=options.architecture, **where)
     print("brixel: no --model: a fresh adapter, so the dense map is the backbone's own, upsampled", file=sys.stderr)
     return model
 
 
-def print_table(rows: Mapping[str, str]) -> None:
-    """Facts by name, a line each."""
+# ------------------------------------------------------------------------------------------------ output
+
+
+def print_json(value: Any) -> None:
+    """Print plain values as JSON."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(rows: Mapping[str, Any]) -> None:
+    """Print values by name, one per line; suffixes of the names say the units, as in ``peak_bytes``."""
+    labels = {name: re.sub("_(px|hw|bytes)$", "", name).replace("_", " ") for name in rows}
+    width = max(map(len, labels.values()))
     for name, value in rows.items():
-        print(f"{name:20} {value}")
+        print(f"{labels[name]:{width}}  {_as_text(name, value)}")
 
 
-def check_report(output: Path | None) -> None:
-    """Raise BrixelError where a report cannot be written, before the work is done."""
-    if output is not None:
-        check_folder(output)
+def _as_text(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith(("_px", "_hw")):
+        sides = value if isinstance(value, list | tuple) else [value]
+        return " x ".join(f"{side:g}" for side in sides) + " px"
+    if name.endswith("_bytes"):
+        return format_bytes(value, up=name != "limit_bytes")
+    if name.endswith("parameters"):
+        return f"{value / 1e6:.2f} M"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def tell(text: str, output: Path | None) -> None:
-    """Print a text, and write it to a file if one is named, whole or not at all."""
-    print(text)
-    if output is not None:
-        write_text(output, text + "\n")
+def in_flags(message: str, parser: argparse.ArgumentParser) -> str:
+    """The message with the arguments of Python in it as flags: ``backbone=`` becomes ``--backbone``."""
+    for action in parser._actions:
+        flag, name = (action.option_strings or [""])[-1], action.dest
+        if flag.startswith("--"):
+            message = re.sub(rf"(?<![\w/.-]){name}=(?:True\b|(?=[\s,.;)]|$))", flag, message)
+            message = re.sub(rf"(?<![\w/.-]){name}=(?=')", f"{flag} ", message)
+            message = re.sub(rf"^{name}(?= (is|are) )", flag, message)
+            if "_" in name:  # no word of a sentence
+                message = re.sub(rf"(?<![\w/.'-]){name}(?![\w/.='-])", flag, message)
+    return message

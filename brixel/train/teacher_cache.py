@@ -166,7 +166,9 @@ def _append(
         needed, free = left * (teacher[0].nbytes + student[0].nbytes), shutil.disk_usage(existing).free
         if needed > free:
             sizes = f"{needed / 2**30:.2f} GiB more, and {free / 2**30:.2f} GiB are free"
-            raise BrixelError(f"the teacher cache in {folder} needs {sizes}: free space on the disk or take fewer crops")
+            raise BrixelError(
+                f"the teacher cache in {folder} needs {sizes}: free space on the disk or take fewer crops"
+            )
         if not (folder / HEADER).exists():
             folder.mkdir(parents=True, exist_ok=True)
             _write_json(folder / HEADER, header)

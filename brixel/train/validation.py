@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from brixel.brixel_features import BrixelFeatures
-from brixel.evaluate.fidelity import BASELINES, interpolated, mean_of, l1_and_cosine
+from brixel.evaluate.fidelity import BASELINES, interpolated, l1_and_cosine, mean_of
 from brixel.train.checkpoint import TrainingState
 from brixel.train.config import TrainConfig
 from brixel.train.distributed import DistributedContext

@@ -11,7 +11,7 @@ from torch import nn
 from brixel import BrixelError, BrixelFeatures, CheckpointError
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, ForeignConfig
 from brixel.backbones.wrappers import TimmBackbone, TransformersBackbone
-from brixel.cli.describe import describe
+from brixel.cli.info import model_facts
 from brixel.train import TrainConfig, distill
 
 WIDTH, DEPTH, PATCH = 64, 4, 8
@@ -224,7 +224,8 @@ def test_saved_and_loaded(make, tmp_path, pixels):
     saved = json.loads((tmp_path / "config.json").read_text())["backbone"]
     assert saved["vit"]["class_name"] == type(module).__name__
     assert saved["fingerprint"]
-    assert describe(tmp_path)["width, depth"] == "64, 4"
+    facts = model_facts(tmp_path)
+    assert (facts["width"], facts["depth"]) == (64, 4)
 
 
 def test_a_short_run(tmp_path):

@@ -631,8 +631,8 @@ def test_the_command_line_takes_names(hub, saved, backbone_files, image_path, tm
     assert f"backbone.safetensors of {MODEL}, commit {commit}" in told
     assert f"adapter.safetensors of {MODEL}, commit {commit}" in told
     assert main(["info", "us/part"]) == 0
-    assert f"{GATED}, else {FREE}" in capsys.readouterr().out
-    for options in (["--model", MODEL], ["--backbone", BACKBONE, "--short-side", "28"]):
+    assert f"{GATED}, {FREE}" in capsys.readouterr().out
+    for options in (["--model", MODEL], ["--backbone", BACKBONE, "--short-side-px", "28"]):
         assert main(["show", str(image_path), *options, "-o", str(tmp_path / "panel.png")]) == 0
     capsys.readouterr()
     assert main(["show", str(image_path), "--model", "us/nothing", "-o", str(tmp_path / "other.png")]) == 2

@@ -1,4 +1,4 @@
-"""The examples run as they are written, on a tiny backbone, and stay short."""
+"""The examples run as written, on a tiny backbone, and stay short."""
 
 import importlib.util
 import runpy
@@ -14,7 +14,7 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run an example with these arguments in ``tmp_path``, as Python runs a script; what it printed."""
+    """Run an example as a script in ``tmp_path``, with these arguments; returns what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
 
@@ -30,28 +30,27 @@ def test_quickstart(run, backbone_folder, image_path, tmp_path):
     printed = run("quickstart.py", image_path, backbone_folder)
     assert "FeatureMap((64, 64, 96)" in printed
     assert (tmp_path / "features.safetensors").stat().st_size > 64 * 64 * 96 * 4
-    with Image.open(tmp_path / "features.png") as made:
-        assert made.size == (90, 60)
+    with Image.open(tmp_path / "features.png") as image:
+        assert image.size == (90, 60)
 
 
 def test_similarity_without_a_window(run, backbone_folder, image_path, tmp_path):
     run("similarity.py", image_path, 30, 40, backbone_folder)
-    with Image.open(tmp_path / "heat.png") as made:
-        assert made.size == (90, 60)
+    with Image.open(tmp_path / "heat.png") as image:
+        assert image.size == (90, 60)
 
 
-def test_without_a_folder_they_take_the_bundled_model(run, image_path, tmp_path):
+def test_without_a_folder_they_use_the_bundled_model(run, image_path, tmp_path):
     assert "FeatureMap((192, 64, 96)" in run("quickstart.py", image_path)
     run("similarity.py", image_path, 30, 40)
     assert (tmp_path / "heat.png").exists()
 
 
 def test_the_drawn_scene(tmp_path):
-    """In a process of its own."""
     command = [sys.executable, EXAMPLES / "draw_scene.py", "scene.jpg"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=300)
-    with Image.open(tmp_path / "scene.jpg") as made:
-        assert made.size == (960, 640)
+    with Image.open(tmp_path / "scene.jpg") as image:
+        assert image.size == (960, 640)
 
 
 @pytest.mark.parametrize("name", ["quickstart.py", "similarity.py"])

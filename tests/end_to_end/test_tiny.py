@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 import brixel
 from brixel import BrixelFeatures
-from brixel.cli.describe import describe
+from brixel.cli.info import model_facts
 
 FOLDER = Path(brixel.__file__).parent / "assets" / "tiny"
 SCENE = Path(brixel.__file__).parent / "assets" / "scene.jpg"
@@ -86,7 +86,7 @@ def test_its_name_means_the_bundled_one_and_a_path_the_folder(tiny, tmp_path, mo
 
 
 def test_info_tells_its_licence():
-    facts = describe(Path("brixel-tiny"))
+    facts = model_facts(Path("brixel-tiny"))
     assert (facts["backbone"], facts["licence"]) == ("brixel-tiny", "apache-2.0")
 
 

@@ -4,7 +4,7 @@ from brixel.utils.markdown import markdown_table
 
 
 def test_numbers_are_aligned_to_the_right() -> None:
-    assert markdown_table({"name": False, "px": True}, [["a", "1"], ["b", "20"]]) == [
+    assert markdown_table(["name", "px"], [["a", "1"], ["b", "20"]], numeric=[False, True]) == [
         "| name | px |",
         "| --- | ---: |",
         "| a | 1 |",

@@ -486,23 +486,10 @@ def test_smaller_ways_end_with_the_smallest_tile():
 
 
 @pytest.mark.slow
-def test_plan_prints_the_way(capsys):
-    assert main(["plan", "512x512", "--memory-limit", "60MiB", "--device", "cpu", "--tiles", "never"]) == 0
-    told = capsys.readouterr().out
-    assert "in exact pieces" in told
-    assert "60 MiB" in told
-    assert main(["plan", "512x512", "--memory-limit", "4GiB", "--tiles", "always", "--device", "cpu"]) == 0
-    assert "blended tiles" in capsys.readouterr().out
-    assert main(["plan", "64x64", "--memory-limit", "4MiB", "--device", "cpu"]) == 2
-    assert "the limit is 4 MiB" in capsys.readouterr().err
-    assert main(["plan"]) == 2
-    assert "give one of a size HEIGHTxWIDTH" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_extract_and_show_take_a_limit(waves, tmp_path, caplog):
     Image.fromarray(waves).save(tmp_path / "waves.png")
-    limited = ["--short-side", "native", "--tiles", "always", "--device", "cpu"]
+    limited = ["--short-side-px", "native", "--tiles", "always", "--device", "cpu"]
     assert main(["extract", str(tmp_path / "waves.png"), "-o", str(tmp_path / "out"), *limited]) == 0
     made = FeatureMap.load(tmp_path / "out" / "waves.png.safetensors")
     assert "tiles" in made.meta
