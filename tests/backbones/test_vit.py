@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     Dinov2Config,
@@ -311,3 +312,16 @@ def test_pixels_of_another_shape(tiny: ViT, shape: tuple[int, ...]) -> None:
 def test_configurations_that_cannot_be(tiny: ViT, change: dict[str, Any], message: str) -> None:
     with pytest.raises(BrixelError, match=message):
         dataclasses.replace(tiny.config, **change)
+
+
+def test_heads_are_split_without_a_copy(tiny: ViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, storages = F.scaled_dot_product_attention, []
+
+    def record(*query_key_value: Tensor) -> Tensor:
+        storages.append({tensor.untyped_storage().data_ptr() for tensor in query_key_value})
+        return attend(*query_key_value)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    with torch.no_grad():
+        tiny.block_maps(images(14, (2, 3)), [0])
+    assert [len(pointers) for pointers in storages] == [1]

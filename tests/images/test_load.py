@@ -1,5 +1,6 @@
 """Images in: drawn with NumPy, written by Pillow or by hand, and compared with pixels known beforehand."""
 
+import functools
 import io
 import struct
 import warnings
@@ -590,6 +591,7 @@ def test_the_file_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # ---- JPEG files that are reduced while they are decoded
 
 
+@functools.cache
 def photograph(height: int, width: int) -> Image.Image:
     """Waves of many lengths and some noise: nothing that a reduction could leave as it is by luck."""
     y, x = np.mgrid[:height, :width]
