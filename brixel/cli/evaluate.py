@@ -109,11 +109,18 @@ def _add_cost(kinds: Any) -> None:
     one = command(kinds, "cost", _cost, "parameters, operations, time and memory by size of image; random weights")
     _add_architectures(one, ("dinov3-vits16",))
     one.add_argument(
-        "--image-px", nargs="+", type=positive, default=[256], metavar="PX", help="sides of the student's; default: 256"
+        "--image-px",
+        nargs="+",
+        type=positive,
+        default=[256],
+        metavar="PX",
+        help="sides of the student's image; default: 256",
     )
-    one.add_argument("--batch-size", nargs="+", type=positive, default=[1], metavar="N", help="images; default: 1")
     one.add_argument(
-        "--rounds", type=whole, default=10, metavar="N", help="timed, 0 to only count; default: %(default)s"
+        "--batch-size", nargs="+", type=positive, default=[1], metavar="N", help="images per call; default: 1"
+    )
+    one.add_argument(
+        "--rounds", type=whole, default=10, metavar="N", help="timed calls, 0 to only count; default: %(default)s"
     )
     one.add_argument("--threads", type=positive, metavar="N", help=_THREADS_HELP)
     one.add_argument("-o", "--output", type=Path, metavar="MD", help=f"{_REPORT_HELP}, and a plot with .png")

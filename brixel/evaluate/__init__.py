@@ -3,7 +3,7 @@
 >>> from brixel import BrixelFeatures
 >>> from brixel.evaluate import read_labelled, segmentation, sources_of
 >>> sources = sources_of(BrixelFeatures.from_pretrained(), ["bilinear", "student", "teacher"])
->>> train, val = (read_labelled("plain", Path("data"), split) for split in ("train", "val"))
+>>> train, val = (read_labelled("plain", "data", split) for split in ("train", "val"))
 >>> report = segmentation(sources, train, val, [512], model="brixel-tiny")
 
 `docs/evaluation.md` defines the metrics.

@@ -108,6 +108,7 @@ def cost_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     """
     quantities = (("gflop", "GFLOP"), ("peak_mib", "peak memory, MiB"))
     diagrams = dict.fromkeys((*pair, row["architecture"]) for pair in quantities for row in rows if row.get(pair[0]))
+    ticker = import_extra("matplotlib.ticker", extra="plots", purpose="plots")
     figure, axes = _figure(len(diagrams))
     for axis, (key, label, name) in zip(axes, diagrams, strict=True):
         lines: dict[str, dict[int, float]] = {}
@@ -120,6 +121,7 @@ def cost_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         cells = sorted({cell for points in lines.values() for cell in points})
         axis.set_xticks(cells, list(map(str, cells)))
         axis.set_xticks([], minor=True)
+        axis.yaxis.set(major_formatter=ticker.LogFormatter(), minor_formatter=ticker.LogFormatter())
         axis.legend()
     return figure
 
@@ -135,18 +137,18 @@ def training_figure(records: Sequence[Mapping[str, Any]]) -> "Figure | None":
         "1 - cosine, validation": [(record["step"], 1 - record["cosine"]) for record in checks],
         "1 - cosine, bilinear": [(record["step"], 1 - record["bilinear_cosine"]) for record in checks],
     }
-    finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in lines.items()}
-    diagrams = (("loss",), ("1 - cosine, validation", "1 - cosine, bilinear"))
-    diagrams_with_points = [names for names in diagrams if any(finite[name] for name in names)]
-    if not diagrams_with_points:
+    lines = {name: [point for point in points if math.isfinite(point[1])] for name, points in lines.items()}
+    loss, *cosines = lines
+    diagrams = [names for names in ([loss], cosines) if any(lines[name] for name in names)]
+    if not diagrams:
         return None
     colours = dict(zip(lines, (BLUE, RED, GREY), strict=True))
-    figure, axes = _figure(len(diagrams_with_points), columns=1, size_in=(8, 3.2))
-    last = max(step for points in finite.values() for step, _ in points) or 1
-    for axis, names in zip(axes, diagrams_with_points, strict=True):
+    figure, axes = _figure(len(diagrams), columns=1, size_in=(8, 3.2))
+    last = max(step for points in lines.values() for step, _ in points) or 1
+    for axis, names in zip(axes, diagrams, strict=True):
         for name in names:
-            style = "o-" if len(finite[name]) < 40 else "-"
-            axis.plot(*_columns(finite[name]), style, color=colours[name], markersize=4, label=name)
+            style = "o-" if len(lines[name]) < 40 else "-"
+            axis.plot(*_columns(lines[name]), style, color=colours[name], markersize=4, label=name)
         axis.set(xlim=(0, last), xlabel="step")
         axis.legend()
     return figure

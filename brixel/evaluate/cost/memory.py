@@ -28,7 +28,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 _HOST = torch.device("cpu")
 _STRATEGIES = {"whole": "whole", "pieces": "row chunks", "tiles": "tiles"}
 _IMAGE_COLUMNS = {"architecture": ("architecture", ""), "dtype": ("dtype", ""), "image_px": ("image, px", "d")}
-_NOTES = ("One image, random weights, bytes of tensors; weights are included, the map goes to a file.",)
+_NOTES = (
+    "One image, random weights. Bytes of tensors, weights included; the map goes to a file.",
+    "Predicted on tensors without data, with pixels in float32; measured on real ones, one run each.",
+)
 
 
 def memory_table(

@@ -115,7 +115,7 @@ DEPTH_LAYOUTS = {"plain": plain_depth, "nyuv2": nyuv2, "navi": navi}
 NORMALS_LAYOUTS = {"plain": plain_normals, "nyuv2": nyuv2_normals, "navi": navi_normals}
 
 
-def read_measured(kind: str, layout: str, root: Path, split: str) -> ImageDataset:
+def read_measured(kind: str, layout: str, root: str | Path, split: str) -> ImageDataset:
     """Read a split of a data set with depth or surface normals.
 
     Args:
@@ -132,7 +132,7 @@ def read_measured(kind: str, layout: str, root: Path, split: str) -> ImageDatase
     """
     layouts = DEPTH_LAYOUTS if kind == "depth" else NORMALS_LAYOUTS
     check_names([layout], layouts, f"unknown layout for {kind}:")
-    return layouts[layout](root, split)
+    return layouts[layout](Path(root), split)
 
 
 def read_depth(path: Path) -> Tensor:

@@ -173,7 +173,7 @@ LAYOUTS: dict[str, Callable[[Path, str], ImageDataset]] = {
 }
 
 
-def read_labelled(layout: str, root: Path, split: str) -> ImageDataset:
+def read_labelled(layout: str, root: str | Path, split: str) -> ImageDataset:
     """Read a split of a data set for semantic segmentation.
 
     Args:
@@ -188,7 +188,7 @@ def read_labelled(layout: str, root: Path, split: str) -> ImageDataset:
         BrixelError: The layout is unknown, or files are missing.
     """
     check_names([layout], LAYOUTS, "unknown layout")
-    return LAYOUTS[layout](root, split)
+    return LAYOUTS[layout](Path(root), split)
 
 
 def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:

@@ -123,6 +123,7 @@ def told(tmp_path_factory):
 
 
 QUICK = ProbeSettings(steps=80, batch_size=3, learning_rates=(1e-5, 0.01))
+FEW_STEPS = replace(QUICK, steps=3)
 COLOURS = FeatureSource("teacher", lambda pixels: F.avg_pool2d(pixels, 8), 8, scale=4)
 NOTHING = FeatureSource("bilinear", lambda pixels: torch.ones(len(pixels), 3, 2, 2), 8, resize="bilinear")
 
@@ -160,12 +161,12 @@ def without_values(told, tmp_path, kind, images):
 @pytest.mark.parametrize("kind", ["depth", "normals"])
 def test_images_without_a_value_are_left_out_and_told_of_once(told, tmp_path, kind, caplog):
     train, val = without_values(told, tmp_path, kind, [("train", 2), ("val", 0)])
-    report = depth_normals(kind, [NOTHING, COLOURS], train, val, [64], model="any", settings=QUICK)
+    report = depth_normals(kind, [NOTHING, COLOURS], train, val, [64], model="any", settings=FEW_STEPS)
     assert "5 images to fit, 1 to report, centre squares; 2 of 8 images without a value left out; " in report.recipe
     (record,) = caplog.records
     assert record.getMessage().endswith(f"2 of 8 images without a value left out, the first {train.samples[2].target}")
     less = replace(train, samples=[*train.samples[:2], *train.samples[3:]]), replace(val, samples=val.samples[1:])
-    again = depth_normals(kind, [NOTHING, COLOURS], *less, [64], model="any", settings=QUICK)
+    again = depth_normals(kind, [NOTHING, COLOURS], *less, [64], model="any", settings=FEW_STEPS)
     assert again.rows == report.rows
     assert "left out" not in again.recipe
 
