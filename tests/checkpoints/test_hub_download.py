@@ -17,10 +17,9 @@ from huggingface_hub import constants, split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save
 
 from brixel import BrixelError, BrixelFeatures, CheckpointError, DownloadError, FeatureMap
-from brixel.backbones import registry as model_table
+from brixel.backbones import registry
 from brixel.backbones.registry import KnownBackbone
-from brixel.checkpoints import load_backbone as loading
-from brixel.checkpoints import saved_backbone as file_backbone
+from brixel.checkpoints import load_backbone
 from brixel.checkpoints.backbone_key_maps import DINOV2_TIMM
 from brixel.checkpoints.hub_download import Access, Repository, Snapshot, parse_repository
 from brixel.checkpoints.model_folder import read_config
@@ -28,6 +27,13 @@ from brixel.cli.app import main
 
 MODEL, BACKBONE = "us/dense", "facebook/dinov2-tiny"
 GATED, FREE = "facebook/dinov3-vits16-pretrain-lvd1689m", "timm/vit_small_patch16_dinov3.lvd1689m"
+
+
+def write_files(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def files_of(folder):
@@ -294,7 +300,7 @@ def test_a_known_name_stands_for_its_sources(hub, backbone_files, caplog):
     with pytest.raises(CheckpointError, match="model_type 'bert'"):  # the second source, as the first is not there
         fresh("dinov2-vits14")
     assert "the backbone is that of timm/vit_small_patch14_dinov2.lvd142m, not facebook/dinov2-small" in caplog.text
-    message = r"no source of dinov2-vitb14 can be had; tried: facebook/dinov2-base \(.*; timm/vit_base_patch14_dinov2"
+    message = r"no source of dinov2-vitb14 is available; tried: facebook/dinov2-base \(.*; timm/vit_base_patch14_dinov2"
     with pytest.raises(DownloadError, match=message):
         fresh("dinov2-vitb14")
     with pytest.raises(BrixelError, match="did you mean 'dinov2-vits14'"):
@@ -311,7 +317,7 @@ def test_a_wrong_architecture_is_refused_before_its_weights_are_fetched(hub):
 def test_a_fresh_model_names_where_its_backbone_is_published(hub, backbone_files, backbone_folder, monkeypatch):
     vit = fresh(backbone_folder).config.backbone.vit
     row = {"dinov2-tiny": KnownBackbone("dinov2-tiny", vit, "mit", BACKBONE, "timm/tiny")}
-    for module in (model_table, loading, file_backbone):
+    for module in (registry, load_backbone):
         monkeypatch.setattr(module, "KNOWN_BACKBONES", row)
     hub.add(BACKBONE, backbone_files)
     local = str(backbone_folder.resolve())
@@ -653,13 +659,14 @@ def test_threads_share_a_model(hub, saved, image_path):
 
 PROCESS = """
 import socket, sys
+from pathlib import Path
 connect, lookup = socket.socket.connect, socket.getaddrinfo
 def refuse(*arguments):
     raise AssertionError(f"network: {arguments}")
 socket.socket.connect = socket.getaddrinfo = refuse
 from brixel import BrixelFeatures
-from brixel.checkpoints import locate_files as sources
-sources.__file__ = sys.argv[1]
+from brixel.checkpoints import locate_files
+locate_files.BUNDLED_FOLDER = Path(sys.argv[1])
 assert BrixelFeatures.from_pretrained(device="cpu").embed_dim == 64
 assert not {name for name in sys.modules if name.startswith(("huggingface_hub", "httpx"))}
 socket.socket.connect, socket.getaddrinfo = connect, lookup
@@ -673,10 +680,8 @@ print(BrixelFeatures.from_pretrained("us/dense", device="cpu").config.commits)
 def test_two_processes_download_at_once_but_never_the_bundled_model(hub, saved, tmp_path):
     """In their own processes the endpoint comes from the environment; nothing is imported before it is needed."""
     repo = hub.add(MODEL, saved[0])
-    (tmp_path / "tiny").mkdir()
-    for name, content in saved[0].items():
-        (tmp_path / "tiny" / name).write_bytes(content)
-    command = [sys.executable, "-c", PROCESS, str(tmp_path / "sources.py")]
+    write_files(tmp_path / "tiny", saved[0])
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "tiny")]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     running = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
     ready = [each.stdout.readline() for each in running]
