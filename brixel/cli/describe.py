@@ -8,7 +8,7 @@ from brixel.backbones.registry import KnownBackbone, list_models
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig
 from brixel.brixel_features import PathLike
-from brixel.checkpoints.hub_download import portable_sources
+from brixel.checkpoints.hub_download import parse_repository
 from brixel.checkpoints.locate_files import ModelFiles, locate
 from brixel.checkpoints.model_folder import ADAPTER, BACKBONE, CONFIG, read_config
 from brixel.checkpoints.release_adapters import RELEASED
@@ -53,7 +53,6 @@ def _describe_model(row: KnownBackbone) -> dict[str, str]:
     released = ", ".join(name for name, each in RELEASED.items() if each.backbone == row.name)
     return {
         "name": row.name,
-        "alias": next(iter(row.aliases), "-"),
         "numbers": _millions(shapes_of(lambda: ViT(row.vit))),
         "patch": f"{row.vit.patch_px} px",
         "width": str(row.vit.width),
@@ -78,7 +77,7 @@ def _whereabouts(place: ModelFiles, sources: Sequence[str]) -> str:
     if own is not None:
         return own
     local = [] if place.snapshot else [each for each in sources if Path(each).exists()]
-    usable = [each for each in sources if each in local or each in portable_sources(sources)]
+    usable = [each for each in sources if each in local or parse_repository(each)]
     return ", else ".join(usable) if usable else f"missing: they were at {', '.join(sources)}"
 
 
