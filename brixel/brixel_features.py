@@ -122,12 +122,7 @@ class BrixelFeatures(DenseFeatures):
             architecture: A name or an alias, or a :class:`ViTConfig`; only needed where the files leave it open.
             blocks: The four blocks, from 0, whose maps the adapter reads; chosen by depth where None.
             short_side_px: Short side in pixels that :meth:`extract` resizes images to; 16 patches where None.
-            device: As in :meth:`from_pretrained`.
-            dtype: As in :meth:`from_pretrained`.
-            revision: As in :meth:`from_pretrained`.
-            token: As in :meth:`from_pretrained`.
-            cache_dir: As in :meth:`from_pretrained`.
-            local_files_only: As in :meth:`from_pretrained`.
+            device, dtype, revision, token, cache_dir, local_files_only: As in :meth:`from_pretrained`.
             **vit_fields: Fields of :class:`ViTConfig` that replace what the file's format implies, such as ``mean``,
                 ``rope_rounding`` or ``position_antialias``.
 
@@ -182,16 +177,11 @@ class BrixelFeatures(DenseFeatures):
             backbone: As in :meth:`from_backbone`, but no module; that of ``release`` where None.
             release: Which file it is: "vits16-256", "vitb16-256", "vitl16-256", "vith16plus-256" or "vitb16-480". It
                 implies backbone, architecture and short side.
-            architecture: As in :meth:`from_backbone`.
-            blocks: As in :meth:`from_backbone`.
+            architecture, blocks: As in :meth:`from_backbone`.
             short_side_px: Short side in pixels that :meth:`extract` resizes images to; where None, that of ``release``,
                 or 256.
-            device: As in :meth:`from_pretrained`.
-            dtype: As in :meth:`from_pretrained`.
+            device, dtype, token, cache_dir, local_files_only: As in :meth:`from_pretrained`.
             revision: Branch, tag or commit of the backbone's repository.
-            token: As in :meth:`from_pretrained`.
-            cache_dir: As in :meth:`from_pretrained`.
-            local_files_only: As in :meth:`from_pretrained`.
             **vit_fields: As in :meth:`from_backbone`.
 
         Returns:

@@ -63,7 +63,7 @@ def unfold_tables(state: State) -> State:
 def _as_convolution(weight: Tensor) -> Tensor:
     """The convolution (D, 3, p, p) that a linear layer (D, p*p*3) on flattened patches is, if its sizes fit."""
     side = math.isqrt(weight.shape[1] // 3)
-    if 3 * side * side != weight.shape[1]:
+    if side == 0 or 3 * side * side != weight.shape[1]:
         return weight
     return rearrange(weight, "d (y x colour) -> d colour y x", y=side, x=side).contiguous()
 

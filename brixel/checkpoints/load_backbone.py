@@ -85,7 +85,7 @@ def _architecture(
     rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**fields, **stated})]
     if not rows:
         return _with_fields(described, stated), None
-    row = _only(path, state, rows)
+    row = _only_row(path, state, rows)
     return row.vit, row.name
 
 
@@ -93,12 +93,11 @@ def _file_fields(
     path: Path, state: State, key_map: KeyMap, config: ViTConfig, architecture: str | ViTConfig | None
 ) -> dict[str, object]:
     """The fields that the file's format and the folder imply; none where the user gave a whole configuration."""
-    rounding = {}
+    fields = dict(key_map.options)
     if "rope_embed.periods" in state:
-        rounding["rope_rounding"] = _rope_rounding(path, state, config)
+        fields["rope_rounding"] = _rope_rounding(path, state, config)
     if isinstance(architecture, ViTConfig):
         return {}
-    fields = {**key_map.options, **rounding}
     if path.is_dir():
         fields.update(normalisation(path))
     return fields
@@ -141,10 +140,10 @@ def _by_shapes(path: Path, state: State, key_map: KeyMap, stated: Mapping[str, o
     if not rows:
         found = ", ".join(f"{name} {value}" for name, value in signature.items())
         raise CheckpointError(f"{path} ({key_map.name}) fits no known architecture ({found}); give it as a ViTConfig")
-    return _only(path, state, rows)
+    return _only_row(path, state, rows)
 
 
-def _only(path: Path, state: State, rows: list[KnownBackbone]) -> KnownBackbone:
+def _only_row(path: Path, state: State, rows: list[KnownBackbone]) -> KnownBackbone:
     """The only one of ``rows``, or the only one with timm's tag or with the vocabulary of the text tower."""
     if len(rows) == 1:
         return rows[0]
@@ -197,7 +196,7 @@ def _signature(state: State, key_map: KeyMap) -> dict[str, object]:
         "width": shape("norm.weight")[0],
         "depth": depth,
         "patch_px": shape("patch_embed.weight")[3],
-        "registers": sum(shape[1] for shape in shapes("registers")),
+        "registers": sum(table[1] for table in shapes("registers")),
         "ffn": "swiglu" if gated else "mlp",
         "ffn_width": ffn_width,
     }
