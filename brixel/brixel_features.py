@@ -1,4 +1,4 @@
-"""The public class: a backbone and its adapter from files, images in, feature maps out."""
+"""The public class: a backbone and its upsampler from files, images in, feature maps out."""
 
 import dataclasses
 import os
@@ -11,19 +11,12 @@ from torch import nn
 
 from brixel.backbones.base import Backbone, check_maps
 from brixel.backbones.vit_config import ViTConfig
-from brixel.checkpoints.hub_download import Access
+from brixel.checkpoints.hub_download import Access, portable_sources
 from brixel.checkpoints.hub_upload import push
-from brixel.checkpoints.locate_files import BUNDLED, locate, repositories_in
+from brixel.checkpoints.locate_files import BUNDLED, locate
 from brixel.checkpoints.model_folder import ADAPTER, CONFIG, read_config, save
 from brixel.checkpoints.release_adapters import choose_release, read_release
-from brixel.checkpoints.saved_backbone import (
-    describe_loaded,
-    load_from,
-    match_module,
-    move_module,
-    resolve_backbone,
-    wrap_module,
-)
+from brixel.checkpoints.saved_backbone import match_module, move_module, read_backbone, resolve_backbone, wrap_module
 from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
 from brixel.images.find_images import SCENE
 from brixel.images.load import ImageInput
@@ -38,14 +31,12 @@ _PATCHES_ON_SHORT_SIDE = 16  # what fresh adapters are made for: 256 px at patch
 
 
 class BrixelFeatures(DenseFeatures):
-    """Dense features of images: a frozen ViT with a distilled adapter, four cells to a patch on each axis.
+    """Dense features of images: a frozen ViT and a distilled adapter that gives four cells per patch on each axis.
 
-    Built by :meth:`from_pretrained`, :meth:`from_backbone` or :meth:`from_release`. As a module it takes normalised
-    pixels (B, 3, H, W) and gives (B, D, 4h, 4w); :meth:`extract` and :meth:`stream` take images of any kind.
-    Method: arXiv 2511.05168.
+    Created by :meth:`from_pretrained`, :meth:`from_backbone` or :meth:`from_release`. As a module it maps normalised
+    pixels (B, 3, H, W) to features (B, D, 4h, 4w) for the patch grid h x w; :meth:`extract` and :meth:`stream` take
+    images of any kind. Method: arXiv 2511.05168.
     """
-
-    # ---------------------------------------------------------------- from files
 
     @classmethod
     def from_pretrained(
@@ -60,38 +51,47 @@ class BrixelFeatures(DenseFeatures):
         cache_dir: PathLike | None = None,
         local_files_only: bool = False,
     ) -> "BrixelFeatures":
-        """Load a model that :meth:`save_pretrained` wrote, or the one that comes with the package.
+        """Load a model that :meth:`save_pretrained` wrote, or the one in the package.
 
-        ``name_or_path``: a folder, or a repository on the Hub as a string, "ORG/NAME" or "ORG/NAME@REVISION";
-        "brixel-tiny", also where nothing is given, is the small model inside the package
-        (5 M parameters, Apache-2.0, no download; `docs/brixel-tiny.md` tells what it is good for and what not).
-        ``backbone``: its backbone, as in :meth:`from_backbone`, if it is not where the model's config says; needed
-        where the model was made on a module.
-        ``device``: "auto" takes CUDA, then MPS, then the CPU. ``dtype``: "auto" is bfloat16 on CUDA devices that
-        compute in it, else float32. Of downloads: ``revision`` of the model is a branch, tag or commit, of which the
-        last needs no request once it is cached; ``token`` is another than that of `hf auth login`; ``cache_dir`` is the
-        client's cache; ``local_files_only`` takes files from there alone.
-        Raises BrixelError where there is no such folder, DownloadError where something cannot be had from the Hub,
-        CheckpointError where files do not fit.
+        Args:
+            name_or_path: A folder; a repository on the Hub, as a string "ORG/NAME" or "ORG/NAME@REVISION"; or
+                "brixel-tiny", the default: the small model in the package (6.5 M parameters, Apache-2.0; its limits
+                are in `docs/brixel-tiny.md`).
+            backbone: The model's backbone, as in :meth:`from_backbone`, where it is not at the sources that the model's
+                config names; required for a model that was made on a module.
+            device: Such as "cpu" or "cuda:1"; "auto" is CUDA, then MPS, then the CPU.
+            dtype: Of the weights; "auto" is bfloat16 on CUDA devices that compute in it, else float32.
+            revision: Branch, tag or commit of the repository; a commit needs no request once it is cached.
+            token: Access token for the Hub in place of that of `hf auth login`; False for none.
+            cache_dir: Cache of the Hub's client in place of its default.
+            local_files_only: Whether files are only taken from the cache.
+
+        Returns:
+            The model on ``device``, in evaluation mode.
+
+        Raises:
+            BrixelError: There is no such folder or name.
+            DownloadError: The Hub does not give a file.
+            CheckpointError: The files do not fit the model, or the backbone has other weights than the adapter needs.
         """
         access = _access(token, cache_dir, local_files_only)
-        place = locate(name_or_path, what="model", revision=revision, access=access)
-        config = read_config(place.need(CONFIG))
-        path = place.need(ADAPTER)
+        files = locate(name_or_path, what="model", revision=revision, access=access)
+        config = read_config(files.need(CONFIG))
+        path = files.need(ADAPTER)
+        vit: Backbone
         if isinstance(backbone, nn.Module):
             vit = match_module(config.backbone, backbone)
             device, dtype = move_module(backbone, device, dtype)
         else:
             device = choose_device(device)
             dtype = choose_dtype(dtype, device)
-            vit, config = resolve_backbone(place, config, backbone, dtype, access)
+            vit, config = resolve_backbone(files, config, backbone, dtype, access)
         what = f"{path} does not fit an adapter for {config.backbone.title}"
-        with place.reading():
+        with files.reading():
             upsampler = load_into(lambda: Upsampler(vit.width, config.adapter), read_tensors(path), dtype, what=what)
-        config = dataclasses.replace(config, commits={**config.commits, **place.commits})
-        if place.snapshot:  # paths of another machine would be followed once the model is saved on this one
-            own = dataclasses.replace(config.backbone, sources=repositories_in(config.backbone.sources))
-            config = dataclasses.replace(config, backbone=own)
+        config = dataclasses.replace(config, commits={**config.commits, **files.commits})
+        if files.snapshot:  # once saved here, the config must not name paths of the machine that it came from
+            config = config.with_sources(portable_sources(config.backbone.sources))
         return cls(vit, upsampler, config).to(device)
 
     @classmethod
@@ -110,36 +110,47 @@ class BrixelFeatures(DenseFeatures):
         local_files_only: bool = False,
         **vit_fields: object,
     ) -> "BrixelFeatures":
-        """A backbone with a fresh adapter, which starts as the identity: the backbone's map, upsampled.
+        """Put a fresh adapter on a backbone. It starts as the identity: the backbone's map, upsampled.
 
-        ``name_or_path``: a folder in Hugging Face or timm layout, ORG/NAME of a repository of either on the Hub, a name
-        of :func:`brixel.list_models`, or a weight file (Meta's `.pth`, safetensors). Or a module: a model of
-        `transformers` (with ``mean`` and ``std``) or timm, or your own, as :class:`brixel.backbones.base.Backbone`
-        says; it is frozen, put in evaluation mode, and stays on its device and in its dtype where these are "auto".
-        ``revision`` to ``local_files_only``: as in :meth:`from_pretrained`.
-        ``architecture``: a name such as "dinov3-vits16" or a :class:`ViTConfig`; needed only where a file leaves it
-        open. ``blocks``: the four blocks, from 0, that feed the adapter; by depth where None. ``short_side_px``: the
-        size that :meth:`extract` brings images to, 16 patches where None. ``vit_fields``: any field of
-        :class:`ViTConfig`, over what the file's family implies (`rope_rounding`, `position_antialias`, `mean`, ...).
+        Args:
+            name_or_path: A name or an alias in :func:`brixel.list_models`, such as "dinov2-small" or "brixel-tiny",
+                whose repositories are tried in order; a repository on the Hub, as a string "ORG/NAME" or
+                "ORG/NAME@REVISION"; a folder in Hugging Face's or timm's layout; a weight file (Meta's `.pth`,
+                safetensors); or a module: a model of `transformers` (with ``mean`` and ``std``) or timm, or your own,
+                see :class:`brixel.backbones.base.Backbone`. A path on disk takes precedence over a name. A module is
+                frozen and put in evaluation mode; "auto" keeps its device and dtype.
+            architecture: A name or an alias, or a :class:`ViTConfig`; only needed where the files leave it open.
+            blocks: The four blocks, from 0, whose maps the adapter reads; chosen by depth where None.
+            short_side_px: Short side in pixels that :meth:`extract` resizes images to; 16 patches where None.
+            device, dtype, revision, token, cache_dir, local_files_only: As in :meth:`from_pretrained`.
+            **vit_fields: Fields of :class:`ViTConfig` that replace what the file's format implies, such as ``mean``,
+                ``rope_rounding`` or ``position_antialias``.
+
+        Returns:
+            The model on ``device``, in evaluation mode.
+
+        Raises:
+            BrixelError: There is no such file or name, or a setting is wrong.
+            DownloadError: The Hub does not give a file.
+            CheckpointError: The files fit no known architecture, or not the one that was given.
         """
         if isinstance(name_or_path, nn.Module):
             of_files = {"revision": revision, "token": token, "cache_dir": cache_dir, "architecture": architecture}
-            fields = {**of_files, "local_files_only": local_files_only, **vit_fields}
-            vit, described = wrap_module(name_or_path, fields)
+            settings = {**of_files, "local_files_only": local_files_only, **vit_fields}
+            module, described = wrap_module(name_or_path, settings)
             device, dtype = move_module(name_or_path, device, dtype)
-            adapter = _fresh(vit, blocks, short_side_px)
-            upsampler = Upsampler(vit.width, adapter).to(device, dtype)
-            check_maps(vit, adapter.blocks, device, dtype)
-            return cls(vit, upsampler, BrixelConfig(described, adapter))
+            adapter = _fresh(module, blocks, short_side_px)
+            upsampler = Upsampler(module.width, adapter).to(device, dtype)
+            check_maps(module, adapter.blocks, device, dtype)
+            return cls(module, upsampler, BrixelConfig(described, adapter))
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         access = _access(token, cache_dir, local_files_only)
-        place = locate(name_or_path, what="backbone", revision=revision, access=access)
-        loaded = load_from(place, architecture, dtype, vit_fields)
-        adapter = _fresh(loaded.vit, blocks, short_side_px)
-        upsampler = Upsampler(loaded.vit.width, adapter).to(dtype)
-        config = BrixelConfig(describe_loaded(loaded, place), adapter, place.commits)
-        return cls(loaded.vit, upsampler, config).to(device)
+        files = locate(name_or_path, what="backbone", revision=revision, access=access)
+        vit, described = read_backbone(files, architecture, dtype, vit_fields)
+        adapter = _fresh(vit, blocks, short_side_px)
+        upsampler = Upsampler(vit.width, adapter).to(dtype)
+        return cls(vit, upsampler, BrixelConfig(described, adapter, files.commits)).to(device)
 
     @classmethod
     def from_release(
@@ -159,37 +170,60 @@ class BrixelFeatures(DenseFeatures):
         local_files_only: bool = False,
         **vit_fields: object,
     ) -> "BrixelFeatures":
-        """The authors' own adapter file on its backbone.
+        """Load one of the authors' own adapter files, with its backbone.
 
-        ``adapter_pth``: a `.pth` of the release, on disk. ``release``: which of its five files that is, "vits16-256",
-        "vitb16-256", "vitl16-256", "vith16plus-256" or "vitb16-480"; that says its backbone and the size of its
-        images where you do not. ``backbone`` and all others: as in :meth:`from_backbone`, ``short_side_px`` 256.
-        Raises CheckpointError where the file lacks a tensor, has another shape, or holds a key that nobody knows.
+        Args:
+            adapter_pth: The `.pth` file on disk.
+            backbone: As in :meth:`from_backbone`, but no module; that of ``release`` where None.
+            release: Which file it is: "vits16-256", "vitb16-256", "vitl16-256", "vith16plus-256" or "vitb16-480". It
+                implies backbone, architecture and short side.
+            architecture, blocks: As in :meth:`from_backbone`.
+            short_side_px: Short side in pixels that :meth:`extract` resizes images to; where None, that of ``release``,
+                or 256.
+            device, dtype, token, cache_dir, local_files_only: As in :meth:`from_pretrained`.
+            revision: Branch, tag or commit of the backbone's repository.
+            **vit_fields: As in :meth:`from_backbone`.
+
+        Returns:
+            The model on ``device``, in evaluation mode.
+
+        Raises:
+            BrixelError: There is no such file or name, or neither ``backbone`` nor ``release`` is given.
+            DownloadError: The Hub does not give a file.
+            CheckpointError: The adapter lacks a tensor, has another shape than the backbone needs or an unknown key; or
+                the backbone's files do not fit.
         """
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         adapter_path = locate(adapter_pth, what="adapter").path
         backbone, architecture, side = choose_release(adapter_path, release, backbone, architecture, short_side_px)
         access = _access(token, cache_dir, local_files_only)
-        place = locate(backbone, what="backbone", revision=revision, access=access)
-        loaded = load_from(place, architecture, dtype, vit_fields)
-        adapter = AdapterConfig(_blocks(blocks, loaded.vit), residual_detour=True, short_side_px=side)
-        told = {"adapter": f"{adapter_path.name} of the authors of arXiv 2511.05168, as they trained it"}
-        config = BrixelConfig(describe_loaded(loaded, place), adapter, place.commits, told)
-        what = f"{adapter_path} does not fit an adapter for {config.backbone.title}"
+        files = locate(backbone, what="backbone", revision=revision, access=access)
+        vit, described = read_backbone(files, architecture, dtype, vit_fields)
+        adapter = AdapterConfig(_blocks(blocks, vit), residual_detour=True, short_side_px=side)
+        training = {"adapter": f"{adapter_path.name} of the authors of arXiv 2511.05168, as they trained it"}
+        what = f"{adapter_path} does not fit an adapter for {described.title}"
 
         def build() -> Upsampler:
-            return Upsampler(loaded.vit.width, adapter)
+            return Upsampler(vit.width, adapter)
 
         upsampler = load_into(build, read_release(adapter_path, shapes_of(build), what=what), dtype, what=what)
-        return cls(loaded.vit, upsampler, config).to(device)
+        return cls(vit, upsampler, BrixelConfig(described, adapter, files.commits, training)).to(device)
 
     def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False) -> None:
-        """Write `config.json`, `adapter.safetensors`, the card `README.md` (and `backbone.safetensors`) into a folder.
+        """Write the model into a folder, which is created if it does not exist.
 
-        It is made if need be; each file is written whole or not at all, `config.json` last. A card that you changed
-        stays. Without the backbone, the folder says which one it needs and where that was; its licence may forbid to
-        hand it on. A backbone that came as a module cannot be included, as its code cannot.
+        Writes `adapter.safetensors`, the card `README.md` and, last, `config.json`, each whole or not at all. A card
+        that you changed is kept.
+
+        Args:
+            folder: Where to write.
+            include_backbone: Whether `backbone.safetensors` is written as well, for which the backbone's licence must
+                allow passing it on. Otherwise the config names the sources of the backbone. A backbone that was given
+                as a module cannot be included.
+
+        Raises:
+            BrixelError: ``folder`` is a file, or the backbone cannot be included.
         """
         save(self, self.config, Path(folder), include_backbone=include_backbone)
 
@@ -203,12 +237,25 @@ class BrixelFeatures(DenseFeatures):
         token: str | bool | None = None,
         message: str = "Model made with brixel",
     ) -> str:
-        """Upload what :meth:`save_pretrained` writes, with a panel of ``image`` on its card; "ORG/NAME@COMMIT".
+        """Upload what :meth:`save_pretrained` writes, and a panel for the card, in a single commit.
 
-        ``repository``: ORG/NAME, made if need be, ``private`` where so asked. One commit, or none. Sources of the
-        backbone that are paths of this machine are left out of the config; ``include_backbone`` uploads its weights,
-        for which its licence must allow it. A card that was changed there is left as it is.
-        Raises UploadError where the Hub does not take it, BrixelError where the model would not load from there.
+        Sources of the backbone that are paths of this machine are left out of the config. A card that was changed on
+        the Hub is kept.
+
+        Args:
+            repository: "ORG/NAME"; created if it does not exist.
+            include_backbone: Whether the backbone's weights are uploaded, for which its licence must allow it.
+            image: The image of the panel on the card.
+            private: Whether a new repository is private; the account's default where None.
+            token: Access token for the Hub in place of that of `hf auth login`.
+            message: Message of the commit.
+
+        Returns:
+            "ORG/NAME@COMMIT".
+
+        Raises:
+            UploadError: The Hub does not accept it; nothing was changed there.
+            BrixelError: The model could not be loaded from there, or ``repository`` is no name of one.
         """
         return push(
             self,
@@ -228,7 +275,7 @@ def _fresh(vit: Backbone, blocks: Iterable[int] | None, short_side_px: int | Non
 
 
 def _blocks(blocks: Iterable[int] | None, vit: Backbone) -> tuple[int, ...]:
-    """What the user gave, as it is: :class:`AdapterConfig` checks it and makes a tuple of it."""
+    """The user's choice as it is (:class:`AdapterConfig` checks it and converts it to a tuple), or the default."""
     return default_blocks(vit.depth) if blocks is None else cast("tuple[int, ...]", blocks)
 
 

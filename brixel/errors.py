@@ -1,39 +1,45 @@
-"""Errors that a user can act on: each message says what came, what was expected and what to do."""
+"""Errors that a user can act on: each message states what came, what was expected and what to do."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class BrixelError(ValueError):
-    """Base of the errors below; the command line prints one as a single line."""
+    """Base class of brixel's errors; the command line prints one as a single line."""
 
 
 class ImageError(BrixelError):
-    """An image that cannot be read or used: wrong type, shape, range, or a damaged file."""
+    """An image cannot be read or used: its type, shape or range is wrong, or its file is damaged."""
 
 
 class CheckpointError(BrixelError):
-    """A weight file, a configuration or a folder of either that does not fit."""
+    """A weight file, a configuration, or a folder of them does not fit the model."""
 
 
 class DamagedFileError(CheckpointError):
-    """A weight file or a configuration that cannot be read at all, as one that was cut off."""
+    """A weight file or a configuration cannot be read at all, for example because it was cut off."""
 
 
 class MemoryLimitError(BrixelError, MemoryError):
-    """An image whose map cannot be computed in the memory that there is, or that was allowed."""
+    """A map cannot be computed within the memory limit, or within the memory that is free."""
 
 
 class DownloadError(BrixelError):
-    """What cannot be had from the Hub: gated, missing, out of reach, damaged. Its cause is the client's own error."""
+    """The Hub does not give a file: it is gated, missing, unreachable or damaged.
+
+    ``__cause__`` is the error of the Hub's client.
+    """
 
 
 class UploadError(BrixelError):
-    """What the Hub did not take, and has changed nothing for. Its cause is the client's own error, if there was one."""
+    """The Hub did not accept an upload, and nothing was changed there.
+
+    ``__cause__`` is the error of the Hub's client, if there was one.
+    """
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause to append to "unknown ...": the nearest known name, or all of them where none is near."""
+def did_you_mean(name: str, known: Iterable[str], aliases: Iterable[str] = ()) -> str:
+    """A clause to append to "unknown ...": the closest of all names, or the list of ``known`` where none is close."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    close = difflib.get_close_matches(name, [*names, *aliases], n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

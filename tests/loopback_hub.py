@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on the loopback interface: what its client needs to fetch and commit files.
+"""A replacement of the Hugging Face Hub on the loopback interface: what its client needs to fetch and commit files.
 
 Tests get it as the fixture `hub`.
 """
@@ -22,7 +22,7 @@ TREE = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>[^/?]+)"
 
 @dataclass
 class Repo:
-    """Files by name; a gate that only some tokens pass; branches and tags by commit; files cut off on their way."""
+    """Files by name; a gate that only some tokens pass; branches and tags by commit; files that are cut off."""
 
     files: dict[str, bytes]
     gated: bool = False
@@ -46,17 +46,17 @@ class Repo:
 
 
 class LoopbackHub:
-    """The server; ``requests`` holds what was asked of it as ("GET", "org/name", "file")."""
+    """The server; ``requests`` are those it received, as ("GET", "org/name", "file")."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str, str]] = []
-        self.status: int | None = None  # that everything is answered with
-        self.delay_s = 0.0  # before every answer
-        self.writers: dict[str, tuple[str, ...]] = {}  # who may write, by account or organisation: their tokens
-        self.uploads: dict[str, bytes] = {}  # large files on their way, by their hash
+        self.status: int | None = None  # of all answers
+        self.delay_s = 0.0  # before an answer
+        self.writers: dict[str, tuple[str, ...]] = {}  # tokens that may write, by account or organisation
+        self.uploads: dict[str, bytes] = {}  # large files before their commit, by hash
         self.commits: list[tuple[str, str]] = []  # repository and message
-        self.refused: str | None = None  # the request that is answered with 503: "preupload", "upload", "commit"
+        self.refused: str | None = None  # the request that fails: "preupload", "upload", "commit"
         hub = self
 
         class Handler(_Handler):
@@ -85,7 +85,7 @@ class LoopbackHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits for the client's delayed word that the headers came
+    disable_nagle_algorithm = True  # else a body waits for the client's delayed acknowledgement of the headers
     hub: LoopbackHub
 
     def log_message(self, *_: object) -> None:
@@ -115,9 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif wanted.groupdict().get("what") == "commit":
             self.commit(wanted["name"], content.decode())
         elif wanted.groupdict().get("what") == "preupload":
-            self.say_modes(json.loads(content))
+            self.reply_modes(json.loads(content))
         else:
-            self.say_where(json.loads(content))
+            self.reply_locations(json.loads(content))
 
     def create(self, wanted: dict[str, object], token: str) -> None:
         account = str(wanted["organization"])
@@ -131,21 +131,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.add(name, {".gitattributes": b""}, private=private)
             self.reply(200, json.dumps({"url": f"{self.hub.url}/{name}"}).encode())
 
-    def say_modes(self, wanted: dict[str, list[dict[str, object]]]) -> None:
+    def reply_modes(self, wanted: dict[str, list[dict[str, object]]]) -> None:
         files = [
             {
-                "path": each["path"],
-                "uploadMode": "lfs" if str(each["path"]).endswith((".safetensors", ".png")) else "regular",
+                "path": file["path"],
+                "uploadMode": "lfs" if str(file["path"]).endswith((".safetensors", ".png")) else "regular",
                 "shouldIgnore": False,
             }
-            for each in wanted["files"]
+            for file in wanted["files"]
         ]
         self.reply(503 if self.hub.refused == "preupload" else 200, json.dumps({"files": files}).encode())
 
-    def say_where(self, wanted: dict[str, list[dict[str, object]]]) -> None:
+    def reply_locations(self, wanted: dict[str, list[dict[str, object]]]) -> None:
         objects = [
-            {**each, "actions": {"upload": {"href": f"{self.hub.url}/upload/{each['oid']}", "header": {}}}}
-            for each in wanted["objects"]
+            {**file, "actions": {"upload": {"href": f"{self.hub.url}/upload/{file['oid']}", "header": {}}}}
+            for file in wanted["objects"]
         ]
         self.reply(200, json.dumps({"transfer": "basic", "objects": objects}).encode())
 
@@ -175,8 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 assert kind == "deletedFile"
                 del repo.files[value["path"]]
-        told = {"commitUrl": f"{self.hub.url}/{name}/commit/{repo.commit}", "commitOid": repo.commit}
-        self.reply(200, json.dumps({"success": True, **told}).encode())
+        answer = {"commitUrl": f"{self.hub.url}/{name}/commit/{repo.commit}", "commitOid": repo.commit}
+        self.reply(200, json.dumps({"success": True, **answer}).encode())
 
     def answer(self) -> None:
         path = unquote(self.path)
@@ -197,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif INFO.fullmatch(path):
             self.reply(200, json.dumps({"id": name, "sha": repo.commit}).encode())
         elif not file:
-            self.reply(200, json.dumps([self.entry(repo, each) for each in sorted(repo.files)]).encode())
+            self.reply(200, json.dumps([self.entry(repo, path) for path in sorted(repo.files)]).encode())
         elif repo.gated and token not in repo.allowed:
             self.refuse(403 if token else 401, "GatedRepo")
         else:

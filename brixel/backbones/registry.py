@@ -1,6 +1,6 @@
-"""The backbones we know by name: architecture, normalisation, licence, where their weights and adapters are.
+"""The backbones that are known by name: architecture, normalisation, licence, sources of weights and adapters.
 
-Sizes and repositories: the families' own repositories and cards; `docs/backbones.md` says which was read where.
+Sizes and repositories are those of the families' own repositories and cards; `docs/backbones.md` lists the sources.
 """
 
 from collections.abc import Mapping
@@ -11,22 +11,28 @@ from typing import Literal
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, ViTConfig, siglip_config
 from brixel.errors import BrixelError, did_you_mean
 
-_GATED = "dinov3-license"  # of Meta's repositories of DINOv3, which are gated
-# licences that the Hub has no id for, and that bind what is derived from the weights: where their text is
+_GATED = "dinov3-license"  # the licence of Meta's repositories of DINOv3, which are gated
+# where the text of a licence is that the Hub has no id for and that also covers what is derived from the weights
 LICENCE_URLS = {_GATED: "https://ai.meta.com/resources/models-and-libraries/dinov3-license"}
 
-# of the satellite images that the sat493m weights were trained on
+# normalisation of the satellite images that the sat493m weights were trained on
 SATELLITE_MEAN = (0.430, 0.411, 0.296)
 SATELLITE_STD = (0.213, 0.156, 0.143)
 
 
 @dataclass(frozen=True)
 class KnownBackbone:
-    """One backbone. ``huggingface`` and ``timm`` are repositories on the Hub; ``licence`` is the Hub's id, or a name of
-    :data:`LICENCE_URLS`.
+    """A backbone that brixel knows by name.
 
-    ``vocabulary``: the number of words that the text tower beside it knows, where there is one. ``adapter``: what
-    `BrixelFeatures.from_pretrained` takes for a trained adapter on it, where there is one.
+    Args:
+        name: Its name, such as "dinov3-vits16".
+        vit: Its architecture and the normalisation of its images.
+        licence: The Hub's id of the licence of its weights, or a key of :data:`LICENCE_URLS`.
+        huggingface: The repository on the Hub with its weights in Hugging Face's layout, ORG/NAME.
+        timm: The repository on the Hub with its weights in timm's layout.
+        vocabulary: Words in the vocabulary of the text tower that is in the same files, if there is one.
+        adapter: What `BrixelFeatures.from_pretrained` takes for an adapter that was trained on it, if there is one.
+        aliases: Other names for it: its size, and its repositories without the organisation.
     """
 
     name: str
@@ -36,21 +42,26 @@ class KnownBackbone:
     timm: str
     vocabulary: int | None = None
     adapter: str | None = None
+    aliases: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Its repositories, in order of preference; none for a backbone that comes with its adapter."""
-        return tuple(each for each in (self.huggingface, self.timm) if each)
+        """Its repositories on the Hub, in order of preference; none where the weights are in the package."""
+        return tuple(repository for repository in (self.huggingface, self.timm) if repository)
 
     @property
     def gated(self) -> bool:
-        """Whether the first of them lets in only whom its owners approve of; timm's copies are open."""
+        """Whether its first repository needs the approval of its owners; timm's copies do not."""
         return self.licence == _GATED
+
+
+def _without_organisation(*repositories: str) -> tuple[str, ...]:
+    return tuple(repository.partition("/")[2] for repository in repositories)
 
 
 def _dinov3(
     name: str,
-    timm: str,
+    size: str,
     width: int,
     depth: int,
     heads: int,
@@ -60,6 +71,8 @@ def _dinov3(
     satellite: bool = False,
 ) -> KnownBackbone:
     data = "sat493m" if satellite else "lvd1689m"
+    suffix = f"-{data}" if satellite else ""
+    repositories = f"facebook/dinov3-{name}-pretrain-{data}", f"timm/vit_{size}_patch16_dinov3.{data}"
     vit = ViTConfig(
         width=width,
         depth=depth,
@@ -74,10 +87,8 @@ def _dinov3(
         mean=SATELLITE_MEAN if satellite else IMAGENET_MEAN,
         std=SATELLITE_STD if satellite else IMAGENET_STD,
     )
-    ours = f"dinov3-{name}" + (f"-{data}" if satellite else "")
-    return KnownBackbone(
-        ours, vit, _GATED, f"facebook/dinov3-{name}-pretrain-{data}", f"timm/vit_{timm}_patch16_dinov3.{data}"
-    )
+    aliases = (f"dinov3-{size.replace('_', '-')}{suffix}", *_without_organisation(*repositories))
+    return KnownBackbone(f"dinov3-{name}{suffix}", vit, _GATED, *repositories, aliases=aliases)
 
 
 def _dinov2(
@@ -103,14 +114,12 @@ def _dinov2(
         registers=registers,
         native_grid=37,
     )
-    reg = "_reg4" if registers else ""
-    return KnownBackbone(
-        f"dinov2-vit{letter}14{reg.replace('_', '-')}",
-        vit,
-        "apache-2.0",
+    name = f"dinov2-vit{letter}14{'-reg4' if registers else ''}"
+    repositories = (
         f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
-        f"timm/vit_{size}_patch14{reg}_dinov2.lvd142m",
+        f"timm/vit_{size}_patch14{'_reg4' if registers else ''}_dinov2.lvd142m",
     )
+    return KnownBackbone(name, vit, "apache-2.0", *repositories, aliases=_without_organisation(*repositories))
 
 
 _DINOV2_SIZES: tuple[tuple[str, str, int, int, int, Literal["mlp", "swiglu"], int], ...] = (
@@ -128,7 +137,7 @@ _SIGLIP_SIZES = {  # width, depth, heads, feed-forward
 
 
 def _siglip(size: str, patch_px: int, side: str, *, version: str = "", timm: str, vocabulary: int) -> KnownBackbone:
-    """``side``: of the images it was trained on, in pixels and what may follow in the name, or "naflex": of any."""
+    """``side``: of its images, in pixels, possibly with a suffix of the name, or "naflex" for images of any size."""
     width, depth, heads, ffn_width = _SIGLIP_SIZES[size]
     naflex = side == "naflex"
     vit = siglip_config(
@@ -140,14 +149,10 @@ def _siglip(size: str, patch_px: int, side: str, *, version: str = "", timm: str
         native_grid=16 if naflex else int(side.split("-")[0]) // patch_px,
         naflex=naflex,
     )
-    return KnownBackbone(
-        f"siglip{version}-{size}-p{patch_px}-{side}",
-        vit,
-        "apache-2.0",
-        f"google/siglip{version}-{size}-patch{patch_px}-{side}",
-        f"timm/{timm}",
-        vocabulary,
-    )
+    name = f"siglip{version}-{size}-p{patch_px}-{side}"
+    repositories = f"google/siglip{version}-{size}-patch{patch_px}-{side}", f"timm/{timm}"
+    aliases = _without_organisation(*repositories)
+    return KnownBackbone(name, vit, "apache-2.0", *repositories, vocabulary, aliases=aliases)
 
 
 def _siglip1(size: str, patch_px: int, side: str) -> KnownBackbone:
@@ -186,8 +191,9 @@ _ROWS = (
     _siglip1("so400m", 16, "256-i18n"),
 )
 KNOWN_BACKBONES: Mapping[str, KnownBackbone] = MappingProxyType({row.name: row for row in _ROWS})
+"""The published backbones, by name; a weight file is recognised as one of them by its shapes."""
 
-# inside the package, with its adapter; it lies nowhere else, so that no file is taken for it
+# inside the package, with its adapter, and published nowhere else: a weight file is never recognised as this one
 BRIXEL_TINY = KnownBackbone(
     "brixel-tiny",
     ViTConfig(
@@ -209,12 +215,28 @@ BRIXEL_TINY = KnownBackbone(
 
 
 def list_models() -> tuple[KnownBackbone, ...]:
-    """All models that are known by name: the bundled one, then the backbones, each with its sources and licence."""
+    """List the models that are known by name.
+
+    Returns:
+        The bundled model, then the backbones, each with its aliases, its repositories and its licence.
+    """
     return (BRIXEL_TINY, *KNOWN_BACKBONES.values())
 
 
+def find_backbone(name: str) -> KnownBackbone | None:
+    """The table's row with this name, alias or repository; None where there is none."""
+    return next((row for row in list_models() if name in (row.name, *row.aliases, *row.sources)), None)
+
+
 def known_backbone(name: str) -> KnownBackbone:
-    """The table's row for a name; an unknown name raises BrixelError with the nearest known one."""
-    if name not in KNOWN_BACKBONES:
-        raise BrixelError(f"unknown backbone architecture {name!r}; {did_you_mean(name, KNOWN_BACKBONES)}")
-    return KNOWN_BACKBONES[name]
+    """The table's row with this name, alias or repository; BrixelError with the closest one where there is none."""
+    row = find_backbone(name)
+    if row is None:
+        raise BrixelError(f"unknown backbone architecture {name!r}; {closest_backbone(name)}")
+    return row
+
+
+def closest_backbone(name: str) -> str:
+    """A clause for an error about an unknown name: the closest name or alias, or all names."""
+    rows = list_models()
+    return did_you_mean(name, [row.name for row in rows], [alias for row in rows for alias in row.aliases])

@@ -1,35 +1,32 @@
 """What distinguishes one ViT from another, checked field by field."""
 
-import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from brixel.errors import BrixelError
+from brixel.utils.fields import boolean, check_fields, number, one_of, several, whole_number
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
-
-def _one_of(*choices: str) -> tuple[tuple[type, ...], Callable[[Any], bool], str]:
-    return (str,), lambda value: value in choices, f"one of {', '.join(choices)}"
-
-
-_COUNT = ((int,), lambda value: value >= 1, "a whole number from 1 up")
-_NUMBER = ((int, float), lambda value: 0 <= value < math.inf, "a number from 0 up")
-_SWITCH = ((bool,), lambda value: True, "True or False")
-# what each field may be: its types, a test, and the words for both
-_RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("width", "depth", "heads", "patch_px", "ffn_width", "native_grid"), _COUNT),
-    "registers": ((int,), lambda value: value >= 0, "a whole number from 0 up"),
-    **dict.fromkeys(("norm_eps", "rope_theta", "position_scale_offset"), _NUMBER),
-    **dict.fromkeys(("class_token", "layer_scale", "qkv_bias", "position_antialias"), _SWITCH),
-    "ffn": _one_of("mlp", "swiglu"),
-    "gelu": _one_of("exact", "tanh"),
-    "positions": _one_of("rotary", "learned"),
-    "position_mode": _one_of("bicubic", "bilinear"),
-    "rope_rounding": _one_of("float32", "bfloat16"),
+_COLOURS = "three numbers, for red, green and blue in [0, 1]"
+_SIZES = {
+    **dict.fromkeys(("width", "depth", "patch_px"), whole_number(1)),
+    "mean": several(number(), _COLOURS, count=3),
+    "std": several(number(above=0), f"{_COLOURS}, above 0", count=3),
+}
+_RULES = {
+    **_SIZES,
+    **dict.fromkeys(("heads", "ffn_width", "native_grid"), whole_number(1)),
+    "registers": whole_number(),
+    **dict.fromkeys(("norm_eps", "rope_theta", "position_scale_offset"), number(0)),
+    **dict.fromkeys(("class_token", "layer_scale", "qkv_bias", "position_antialias"), boolean()),
+    "ffn": one_of("mlp", "swiglu"),
+    "gelu": one_of("exact", "tanh"),
+    "positions": one_of("rotary", "learned"),
+    "position_mode": one_of("bicubic", "bilinear"),
+    "rope_rounding": one_of("float32", "bfloat16"),
 }
 
 
@@ -37,9 +34,32 @@ _RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
 class ViTConfig:
     """Everything that distinguishes one ViT from another; plain JSON values only.
 
-    ``gelu`` is the MLP's: exact, or the approximation by tanh. ``native_grid`` and the three ``position_*`` fields
-    matter for learned positions, the two ``rope_*`` for rotary ones.
-    ``mean`` and ``std`` are those of the images the weights were trained on, for RGB in [0, 1].
+    Args:
+        width: Channels of a token, D.
+        depth: Number of blocks.
+        heads: Attention heads; ``width`` is a multiple of them, and with rotary positions of four times as many.
+        patch_px: Side of a patch in pixels.
+        ffn: Kind of the feed-forward layers: "mlp", or "swiglu", which is gated.
+        ffn_width: Hidden channels of the feed-forward layers.
+        positions: "rotary", or "learned": a table of embeddings that is interpolated to the grid.
+        norm_eps: Epsilon of the layer norms.
+        registers: Number of register tokens.
+        qkv_bias: Whether queries, keys and values have biases.
+        rope_theta: Base of the rotary periods.
+        rope_rounding: Precision that the rotary periods were rounded to, "float32" or "bfloat16".
+        native_grid: Patches on a side of the grid that learned positions were trained on.
+        position_antialias: Whether learned positions are interpolated with antialiasing.
+        position_scale_offset: Patches that are added to the grid before the scale of the interpolation is computed,
+            0.1 in Meta's DINOv2; only with bicubic interpolation without antialiasing.
+        position_mode: Interpolation of learned positions, "bicubic" or "bilinear".
+        class_token: Whether there is a class token.
+        layer_scale: Whether the output of attention and feed-forward layers is scaled per channel.
+        gelu: Activation of the MLP: "exact", or its approximation by "tanh".
+        mean: Mean of the images that the weights were trained on, per channel, for RGB in [0, 1].
+        std: Standard deviation of these images, likewise.
+
+    Raises:
+        BrixelError: A field has another type or value than these, or two of them do not go together.
     """
 
     width: int
@@ -65,13 +85,10 @@ class ViTConfig:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, _three_numbers("ViTConfig", name, getattr(self, name)))
-        for name in _RULES:
-            _check_field("ViTConfig", name, getattr(self, name))
+        check_fields(self, _RULES, prefix="ViTConfig.")
         if self.position_scale_offset and (self.position_antialias or self.position_mode != "bicubic"):
             raise BrixelError(
-                "ViTConfig: position_scale_offset goes with position_mode='bicubic' and position_antialias=False alone"
+                "ViTConfig: position_scale_offset goes with position_mode='bicubic' and position_antialias=False only"
             )
         multiple = 4 if self.positions == "rotary" else 1
         if self.width % (self.heads * multiple):
@@ -88,7 +105,7 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class ForeignConfig:
-    """What is known of a backbone that came as a module: its class and sizes; the rest is in its code."""
+    """What is known of a backbone that was given as a module: its class and sizes. The rest is in its code."""
 
     class_name: str
     width: int
@@ -98,16 +115,7 @@ class ForeignConfig:
     std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "patch_px"):
-            _check_field(self.class_name, name, getattr(self, name))
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, _three_numbers(self.class_name, name, getattr(self, name)))
-
-
-def _check_field(owner: str, name: str, value: object) -> None:
-    kind, allowed, expected = _RULES[name]
-    if type(value) not in kind or not allowed(value):
-        raise BrixelError(f"{owner}.{name} is {value!r}; expected {expected}")
+        check_fields(self, _SIZES, prefix=f"{self.class_name}.")
 
 
 def siglip_config(
@@ -121,7 +129,7 @@ def siglip_config(
     naflex: bool,
     norm_eps: float = 1e-6,
 ) -> ViTConfig:
-    """A vision tower of SigLIP or SigLIP 2, of one resolution or (``naflex``) of any."""
+    """The configuration of a vision tower of SigLIP or SigLIP 2, for one resolution or, with ``naflex``, for any."""
     return ViTConfig(
         width=width,
         depth=depth,
@@ -140,13 +148,3 @@ def siglip_config(
         mean=SIGLIP_MEAN,
         std=SIGLIP_STD,
     )
-
-
-def _three_numbers(owner: str, name: str, values: Iterable[float]) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        numbers = ()
-    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (name == "std" and min(numbers) <= 0):
-        raise BrixelError(f"{owner}.{name} is {values!r}; expected three numbers, for red, green and blue in [0, 1]")
-    return numbers

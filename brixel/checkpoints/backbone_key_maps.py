@@ -5,6 +5,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from brixel.checkpoints.key_mapping import KeyMap, State
@@ -17,12 +18,12 @@ def _pairs(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
 
 
 def _joined(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
-    """The entries of one layer with weight and bias that is made up of several."""
-    return {f"{ours}.{part}": tuple(f"{each}.{part}" for each in theirs) for part in ("weight", "bias")}
+    """The entries of one layer with weight and bias that joins several of theirs."""
+    return {f"{ours}.{part}": tuple(f"{layer}.{part}" for layer in theirs) for part in ("weight", "bias")}
 
 
 def fold_bias_mask(state: State) -> State:
-    """q, k, v biases times their mask. A mask that is absent or NaN (never filled in) stands for 1, 0, 1."""
+    """Multiply the biases of q, k, v by their mask. A mask that is absent or NaN (never filled in) means 1, 0, 1."""
     folded = dict(state)
     for key, bias in state.items():
         if key.endswith(".attn.qkv.bias"):
@@ -30,14 +31,14 @@ def fold_bias_mask(state: State) -> State:
             third = len(bias) // 3
             default[third : 2 * third] = 0
             mask = folded.get(f"{key}_mask", default)
-            if mask.shape == bias.shape:  # one of another shape stays, and is refused as a key that is not known
+            if mask.shape == bias.shape:  # a mask of another shape stays, and is refused as an unknown key
                 folded.pop(f"{key}_mask", None)
                 folded[key] = bias * torch.where(mask.isnan(), default, mask).to(bias.dtype)
     return folded
 
 
 def prepend_class_position(state: State) -> State:
-    """Where there are registers, timm adds the class token's position to the token itself: give it one of zero."""
+    """Prepend a zero position for the class token: with registers, timm adds its position to the token itself."""
     if "reg_token" not in state or "pos_embed" not in state:
         return state
     positions: Tensor = state["pos_embed"]
@@ -45,28 +46,29 @@ def prepend_class_position(state: State) -> State:
 
 
 def unfold_tables(state: State) -> State:
-    """Positions as (1, h*w, D), from (h*w, D) or (1, h, w, D); a patch embedding of two axes as a convolution."""
-    parts = dict(state)
+    """Bring positions to (1, h*w, D), and a patch embedding that is a linear layer to a convolution."""
+    unfolded = dict(state)
     for key in ("embeddings.position_embedding.weight", "embeds.pos_embed"):
-        if key in parts:
-            table = parts[key]
-            square = table.ndim == 4 and table.shape[1] == table.shape[2]
-            parts[key] = table.flatten(1, 2) if square else table[None] if table.ndim == 2 else table
+        if key in state:
+            table = state[key]
+            if table.ndim == 4 and table.shape[1] == table.shape[2]:
+                table = rearrange(table, "b h w d -> b (h w) d")
+            unfolded[key] = rearrange(table, "n d -> 1 n d") if table.ndim == 2 else table
     for key in ("embeddings.patch_embedding.weight", "embeds.proj.weight"):
-        if key in parts and parts[key].ndim == 2:
-            parts[key] = _as_convolution(parts[key])
-    return parts
+        if key in state and state[key].ndim == 2:
+            unfolded[key] = _as_convolution(state[key])
+    return unfolded
 
 
 def _as_convolution(weight: Tensor) -> Tensor:
-    """A linear layer on flattened patches, (D, p*p*3) in the order y, x, colour, as (D, 3, p, p), if it is one."""
+    """The convolution (D, 3, p, p) that a linear layer (D, p*p*3) on flattened patches is, if its sizes fit."""
     side = math.isqrt(weight.shape[1] // 3)
-    if 3 * side * side != weight.shape[1]:
+    if side == 0 or 3 * side * side != weight.shape[1]:
         return weight
-    return weight.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+    return rearrange(weight, "d (y x colour) -> d colour y x", y=side, x=side).contiguous()
 
 
-# The parts that Meta's layouts and timm's share.
+# the parts that Meta's and timm's layouts share
 _EMBEDDING = {
     "positions": ("pos_embed",),
     **_pairs("patch_embed", "patch_embed.proj"),
@@ -86,7 +88,7 @@ _BLOCK = {
     "blocks.{i}.scale1": ("blocks.{i}.ls1.gamma",),
     "blocks.{i}.scale2": ("blocks.{i}.ls2.gamma",),
 }
-_GATED_DOWN = (r"\.mlp\.w3\.", ".mlp.fc2.")  # the gated feed-forward's name for its last layer
+_GATED_DOWN = (r"\.mlp\.w3\.", ".mlp.fc2.")  # the last layer of a gated feed-forward
 
 DINOV3_META = KeyMap(
     name="DINOv3 in Meta's layout",
@@ -115,7 +117,7 @@ DINOV3_HUGGINGFACE = KeyMap(
         **_pairs("norm", "norm"),
         **_pairs("blocks.{i}.norm1", "layer.{i}.norm1"),
         **_pairs("blocks.{i}.norm2", "layer.{i}.norm2"),
-        **_joined("blocks.{i}.attention.qkv", *(f"layer.{{i}}.attention.{each}_proj" for each in "qkv")),
+        **_joined("blocks.{i}.attention.qkv", *(f"layer.{{i}}.attention.{part}_proj" for part in "qkv")),
         **_pairs("blocks.{i}.attention.out", "layer.{i}.attention.o_proj"),
         "blocks.{i}.scale1": ("layer.{i}.layer_scale1.lambda1",),
         "blocks.{i}.scale2": ("layer.{i}.layer_scale2.lambda1",),
@@ -136,12 +138,12 @@ DINOV3_TIMM = KeyMap(
         **_OUTER,
         **_BLOCK,
         "registers": ("reg_token",),
-        "blocks.{i}.attention.qkv.bias": tuple(f"blocks.{{i}}.attn.{each}_bias" for each in "qkv"),
+        "blocks.{i}.attention.qkv.bias": tuple(f"blocks.{{i}}.attn.{part}_bias" for part in "qkv"),
         "blocks.{i}.scale1": ("blocks.{i}.gamma_1",),
         "blocks.{i}.scale2": ("blocks.{i}.gamma_2",),
         **_joined("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.fc1_g", "blocks.{i}.mlp.fc1_x"),
     },
-    zeros=frozenset(f"blocks.{{i}}.attn.{each}_bias" for each in "qkv"),
+    zeros=frozenset(f"blocks.{{i}}.attn.{part}_bias" for part in "qkv"),
 )
 
 DINOV2_META = KeyMap(
@@ -181,7 +183,7 @@ DINOV2_HUGGINGFACE = KeyMap(
         **_pairs("blocks.{i}.norm2", "encoder.layer.{i}.norm2"),
         **_joined(
             "blocks.{i}.attention.qkv",
-            *(f"encoder.layer.{{i}}.attention.attention.{each}" for each in ("query", "key", "value")),
+            *(f"encoder.layer.{{i}}.attention.attention.{part}" for part in ("query", "key", "value")),
         ),
         **_pairs("blocks.{i}.attention.out", "encoder.layer.{i}.attention.output.dense"),
         "blocks.{i}.scale1": ("encoder.layer.{i}.layer_scale1.lambda1",),
@@ -222,7 +224,7 @@ DINOV2_TIMM = KeyMap(
     options={"position_antialias": True, "position_scale_offset": 0.0},
 )
 
-# the text tower's table of words, in files of both towers; the maps below leave it unread
+# the word embeddings of the text tower, in files of both towers; the key maps below leave them unread
 VOCABULARY = "text_model.embeddings.token_embedding.weight"
 _NAFLEX_POSITIONS = {"position_antialias": True, "position_scale_offset": 0.0, "position_mode": "bilinear"}
 
@@ -237,7 +239,7 @@ SIGLIP_HUGGINGFACE = KeyMap(
         **_pairs("norm", "post_layernorm"),
         **_pairs("blocks.{i}.norm1", "encoder.layers.{i}.layer_norm1"),
         **_pairs("blocks.{i}.norm2", "encoder.layers.{i}.layer_norm2"),
-        **_joined("blocks.{i}.attention.qkv", *(f"encoder.layers.{{i}}.self_attn.{each}_proj" for each in "qkv")),
+        **_joined("blocks.{i}.attention.qkv", *(f"encoder.layers.{{i}}.self_attn.{part}_proj" for part in "qkv")),
         **_pairs("blocks.{i}.attention.out", "encoder.layers.{i}.self_attn.out_proj"),
         **_pairs("blocks.{i}.ffn.up", "encoder.layers.{i}.mlp.fc1"),
         **_pairs("blocks.{i}.ffn.down", "encoder.layers.{i}.mlp.fc2"),
@@ -274,6 +276,13 @@ SIGLIP_NAFLEX_TIMM = replace(
     options=_NAFLEX_POSITIONS,
 )
 
+BRIXEL = KeyMap(
+    name="brixel's own layout",
+    marks=("patch_embed.weight", "blocks.0.attention.qkv.weight"),
+    tensors={key: (key,) for key_map in (DINOV2_META, DINOV3_META) for key in key_map.tensors},
+)
+"""`backbone.safetensors` of a saved model. It holds no settings: the architecture must be given."""
+
 KEY_MAPS = (
     DINOV3_META,
     DINOV3_HUGGINGFACE,
@@ -287,30 +296,31 @@ KEY_MAPS = (
     SIGLIP_NAFLEX_HUGGINGFACE,
     SIGLIP_TIMM,
     SIGLIP_NAFLEX_TIMM,
+    BRIXEL,
 )
-# what wrappers (DataParallel, a trainer, a bigger model) put before every key
+# prefixes of all keys that wrappers add: DataParallel, a trainer, a bigger model
 _PREFIXES = ("module.", "backbone.", "model.")
 
 
 def needed(name: str) -> bool:
-    """Whether a tensor of this name must be read: no format leaves it in the file, whatever stands before the name."""
-    left = (pattern for key_map in KEY_MAPS for pattern in key_map.unread)
-    return not any(fnmatchcase(name, each) or fnmatchcase(name, f"*.{each}") for each in left)
+    """Whether a tensor must be read: False where a format leaves it unread, whatever the prefix of its name."""
+    unread = (pattern for key_map in KEY_MAPS for pattern in key_map.unread)
+    return not any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in unread)
 
 
 def without_prefix(state: State) -> State:
-    """The state without what a wrapper put before all of its keys, if anything."""
+    """The state without prefixes that a wrapper added to all of its keys."""
     for prefix in _PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
             return without_prefix({key.removeprefix(prefix): tensor for key, tensor in state.items()})
     return state
 
 
-def recognise(state: State, where: str) -> KeyMap:
-    """The format of a checkpoint, by its keys. ``where`` names it in the error."""
+def recognise(state: State, path: str) -> KeyMap:
+    """The format of a checkpoint, by its keys; ``path`` names it in the error."""
     for key_map in KEY_MAPS:
         if key_map.matches(state):
             return key_map
     some = ", ".join(list(state)[:5])
     known = ", ".join(key_map.name for key_map in KEY_MAPS)
-    raise CheckpointError(f"{where} holds {len(state)} tensors ({some}, ...), no layout that we know; known: {known}")
+    raise CheckpointError(f"{path} holds {len(state)} tensors ({some}, ...), no layout that we know; known: {known}")

@@ -1,4 +1,4 @@
-"""Telling one set of weights from another of the same shape."""
+"""Distinguishing sets of weights of the same shape."""
 
 import hashlib
 from collections.abc import Iterable
@@ -17,13 +17,13 @@ _FINGERPRINT_TOLERANCE = 1e-2  # relative: a copy in bfloat16 is within it
 
 
 def fingerprint(backbone: Backbone) -> tuple[float, ...]:
-    """Two weights each of some of its tensors, to four digits.
+    """Two weights of some tensors of a backbone, rounded to four digits.
 
-    Of our own ViT the final norm, the patch embedding and every block's first layer; of any other module at most 32
-    tensors from first to last, matrices and kernels if it has any: vectors are often all ones or zeros.
+    The tensors of our own ViT are the final norm, the patch embedding and the first layer of every block; of any other
+    module at most 32 from first to last, matrices and kernels if it has any, as vectors are often all ones or zeros.
     """
     weights = _known_weights(backbone) if isinstance(backbone, ViT) else _some_weights(cast("nn.Module", backbone))
-    values = [value for each in weights for value in each.flatten()[[0, each.numel() // 2]].tolist()]
+    values = [value for weight in weights for value in weight.flatten()[[0, weight.numel() // 2]].tolist()]
     return tuple(float(f"{value:.4g}") for value in values)
 
 
@@ -33,29 +33,28 @@ def _known_weights(vit: ViT) -> list[Tensor]:
 
 
 def _some_weights(module: nn.Module) -> list[Tensor]:
-    weights = [each for each in weights_of(module) if each.numel()]
-    weights = [each for each in weights if each.ndim > 1 and max(each.shape) < each.numel()] or weights
+    weights = [weight for weight in weights_of(module) if weight.numel()]
+    weights = [weight for weight in weights if weight.ndim > 1 and max(weight.shape) < weight.numel()] or weights
     step = (len(weights) - 1) / (_FINGERPRINT_TENSORS - 1)
     return weights if step <= 1 else [weights[round(index * step)] for index in range(_FINGERPRINT_TENSORS)]
 
 
-def digest(parts: Iterable[nn.Module]) -> str:
-    """A hash of all weights and buffers of some modules, with their names: 16 hexadecimal digits."""
+def digest(modules: Iterable[nn.Module]) -> str:
+    """A hash of the names and values of all weights and buffers of some modules: 16 hexadecimal digits."""
     found = hashlib.sha256()
-    for part in parts:
-        for name, weight in part.state_dict().items():
-            found.update(
-                name.encode() + weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            )
+    for module in modules:
+        for name, weight in module.state_dict().items():
+            content = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+            found.update(name.encode() + content.numpy().tobytes())
     return found.hexdigest()[:16]
 
 
-def check_fingerprint(config: BackboneConfig, backbone: Backbone, where: str) -> None:
-    """Raise CheckpointError if ``backbone`` has other weights than the adapter was made for; ``where`` names it."""
+def check_fingerprint(config: BackboneConfig, backbone: Backbone, source: str) -> None:
+    """Raise CheckpointError if ``backbone``, from ``source``, has other weights than the adapter was made for."""
     theirs, ours = torch.tensor(fingerprint(backbone)), torch.tensor(config.fingerprint)
     if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=_FINGERPRINT_TOLERANCE, atol=1e-5):
         origin = f", which came from {', '.join(config.sources)}" if config.sources else ""
         raise CheckpointError(
-            f"the backbone at {where} has the shape of {config.title} but other weights than the adapter was made "
+            f"the backbone at {source} has the shape of {config.title} but other weights than the adapter was made "
             f"for{origin}"
         )

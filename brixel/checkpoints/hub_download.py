@@ -1,19 +1,19 @@
-"""Files from the Hugging Face Hub: which of a repository are fetched, and what to do where that fails.
+"""Download of files from the Hugging Face Hub: which of a repository are fetched, and what to do where that fails.
 
-The client, `huggingface_hub`, is imported when something is to be fetched and not before. Its cache holds a file whole
-or not at all, and the files of a commit together in one folder, to which we keep for all files of a model. A server
-that does not answer it would try for minutes, so that we ask once, ourselves, before the first file that is not cached.
+The client, `huggingface_hub`, is imported when it is needed. Its cache holds complete files only, and those of a commit
+in one folder; all files of a model come from one commit. The client retries for minutes where a server does not answer,
+so the first file that is not cached is preceded by a single request without retries.
 """
 
 import difflib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel.backbones.registry import KNOWN_BACKBONES
+from brixel.backbones.registry import BRIXEL_TINY, KNOWN_BACKBONES, find_backbone
 from brixel.checkpoints.weight_files import PICKLED, WEIGHT_NAMES, shard_names
 from brixel.errors import BrixelError, DownloadError
 
@@ -49,7 +49,7 @@ class Access:
 
 
 def parse_repository(text: str) -> Repository | None:
-    """The repository that ORG/NAME or ORG/NAME@REVISION means; None for what can only be a path."""
+    """The repository that ORG/NAME or ORG/NAME@REVISION names; None for a text that can only be a path."""
     name, at, revision = text.partition("@")
     if not _NAME.fullmatch(name) or ".." in name or "--" in name or len(name) > 96:
         return None
@@ -58,8 +58,18 @@ def parse_repository(text: str) -> Repository | None:
     return Repository(name, revision or _MAIN)
 
 
+def repositories_in(sources: Iterable[str]) -> tuple[str, ...]:
+    """The sources of a config that are repositories on the Hub."""
+    return tuple(source for source in sources if parse_repository(source))
+
+
+def portable_sources(sources: Iterable[str]) -> tuple[str, ...]:
+    """The sources of a config that mean the same on every machine: repositories, and the model in the package."""
+    return tuple(source for source in sources if source == BRIXEL_TINY.name or parse_repository(source))
+
+
 class Snapshot:
-    """A repository's files at one commit, in the client's cache; made with its `config.json`, the rest as asked for.
+    """A repository's files at one commit, in the client's cache: its `config.json`, others when they are needed.
 
     Every method raises :class:`DownloadError`, with the client's own error as its cause.
     """
@@ -67,21 +77,21 @@ class Snapshot:
     def __init__(self, repository: Repository, access: Access) -> None:
         self.repository, self.access = repository, access
         self._revision = repository.revision
-        self._answers = False  # whether the server did, to us
+        self._answers = False  # whether the server has answered a request
         self.folder = self.fetch("config.json").parent
         self.commit = self._revision = self.folder.name
 
     def fetch(self, file: str) -> Path:
         """The path of a file that the repository must have."""
-        with self._explained(file):
+        with self._download_errors(file):
             path = self._get(file)
         if path is None:
             raise DownloadError(f"{self.repository} holds no {file}{self._listing()}")
         return path
 
     def find(self, file: str) -> Path | None:
-        """The path of a file that the repository may have; None where it has not, or offline where it is not cached."""
-        with self._explained(file):
+        """The path of a file that the repository may have; None where it is missing, or not cached when offline."""
+        with self._download_errors(file):
             if self.offline() and self._cached(file) is None:
                 return None
             return self._get(file)
@@ -90,7 +100,7 @@ class Snapshot:
         """Whether the repository has a file, without fetching it; offline, whether it is in the cache."""
         from huggingface_hub.errors import EntryNotFoundError
 
-        with self._explained(file):
+        with self._download_errors(file):
             if self._cached(file) is not None or self.offline():
                 return bool(self._cached(file))
             try:
@@ -100,7 +110,7 @@ class Snapshot:
             return True
 
     def fetch_weights(self) -> None:
-        """Fetch a backbone's weight file, or all its shards, and its preprocessing, where it has any."""
+        """Fetch a backbone's weight file or all its shards, and its preprocessing if it has one."""
         self.find("preprocessor_config.json")
         for name in WEIGHT_NAMES:
             found = self.find(name)
@@ -120,7 +130,7 @@ class Snapshot:
             return None
         try:
             if cached is None and not self._answers and not self.offline():
-                with suppress(EntryNotFoundError):  # the client asks again, and remembers what is not there
+                with suppress(EntryNotFoundError):  # the client asks again, and remembers that the file is missing
                     self._ask(file)
             path = hf_hub_download(
                 self.repository.name,
@@ -137,17 +147,17 @@ class Snapshot:
         return Path(path)
 
     def _cached(self, file: str) -> bool | None:
-        """Whether a file is in the cache; False where the cache knows that this very commit has none."""
+        """Whether a file is in the cache: True, None for no, False where the cache knows that this commit lacks it."""
         from huggingface_hub import try_to_load_from_cache
 
         name, revision = self.repository.name, self._revision
         found = try_to_load_from_cache(name, file, cache_dir=self.access.cache_dir, revision=revision)
-        if found is None or isinstance(found, str):
-            return None if found is None else True
-        return False if _COMMIT.fullmatch(revision) else None
+        if isinstance(found, str):
+            return True
+        return False if found is not None and _COMMIT.fullmatch(revision) else None
 
     def _ask(self, file: str) -> None:
-        """One small request, which is not repeated, so that a server that does not answer is noticed in seconds."""
+        """Send one small request without retries, so that a server that does not answer is noticed in seconds."""
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError
 
@@ -166,7 +176,7 @@ class Snapshot:
         return self.access.local_files_only or constants.HF_HUB_OFFLINE
 
     def _listing(self) -> str:
-        """A clause with the names of some of the repository's files, if they can be had."""
+        """A clause with the names of some of the repository's files; empty where they cannot be listed."""
         from huggingface_hub import HfApi
 
         try:
@@ -175,59 +185,66 @@ class Snapshot:
             files = HfApi().list_repo_files(
                 self.repository.name, revision=self.repository.revision, token=self.access.token
             )
-        except Exception:  # there is an error to tell already
+        except Exception:  # an error is being reported already
             return ""
         shown = ", ".join(files[:8]) or "nothing"
         return f"; it holds {shown}{', ...' if len(files) > 8 else ''}"
 
     @contextmanager
-    def _explained(self, file: str) -> Iterator[None]:
-        """Errors of the client, of its HTTP library (another one in each version) and of the disk become ours."""
+    def _download_errors(self, file: str) -> Iterator[None]:
+        """Turn errors of the client, of its HTTP library (which depends on its version) and of the disk into ours."""
         started = time.monotonic()
         try:
             yield
         except Exception as error:
-            raise DownloadError(self._explain(error, file, time.monotonic() - started)) from error
+            raise DownloadError(self._message(error, file, time.monotonic() - started)) from error
 
-    def _explain(self, error: Exception, file: str, seconds: float) -> str:
-        """What came and what to do."""
+    def _message(self, error: Exception, file: str, seconds: float) -> str:
         from huggingface_hub import constants, errors
 
         name, server = self.repository.name, constants.ENDPOINT
         if self.offline() and isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             cache = self.access.cache_dir or constants.HF_HUB_CACHE
             return (
-                f"{file} of {self.repository} is not in the cache, {cache}, and {_OFFLINE}: fetch it once with them on"
+                f"{file} of {self.repository} is not in the cache, {cache}, and {_OFFLINE}: fetch it once while online"
             )
         if isinstance(error, errors.GatedRepoError):
-            return _gated(self.repository.name, error.response.status_code, f"{server}/{name}")
+            return _gated(name, error.response.status_code, f"{server}/{name}")
         if isinstance(error, errors.RepositoryNotFoundError):
-            near = _near(name)
-            return f"no repository {name} at {server}, nor such a path here{near}; a private one needs `hf auth login`"
+            close = _closest(name)
+            return f"no repository {name} at {server}, nor such a path here{close}; a private one needs `hf auth login`"
         if isinstance(error, errors.RevisionNotFoundError):
             return f"{name} has no revision {self._revision!r}; those it has: {server}/{name}/tree/main"
-        told = f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:200]}"
+        summary = summary_of(error)
         if isinstance(error, errors.HfHubHTTPError):
             status = error.response.status_code
             todo = "your token was refused: `hf auth login` again" if status in (401, 403) else "try again later"
-            return f"{server} answered {status} for {file} of {self.repository} ({told}): {todo}"
+            return f"{server} answered {status} for {file} of {self.repository} ({summary}): {todo}"
         if self._answers:
-            return f"{file} of {self.repository} could not be fetched whole ({told}); no part of it is used: try again"
+            return (
+                f"{file} of {self.repository} could not be fetched whole ({summary}); no part of it is used: try again"
+            )
         return (
-            f"{server} did not answer for {self.repository} in {seconds:.1f} s ({told}): check network and HF_ENDPOINT"
+            f"{server} did not answer for {self.repository} in {seconds:.1f} s ({summary}): "
+            "check network and HF_ENDPOINT"
         )
 
 
+def summary_of(error: Exception) -> str:
+    """Class and text of an error, or the text of its cause, on one line of limited length."""
+    return f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:200]}"
+
+
 def _gated(name: str, status: int, url: str) -> str:
-    free = next((row.timm for row in KNOWN_BACKBONES.values() if row.huggingface == name), None)
-    other = f"; {free} holds the same weights without a gate" if free else ""
+    row = find_backbone(name)
+    free = f"; {row.timm} holds the same weights without a gate" if row and row.huggingface == name else ""
     if status == 401:
-        return f"{name} is gated and you are not logged in: ask for access at {url}, then `hf auth login`{other}"
-    return f"{name} is gated and your account was not let in: ask for access at {url}{other}"
+        return f"{name} is gated and you are not logged in: ask for access at {url}, then `hf auth login`{free}"
+    return f"{name} is gated and your account was not let in: ask for access at {url}{free}"
 
 
-def _near(name: str) -> str:
-    """A clause with the known repository of nearly this name."""
-    known = [each for row in KNOWN_BACKBONES.values() for each in row.sources]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"; did you mean {near[0]!r}?" if near and near[0] != name else ""
+def _closest(name: str) -> str:
+    """A clause with the known repository whose name is close."""
+    known = [repository for row in KNOWN_BACKBONES.values() for repository in row.sources]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]!r}?" if close and close[0] != name else ""

@@ -1,4 +1,4 @@
-"""Reading the `config.json` and `preprocessor_config.json` beside a Hugging Face or timm checkpoint."""
+"""Reading the `config.json` and `preprocessor_config.json` of a Hugging Face or timm checkpoint."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from brixel.errors import BrixelError, CheckpointError, DamagedFileError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; an empty one where there is no such file."""
+    """A JSON object from a file; empty where the file does not exist."""
     if not path.is_file():
         return {}
     try:
@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def vit_config(folder: Path) -> ViTConfig | None:
-    """The architecture that a folder's `config.json` describes; None where it has none in Hugging Face's terms."""
+    """The architecture in a folder's `config.json`; None where that is not in Hugging Face's format."""
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if kind is None:
@@ -44,7 +44,7 @@ def vit_config(folder: Path) -> ViTConfig | None:
 
 
 def normalisation(folder: Path) -> dict[str, tuple[float, float, float]]:
-    """``mean`` and ``std`` as the folder states them (Hugging Face's processor or timm's config); else nothing."""
+    """``mean`` and ``std`` from a folder's files (Hugging Face's processor or timm's config), if they state them."""
     stated = read_json(folder / "preprocessor_config.json")
     timm = read_json(folder / "config.json").get("pretrained_cfg") or {}
     mean = stated.get("image_mean", timm.get("mean"))
@@ -53,7 +53,7 @@ def normalisation(folder: Path) -> dict[str, tuple[float, float, float]]:
 
 
 def timm_tag(folder: Path) -> str | None:
-    """Which weights of its architecture a timm folder's `config.json` says these are, such as "lvd1689m"."""
+    """The tag in a timm folder's `config.json` that names its weights, such as "lvd1689m"."""
     tag = (read_json(folder / "config.json").get("pretrained_cfg") or {}).get("tag")
     return tag if isinstance(tag, str) else None
 
@@ -82,7 +82,7 @@ def _check_activation(config: dict[str, Any], expected: str) -> None:
 
 
 def _rope_theta(config: dict[str, Any]) -> float:
-    """Written at the top by older versions of transformers, among the rope parameters by newer ones."""
+    """Older versions of transformers write it at the top level, newer ones among the rope parameters."""
     nested = config.get("rope_parameters") or {}
     return float(nested["rope_theta"] if "rope_theta" in nested else config["rope_theta"])
 
@@ -90,7 +90,7 @@ def _rope_theta(config: dict[str, Any]) -> float:
 def _dinov2(config: dict[str, Any]) -> ViTConfig:
     width, gated = config["hidden_size"], config["use_swiglu_ffn"]
     hidden = int(width * config["mlp_ratio"])
-    if not gated:  # the gated one has silu whatever the configuration says
+    if not gated:  # a gated one uses silu whatever the configuration says
         _check_activation(config, "gelu")
     return ViTConfig(
         width=width,
@@ -107,7 +107,7 @@ def _dinov2(config: dict[str, Any]) -> ViTConfig:
     )
 
 
-# what transformers takes where a configuration leaves a field out, as the published ones do
+# defaults of transformers for fields that a configuration leaves out, as the published ones do
 _SIGLIP_DEFAULTS = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -121,7 +121,7 @@ _SIGLIP_DEFAULTS = {
 
 
 def _siglip(config: dict[str, Any]) -> ViTConfig:
-    """Of both towers or of the vision tower; `siglip2` is NaFlex alone, SigLIP 2 of one resolution is `siglip`."""
+    """Both towers or the vision tower alone. `siglip2` is NaFlex only; SigLIP 2 for one resolution is `siglip`."""
     vision = {**_SIGLIP_DEFAULTS, **config.get("vision_config", config)}
     naflex = config["model_type"].startswith("siglip2")
     _check_activation(vision, "gelu_pytorch_tanh")

@@ -1,7 +1,7 @@
-"""Renaming other people's checkpoints: one table per format, every foreign key accounted for.
+"""Renaming the keys of other people's checkpoints: one table per format, every foreign key accounted for.
 
-A table says, for each of our keys, which of theirs make it up. A key of theirs that no table entry uses and that is not
-listed as known-and-not-needed is an error, as is one of ours that nothing fills.
+A table lists, for every key of ours, the keys of theirs that it is made of. A key of theirs that is neither used nor
+listed as not needed is an error, and so is a key of ours that nothing fills.
 """
 
 import re
@@ -19,14 +19,20 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class KeyMap:
-    """One checkpoint format. ``{i}`` in a key stands for a block's index, on both sides.
+    """One checkpoint format. ``{i}`` in a key, ours or theirs, is a block's index.
 
-    ``marks`` are keys that only this format has, ``unmarked`` keys that it never has, ``axes`` how many axes a tensor
-    of theirs has where that tells formats apart. ``tensors``: ours to theirs; several of theirs are concatenated along
-    the first axis. ``zeros``: theirs that a whole file may lack, read as zeros. ``dropped``: theirs that are known and
-    not needed (shell patterns); ``unread``: the same, left in the file. ``aliases``: spellings of theirs, as (regular
-    expression, replacement). ``prepare`` reworks values before renaming. ``options``: settings of the model that files
-    of this format were made for.
+    Args:
+        name: The format in words.
+        tensors: Our keys to theirs; several of theirs are concatenated along the first axis.
+        marks: Keys that only this format has.
+        unmarked: Keys that this format never has.
+        axes: Number of axes of some of their tensors, where that distinguishes formats.
+        zeros: Keys of theirs that a whole file may lack; read as zeros.
+        dropped: Keys of theirs that are not needed, as shell patterns.
+        unread: Keys of theirs that are not even read from the file, as shell patterns.
+        aliases: Other spellings of their keys, as (regular expression, replacement).
+        prepare: Changes the tensors before they are renamed.
+        options: Fields of :class:`ViTConfig` that files of this format imply.
     """
 
     name: str
@@ -42,14 +48,14 @@ class KeyMap:
     options: Mapping[str, object] = field(default_factory=dict)
 
     def canonical(self, state: State) -> State:
-        """The state with the aliases replaced; a key whose other spelling is there as well stays as it is."""
+        """The state with aliases replaced; a key stays as it is where both spellings are present."""
         for pattern, replacement in self.aliases:
             spelt = {key: re.sub(pattern, replacement, key) for key in state}
             state = {key if new != key and new in state else new: state[key] for key, new in spelt.items()}
         return state
 
     def prepared(self, state: State) -> State:
-        """The state under this format's own names, its values as the table takes them."""
+        """The state under this format's own names, its tensors in the shapes that the table expects."""
         state = self.canonical(state)
         return state if self.prepare is None else self.prepare(state)
 
@@ -64,7 +70,7 @@ class KeyMap:
 
 
 def rename(state: State, key_map: KeyMap, shapes: Mapping[str, tuple[int, ...]], *, what: str) -> State:
-    """The tensors under our names, in the order of ``shapes`` (ours to shape), or one error with all that is wrong.
+    """The tensors under our names, in the order of ``shapes`` (our keys to shapes), or one error with all faults.
 
     ``what`` opens that error: "FILE does not fit MODEL".
     """
@@ -79,25 +85,25 @@ def rename(state: State, key_map: KeyMap, shapes: Mapping[str, tuple[int, ...]],
             missing.append(f"{key} (never in this layout)")
             continue
         used.update(sources)
-        pieces = [_piece(source, state, key_map, len(sources), shape) for source in sources]
-        missing += [source for source, piece in zip(sources, pieces, strict=True) if piece is None]
-        found = [piece for piece in pieces if piece is not None]
-        if len(found) < len(pieces):
+        parts = [_part(source, state, key_map, len(sources), shape) for source in sources]
+        missing += [source for source, part in zip(sources, parts, strict=True) if part is None]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
             continue
         tensor = found[0] if len(found) == 1 else _concatenated(found)
         if tensor is None or tuple(tensor.shape) != tuple(shape):
-            came = " + ".join(str(tuple(piece.shape)) for piece in found)
+            came = " + ".join(str(tuple(part.shape)) for part in found)
             misshaped.append(f"{' + '.join(sources)} {came}, model has {tuple(shape)}")
             continue
         ours[key] = tensor
-    left = (*key_map.dropped, *key_map.unread)
-    unknown = [key for key in state if key not in used and not any(fnmatchcase(key, each) for each in left)]
+    ignored = (*key_map.dropped, *key_map.unread)
+    unknown = [key for key in state if key not in used and not any(fnmatchcase(key, pattern) for pattern in ignored)]
     complain(what, missing=missing, misshaped=misshaped, unknown=unknown)
     return ours
 
 
 def complain(what: str, *, missing: list[str], misshaped: list[str], unknown: list[str]) -> None:
-    """Raise one CheckpointError with counts and samples of everything that does not fit; nothing where all does."""
+    """Raise one CheckpointError with counts and samples of all keys that do not fit, if there are any."""
     lists = (("missing", missing), ("of another shape", misshaped), ("not known", unknown))
     parts = [f"{len(keys)} {label}: {_sample(keys)}" for label, keys in lists if keys]
     if parts:
@@ -109,7 +115,7 @@ def _sample(keys: list[str], most: int = 4) -> str:
 
 
 def _sources(key: str, key_map: KeyMap) -> tuple[str, ...]:
-    """Their keys for one of ours; none where the format has nothing of the kind."""
+    """Their keys for one of ours; none where the format has no such tensor."""
     if key in key_map.tensors:
         return key_map.tensors[key]
     index = re.search(r"(?<=\.)\d+(?=\.)", key)
@@ -119,8 +125,8 @@ def _sources(key: str, key_map: KeyMap) -> tuple[str, ...]:
     return tuple(source.replace("{i}", index[0]) for source in key_map.tensors.get(template, ()))
 
 
-def _piece(source: str, state: State, key_map: KeyMap, parts: int, shape: tuple[int, ...]) -> Tensor | None:
-    """Their tensor; zeros where the format may leave it out and the whole file does; else None."""
+def _part(source: str, state: State, key_map: KeyMap, count: int, shape: tuple[int, ...]) -> Tensor | None:
+    """Their tensor, one of ``count``; zeros where the format may lack it and the whole file does; else None."""
     if source in state:
         return state[source]
     template = re.sub(r"(?<=\.)\d+(?=\.)", "{i}", source, count=1)
@@ -129,11 +135,11 @@ def _piece(source: str, state: State, key_map: KeyMap, parts: int, shape: tuple[
     pattern = re.escape(template).replace(re.escape("{i}"), r"\d+")
     if any(re.fullmatch(pattern, key) for key in state):
         return None
-    return torch.zeros(shape[0] // parts, *shape[1:], device=next(iter(state.values())).device)
+    return torch.zeros(shape[0] // count, *shape[1:], device=next(iter(state.values())).device)
 
 
-def _concatenated(pieces: list[Tensor]) -> Tensor | None:
-    """The pieces as one along the first axis; None where their other axes differ."""
-    if len({piece.shape[1:] for piece in pieces}) > 1:
+def _concatenated(parts: list[Tensor]) -> Tensor | None:
+    """The parts as one tensor, along the first axis; None where their other axes differ."""
+    if len({part.shape[1:] for part in parts}) > 1:
         return None
-    return torch.cat([piece.to(pieces[0].dtype) for piece in pieces])
+    return torch.cat([part.to(parts[0].dtype) for part in parts])

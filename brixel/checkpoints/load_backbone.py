@@ -1,4 +1,4 @@
-"""A backbone from what a user has on disk: a folder in Hugging Face or timm layout, or a weight file of any layout."""
+"""A backbone from files on disk: a folder in Hugging Face or timm layout, or a weight file in any known layout."""
 
 import dataclasses
 import math
@@ -12,16 +12,17 @@ from brixel.backbones.position_embeddings import rotary_periods
 from brixel.backbones.registry import KNOWN_BACKBONES, KnownBackbone, known_backbone
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
-from brixel.checkpoints.backbone_key_maps import VOCABULARY, needed, recognise, without_prefix
+from brixel.checkpoints.backbone_key_maps import BRIXEL, VOCABULARY, needed, recognise, without_prefix
 from brixel.checkpoints.huggingface_config import normalisation, timm_tag, vit_config
 from brixel.checkpoints.key_mapping import KeyMap, State, rename
 from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
-from brixel.errors import BrixelError, CheckpointError, did_you_mean
+from brixel.errors import CheckpointError
+from brixel.utils.fields import check_names
 
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A backbone with its name in the table of models, where it has one."""
+    """A backbone, and its name in the table of models if it has one."""
 
     vit: ViT
     architecture: str | None
@@ -34,12 +35,17 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     fields: Mapping[str, object] | None = None,
 ) -> LoadedBackbone:
-    """Read a ViT, frozen and in evaluation mode.
+    """Read a ViT; it is frozen and in evaluation mode.
 
-    ``architecture``: a name of the table, or a configuration of one's own; where None, the folder's `config.json`
-    tells, or the shapes of the tensors; a configuration is taken as it is, whatever the file's family. ``fields``: any
-    of :class:`ViTConfig`, over what the file's family implies.
-    Raises CheckpointError where the file fits no architecture, or not the one that was given.
+    Args:
+        path: The folder or the weight file.
+        architecture: A name in the table of models, or a configuration, which is used as it is. Where None, the
+            folder's `config.json` or the shapes of the tensors decide.
+        dtype: Of its weights.
+        fields: Fields of :class:`ViTConfig` that replace what the file's format implies.
+
+    Raises:
+        CheckpointError: The file fits no architecture, or not the one that was given.
     """
     state = without_prefix(read_tensors(path, needed))
     key_map = recognise(state, str(path))
@@ -51,12 +57,12 @@ def load_backbone(
     ours = rename(state, key_map, shapes_of(lambda: ViT(config)), what=what)
     vit = load_into(lambda: ViT(config), ours, dtype, what=what)
     if name is not None and _shape_fields(config) != _shape_fields(known_backbone(name).vit):
-        name = None  # the user changed what it is
+        name = None  # ``fields`` made another architecture of it
     return LoadedBackbone(vit.eval().requires_grad_(False), name)
 
 
 def _shape_fields(config: ViTConfig) -> dict[str, object]:
-    """A configuration less what may differ between copies of one model."""
+    """The fields of a configuration that are the same in all copies of a model."""
     free = ("mean", "std", "rope_rounding", "position_antialias", "position_scale_offset")
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
 
@@ -64,11 +70,12 @@ def _shape_fields(config: ViTConfig) -> dict[str, object]:
 def _architecture(
     path: Path, state: State, key_map: KeyMap, architecture: str | ViTConfig | None
 ) -> tuple[ViTConfig, str | None]:
-    """Configuration and name, from what the user said, else the folder's `config.json`, else the shapes."""
+    """Configuration and name, as the user gave them, else from the folder's `config.json`, else from the shapes."""
     if isinstance(architecture, ViTConfig):
         return architecture, None
     if architecture is not None:
-        return known_backbone(architecture).vit, architecture
+        row = known_backbone(architecture)
+        return row.vit, row.name
     stated = normalisation(path) if path.is_dir() else {}
     described = vit_config(path) if path.is_dir() else None
     if described is None:
@@ -78,14 +85,14 @@ def _architecture(
     rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**fields, **stated})]
     if not rows:
         return _with_fields(described, stated), None
-    row = _told_apart(path, state, rows)
+    row = _only_row(path, state, rows)
     return row.vit, row.name
 
 
 def _file_fields(
     path: Path, state: State, key_map: KeyMap, config: ViTConfig, architecture: str | ViTConfig | None
 ) -> dict[str, object]:
-    """The fields that the file's family and the folder imply; a configuration given whole is left alone."""
+    """The fields that the file's format and the folder imply; none where the user gave a whole configuration."""
     fields = dict(key_map.options)
     if "rope_embed.periods" in state:
         fields["rope_rounding"] = _rope_rounding(path, state, config)
@@ -97,7 +104,7 @@ def _file_fields(
 
 
 def _rope_rounding(path: Path, state: State, config: ViTConfig) -> str:
-    """Whether a file's rotary periods are the exact ones or those rounded to bfloat16."""
+    """Whether a file's rotary periods are exact, "float32", or rounded, "bfloat16"."""
     periods = state["rope_embed.periods"].float()
     if periods.is_meta:
         return "bfloat16"
@@ -112,15 +119,17 @@ def _rope_rounding(path: Path, state: State, config: ViTConfig) -> str:
 
 
 def _with_fields(config: ViTConfig, fields: Mapping[str, object]) -> ViTConfig:
-    known = {field.name for field in dataclasses.fields(ViTConfig)}
-    for name in fields:
-        if name not in known:
-            raise BrixelError(f"a ViT has no setting {name!r}; {did_you_mean(name, known)}")
+    check_names(fields, [field.name for field in dataclasses.fields(ViTConfig)], "a ViT has no setting")
     return dataclasses.replace(config, **fields)  # type: ignore[arg-type]
 
 
 def _by_shapes(path: Path, state: State, key_map: KeyMap, stated: Mapping[str, object]) -> KnownBackbone:
     """The known backbone whose tensors have these shapes; the stated normalisation decides between twins."""
+    if key_map is BRIXEL:
+        raise CheckpointError(
+            f"{path} is the backbone of a saved model, whose config.json holds its settings: load the model with "
+            "from_pretrained, or give the architecture"
+        )
     try:
         signature = _signature(key_map.prepared(state), key_map)
     except KeyError as error:
@@ -129,32 +138,32 @@ def _by_shapes(path: Path, state: State, key_map: KeyMap, stated: Mapping[str, o
         raise CheckpointError(f"{path} ({key_map.name}) has tensors of unexpected dimensions ({error})") from error
     rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**signature, **stated})]
     if not rows:
-        told = ", ".join(f"{name} {value}" for name, value in signature.items())
-        raise CheckpointError(f"{path} ({key_map.name}) fits no known architecture ({told}); give it as a ViTConfig")
-    return _told_apart(path, state, rows)
+        found = ", ".join(f"{name} {value}" for name, value in signature.items())
+        raise CheckpointError(f"{path} ({key_map.name}) fits no known architecture ({found}); give it as a ViTConfig")
+    return _only_row(path, state, rows)
 
 
-def _told_apart(path: Path, state: State, rows: list[KnownBackbone]) -> KnownBackbone:
-    """The only one, or that of several which timm's tag, or the words that a text tower knows, speak for."""
+def _only_row(path: Path, state: State, rows: list[KnownBackbone]) -> KnownBackbone:
+    """The only one of ``rows``, or the only one with timm's tag or with the vocabulary of the text tower."""
     if len(rows) == 1:
         return rows[0]
     tag = timm_tag(path) if path.is_dir() else None
     words = len(state[VOCABULARY]) if VOCABULARY in state else None
-    told = [row for row in rows if (tag and row.timm.endswith(f".{tag}")) or (words and row.vocabulary == words)]
-    if len(told) == 1:
-        return told[0]
+    fitting = [row for row in rows if (tag and row.timm.endswith(f".{tag}")) or (words and row.vocabulary == words)]
+    if len(fitting) == 1:
+        return fitting[0]
     names = " or ".join(repr(row.name) for row in rows)
-    alike = len({(row.vit.mean, row.vit.std) for row in rows}) == 1
-    difference = "their weights alone" if alike else "normalisation"
+    same_normalisation = len({(row.vit.mean, row.vit.std) for row in rows}) == 1
+    difference = "their weights alone" if same_normalisation else "normalisation"
     raise CheckpointError(f"{path} may be {names}, which differ in {difference}: say which, as its architecture")
 
 
-def _matches(config: ViTConfig, wanted: Mapping[str, object]) -> bool:
-    return all(getattr(config, name) == value for name, value in wanted.items())
+def _matches(config: ViTConfig, fields: Mapping[str, object]) -> bool:
+    return all(getattr(config, name) == value for name, value in fields.items())
 
 
 def _signature(state: State, key_map: KeyMap) -> dict[str, object]:
-    """What the shapes of a checkpoint tell of its architecture. Raises KeyError with what is missing."""
+    """The fields that follow from the shapes of a checkpoint. Raises KeyError with a key that is missing."""
 
     def shapes(ours: str) -> list[tuple[int, ...]]:
         names = [name.replace("{i}", "0") for name in key_map.tensors.get(ours, ())]
@@ -187,7 +196,7 @@ def _signature(state: State, key_map: KeyMap) -> dict[str, object]:
         "width": shape("norm.weight")[0],
         "depth": depth,
         "patch_px": shape("patch_embed.weight")[3],
-        "registers": sum(each[1] for each in shapes("registers")),
+        "registers": sum(table[1] for table in shapes("registers")),
         "ffn": "swiglu" if gated else "mlp",
         "ffn_width": ffn_width,
     }

@@ -1,17 +1,17 @@
-"""The model card, README.md beside a model's weights, filled from what the model's config says and nothing else."""
+"""The model card: README.md next to a model's weights, made from the model's config alone."""
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from brixel.backbones.registry import LICENCE_URLS, KnownBackbone, list_models
+from brixel.backbones.registry import BRIXEL_TINY, LICENCE_URLS, KnownBackbone, find_backbone
 from brixel.backbones.vit_config import ForeignConfig
-from brixel.checkpoints.locate_files import repositories_in
+from brixel.checkpoints.hub_download import portable_sources, repositories_in
 from brixel.checkpoints.weight_files import shapes_of
 from brixel.model.config import BackboneConfig, BrixelConfig
 from brixel.model.upsampler import UPSCALE, Upsampler
 from brixel.utils.atomic_files import write_text
+from brixel.utils.markdown import markdown_table
 
 CARD, PANEL, LICENCE = "README.md", "panel.png", "LICENSE.md"
 _OURS = "<!-- written by brixel at each save; take this line out to keep what you change -->"
@@ -19,7 +19,7 @@ _PAPER = "https://arxiv.org/abs/2511.05168"
 
 
 def write_card(folder: Path, text: str) -> None:
-    """Write README.md into a folder, unless one lies there that its owner has made their own."""
+    """Write README.md into a folder, unless it holds one that its owner has changed."""
     path = folder / CARD
     if path.is_file() and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
         return
@@ -27,17 +27,17 @@ def write_card(folder: Path, text: str) -> None:
 
 
 def is_ours(card: str) -> bool:
-    """Whether a card may be written over: it is one of ours, and nobody has taken the line out that says so."""
+    """Whether a card may be overwritten: brixel wrote it, and nobody has removed the line that says so."""
     return _OURS in card
 
 
 def model_card(config: BrixelConfig, name: str, *, whole: bool, panel: bool = False, licence: bool = False) -> str:
-    """The card of a model that is loaded as ``name``, a repository or a folder.
+    """The text of the card of a model that is loaded as ``name``, a repository or a folder.
 
-    ``whole``: its backbone's weights lie beside it; ``panel``, ``licence``: so do PANEL and LICENCE.
+    ``whole``, ``panel``, ``licence``: whether the backbone's weights, PANEL and LICENCE are in the same folder.
     """
     backbone = config.backbone
-    known = {row.name: row for row in list_models()}.get(backbone.architecture or "")
+    known = find_backbone(backbone.architecture or "")
     image = [f"![an image, its backbone's map, the dense map]({PANEL})", ""] if panel else []
     return "\n".join(
         [
@@ -47,8 +47,8 @@ def model_card(config: BrixelConfig, name: str, *, whole: bool, panel: bool = Fa
             f"# Dense features from {backbone.title}",
             "",
             f"A small adapter for a frozen vision transformer, {backbone.title}: from an image of low resolution it "
-            f"gives a feature map of {UPSCALE} times the transformer's grid on each axis, near to what the transformer "
-            f"gives on the image at {UPSCALE} times the size. Method: [Another BRIXEL in the Wall]({_PAPER}).",
+            f"gives a feature map of {UPSCALE} times the transformer's grid on each axis, close to that of the "
+            f"transformer on the image at {UPSCALE} times the size. Method: [Another BRIXEL in the Wall]({_PAPER}).",
             "",
             *image,
             *_use(config, name, whole),
@@ -60,7 +60,7 @@ def model_card(config: BrixelConfig, name: str, *, whole: bool, panel: bool = Fa
 
 
 def _front_matter(backbone: BackboneConfig, known: KnownBackbone | None) -> list[str]:
-    """What the Hub reads: YAML, all of it from tables or names of repositories."""
+    """The YAML that the Hub reads; its values come from tables or are names of repositories."""
     lines = ["---", "library_name: brixel", "pipeline_tag: image-feature-extraction"]
     if known and known.licence in LICENCE_URLS:
         lines += ["license: other", f"license_name: {known.licence}", f"license_link: {LICENCE_URLS[known.licence]}"]
@@ -92,38 +92,34 @@ def _use(config: BrixelConfig, name: str, whole: bool) -> list[str]:
 def _facts(config: BrixelConfig, whole: bool) -> Mapping[str, str]:
     backbone, adapter, vit = config.backbone, config.adapter, config.backbone.vit
     numbers = sum(math.prod(shape) for shape in shapes_of(lambda: Upsampler(vit.width, adapter)).values())
-    sources = ", else ".join(repositories_in(backbone.sources))
+    in_package = {BRIXEL_TINY.name: "in the package brixel"}
+    sources = ", else ".join(in_package.get(source, source) for source in portable_sources(backbone.sources))
     side = adapter.short_side_px
     return {
         "backbone": backbone.title,
-        "its weights": "in this repository" if whole else sources or "in no repository: to be given as `backbone=`",
+        "its weights": "in this repository" if whole else sources or "in no repository: give them as `backbone=`",
         "commits": ", ".join(f"{name}@{commit}" for name, commit in config.commits.items()) or "not recorded",
         "adapter and head": f"{numbers / 1e6:.2f} M parameters; blocks {', '.join(map(str, adapter.blocks))}, from 0",
         "trained at": f"{side} px on the short side, for the map of {UPSCALE * side} px",
         "a cell of the map": f"{vit.patch_px / UPSCALE:g} px; {vit.width} channels",
-        "mean, deviation": f"{vit.mean}, {vit.std}; images are normalised so by `extract`",
+        "mean, deviation": f"{vit.mean}, {vit.std}; `extract` normalises images by them",
     }
 
 
 def _section(title: str, rows: Mapping[str, str]) -> list[str]:
-    cells = [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
-    return [f"## {title}", "", "| | |", "| --- | --- |", *cells, ""]
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+    return [f"## {title}", "", *markdown_table(["", ""], list(rows.items())), ""]
 
 
 def _licence(backbone: BackboneConfig, known: KnownBackbone | None, *, whole: bool, copied: bool) -> list[str]:
     lines = ["## Licence", ""]
     if known is None:
-        lines.append(f"That of the backbone, {backbone.title}, is not known to brixel: whoever publishes this adds it.")
+        lines.append(f"brixel does not know the licence of the backbone, {backbone.title}: add it before you publish.")
     elif known.licence in LICENCE_URLS:
         what = "The backbone's weights are here under it" if whole else "The backbone's weights are not here"
-        text = f"a copy is in {LICENCE}" if copied else "who hands it on hands on a copy of it"
+        text = f"a copy is in {LICENCE}" if copied else "pass on a copy of it with the adapter"
         lines.append(
-            f"The backbone is under the [{known.licence}]({LICENCE_URLS[known.licence]}), which binds what is derived "
-            f"from its weights, and so this adapter: {text}. {what}."
+            f"The backbone is under the [{known.licence}]({LICENCE_URLS[known.licence]}), which also covers what is "
+            f"derived from its weights, such as this adapter: {text}. {what}."
         )
     else:
         lines.append(f"The backbone is under {known.licence}; so is this adapter, unless its author says otherwise.")

@@ -1,6 +1,6 @@
-"""The format of the authors' own adapter files (`.pth`, no backbone inside): `docs/method.md`, section 2.
+"""The format of the authors' own adapter files (`.pth`, without the backbone): `docs/method.md`, section 2.
 
-Their tensors that never reach the output are known by name and dropped; a key that nobody knows is refused.
+Tensors that never reach the output are dropped by name; an unknown key is refused.
 """
 
 import os
@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from brixel.backbones.registry import KNOWN_BACKBONES, KnownBackbone
+from einops import rearrange
+
+from brixel.backbones.registry import KnownBackbone, find_backbone, known_backbone
 from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints.key_mapping import KeyMap, State, rename
 from brixel.checkpoints.weight_files import read_tensors
-from brixel.errors import BrixelError, CheckpointError, did_you_mean
+from brixel.errors import BrixelError, CheckpointError
 from brixel.model.adapter import EXTRACTORS
 from brixel.model.head import TRUNK_BLOCKS
+from brixel.utils.fields import check_names
 
 
 @dataclass(frozen=True)
 class ReleasedAdapter:
-    """A file of the release: the backbone it belongs to, by its name in the table of models, and its input's side."""
+    """A file of the release: the name of its backbone in the table of models, and the short side of its images."""
 
     backbone: str
     short_side_px: int
@@ -36,7 +39,7 @@ RELEASED: Mapping[str, ReleasedAdapter] = MappingProxyType(
     }
 )
 
-_SHORT_SIDE_PX = 256  # of all but one
+_SHORT_SIDE_PX = 256  # of all files but one
 _PARTS = ("weight", "bias")
 _NORM = (*_PARTS, "running_mean", "running_var", "num_batches_tracked")
 _EXTRACTOR = {
@@ -58,17 +61,17 @@ def _conv_norm(ours: str, conv: str, norm: str) -> dict[str, tuple[str, ...]]:
 
 
 def _layer(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
-    return {f"{ours}.{part}": tuple(f"{each}.{part}" for each in theirs) for part in _PARTS}
+    return {f"{ours}.{part}": tuple(f"{layer}.{part}" for layer in theirs) for part in _PARTS}
 
 
 def _extractor(index: int) -> dict[str, tuple[str, ...]]:
-    """Four interactions hold an extractor each; the last holds the two extra ones as well."""
-    place = f"adapter.interactions.{index}.extractor"
+    """Every one of four interactions holds an extractor; the last also holds the two extra ones."""
+    prefix = f"adapter.interactions.{index}.extractor"
     if index > 3:
-        place = f"adapter.interactions.3.extra_extractors.{index - 4}"
+        prefix = f"adapter.interactions.3.extra_extractors.{index - 4}"
     entries: dict[str, tuple[str, ...]] = {}
     for ours, theirs in _EXTRACTOR.items():
-        entries |= _layer(f"adapter.extractors.{index}.{ours}", *(f"{place}.{each}" for each in theirs))
+        entries |= _layer(f"adapter.extractors.{index}.{ours}", *(f"{prefix}.{layer}" for layer in theirs))
     return entries
 
 
@@ -83,8 +86,11 @@ def _trunk(index: int) -> dict[str, tuple[str, ...]]:
 
 
 def live_parts(state: State) -> State:
-    """The level of the query scale alone, and 1x1 convolutions as the matrices they are."""
-    parts = {key: tensor.flatten(1) if tensor.shape[2:] == (1, 1) else tensor for key, tensor in state.items()}
+    """The level embedding of the query's scale alone, and 1x1 convolutions as the matrices that they are."""
+    parts = {
+        key: rearrange(tensor, "o i 1 1 -> o i") if tensor.shape[2:] == (1, 1) else tensor
+        for key, tensor in state.items()
+    }
     levels = parts.get("adapter.level_embed")
     if levels is not None and levels.ndim == 2 and len(levels) == 3:
         parts["adapter.level_embed"] = levels[0]
@@ -127,12 +133,12 @@ def choose_release(
     architecture: str | ViTConfig | None,
     short_side_px: int | None,
 ) -> tuple[str | os.PathLike[str], str | ViTConfig | None, int]:
-    """Backbone, architecture and short side of a release file, by its name where the user leaves them open.
+    """Backbone, architecture and short side of a release file; ``release`` implies those that are None.
 
-    A file that is too wide or narrow for a backbone known by name is refused, before that is fetched.
+    A file whose width is not that of a known backbone is refused before the backbone is fetched.
     """
-    if release is not None and release not in RELEASED:
-        raise BrixelError(f"unknown file of the release {release!r}; {did_you_mean(release, RELEASED)}")
+    if release is not None:
+        check_names([release], RELEASED, "unknown file of the release")
     row = RELEASED.get(release or "")
     if row is None and backbone is None:
         raise BrixelError(f"no backbone and no release: say which file this is, release= one of {', '.join(RELEASED)}")
@@ -140,7 +146,7 @@ def choose_release(
         backbone = row.backbone if backbone is None else backbone
         architecture = row.backbone if architecture is None else architecture
     assert backbone is not None
-    known = KNOWN_BACKBONES.get(architecture if isinstance(architecture, str) else str(backbone))
+    known = find_backbone(architecture if isinstance(architecture, str) else str(backbone))
     if known is not None:
         _check_width(path, known)
     return backbone, architecture, short_side_px or (row.short_side_px if row else _SHORT_SIDE_PX)
@@ -148,19 +154,16 @@ def choose_release(
 
 def _check_width(path: Path, known: KnownBackbone) -> None:
     levels = read_tensors(path).get("adapter.level_embed")
-    width = known.vit.width
-    if levels is not None and levels.shape[-1] != width:
-        near = ", ".join(name for name, row in RELEASED.items() if _width(row) == levels.shape[-1])
-        told = f": it may be {near}" if near else ""
-        raise CheckpointError(
-            f"{path} does not fit {known.name}: it is for a backbone {levels.shape[-1]} wide, not {width}{told}"
-        )
-
-
-def _width(row: ReleasedAdapter) -> int:
-    return KNOWN_BACKBONES[row.backbone].vit.width
+    if levels is None or levels.shape[-1] == known.vit.width:
+        return
+    width = levels.shape[-1]
+    fitting = ", ".join(name for name, row in RELEASED.items() if known_backbone(row.backbone).vit.width == width)
+    hint = f": it may be {fitting}" if fitting else ""
+    raise CheckpointError(
+        f"{path} does not fit {known.name}: it is for a backbone {width} wide, not {known.vit.width}{hint}"
+    )
 
 
 def read_release(path: Path, shapes: dict[str, tuple[int, ...]], *, what: str) -> State:
-    """The live tensors of a release file under our names; ``shapes`` are those of our adapter and head."""
+    """The tensors of a release file that are used, under our names; ``shapes`` are those of the upsampler."""
     return rename(read_tensors(path), RELEASE, shapes, what=what)

@@ -1,6 +1,6 @@
-"""Weight files: reading any of the formats people have, strictly fitting them into a module, writing our own.
+"""Weight files: reading the common formats, loading them strictly into a module, writing safetensors.
 
-A `.pth` is read with `weights_only=True` alone, so that a file can hold numbers but not run code.
+A `.pth` is only read with `weights_only=True`, so that a file can hold numbers but not run code.
 """
 
 import json
@@ -21,7 +21,7 @@ from brixel.errors import CheckpointError, DamagedFileError
 from brixel.utils.atomic_files import atomic_path
 
 PICKLED = (".pth", ".pt", ".bin", ".ckpt")
-# names that a folder's weights go by, in order of preference
+# names of a folder's weight file, in order of preference
 WEIGHT_NAMES = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -34,8 +34,8 @@ Needed = Callable[[str], bool]
 def read_tensors(path: str | os.PathLike[str], needed: Needed = lambda name: True) -> State:
     """All tensors of a weight file, or of a folder that holds one (single or sharded), on the CPU.
 
-    ``needed``: which of them, by name; of others the shape alone is read, and they come on the meta device.
-    Raises FileNotFoundError where there is none, CheckpointError where it cannot be read as tensors.
+    ``needed``: which of them to read, by name; the others are given on the meta device, by their shapes.
+    Raises FileNotFoundError where there is no weight file, CheckpointError where it cannot be read as tensors.
     """
     source = Path(path)
     if source.is_dir():
@@ -50,10 +50,10 @@ def weight_file_in(folder: Path) -> Path:
     for name in WEIGHT_NAMES:
         if (folder / name).is_file():
             return folder / name
-    files = sorted(each for each in folder.iterdir() if each.suffix in (".safetensors", *PICKLED))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLED))
     if len(files) == 1:
         return files[0]
-    found = ", ".join(each.name for each in files) or "none"
+    found = ", ".join(path.name for path in files) or "none"
     raise FileNotFoundError(f"{folder}: expected model.safetensors or a single weight file; found {found}")
 
 
@@ -61,7 +61,6 @@ def _read_file(path: Path, needed: Needed) -> State:
     if path.suffix == ".safetensors":
         return _read_safetensors(path, needed)
     if path.suffix in PICKLED:
-        # mapped from the file rather than in memory, but for the oldest format
         content = _read_pickled(path)
         return {name: tensor if needed(name) else tensor.to("meta") for name, tensor in content.items()}
     raise CheckpointError(f"{path}: expected a weight file: .safetensors, {', '.join(PICKLED)}, or a folder with one")
@@ -79,7 +78,7 @@ def _read_safetensors(path: Path, needed: Needed) -> State:
 
 
 def shard_names(index: Path) -> list[str]:
-    """The files that an index of shards names, all of its own folder; CheckpointError where one is not."""
+    """The files that an index of shards names; CheckpointError where one is not in the same folder."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -102,15 +101,16 @@ def _read_shards(index: Path, needed: Needed) -> State:
 
 
 def _read_pickled(path: Path) -> State:
-    # mapped rather than read where the format allows: the largest backbone's file is 27 GB
+    # memory-mapped where the format allows it: the file of the largest backbone has 27 GB
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = "more than tensors, which could run code; only plain tensors are read"
-        raise CheckpointError(f"{path} is damaged, or holds {reason}") from error
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors, which could run code; only plain tensors are read"
+        ) from error
     except MemoryError:
         raise
-    except Exception as error:  # damage surfaces as any of a dozen kinds: IndexError, struct.error, BadZipFile, ...
+    except Exception as error:  # damage causes many kinds of errors: IndexError, struct.error, BadZipFile, ...
         raise DamagedFileError(f"{path} is damaged or no PyTorch weight file ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a dict of tensors by name")
@@ -124,30 +124,29 @@ def _read_pickled(path: Path) -> State:
 
 
 def load_into(build: Callable[[], Module], state: Mapping[str, Tensor], dtype: torch.dtype, *, what: str) -> Module:
-    """Build a module without allocating it, and give it the tensors of ``state``, which must be all of its own.
+    """Build a module without allocating it, and load ``state``, whose keys and shapes must be those of the module.
 
     Floating-point tensors are cast to ``dtype``. ``what`` opens the error: "FILE does not fit MODEL".
     """
     with torch.device("meta"):
         module = build()
-    wanted = module.state_dict()
+    expected = module.state_dict()
     complain(
         what,
-        missing=[key for key in wanted if key not in state],
+        missing=[key for key in expected if key not in state],
         misshaped=[
             f"{key} {tuple(state[key].shape)}, model has {tuple(tensor.shape)}"
-            for key, tensor in wanted.items()
+            for key, tensor in expected.items()
             if key in state and state[key].shape != tensor.shape
         ],
-        unknown=[key for key in state if key not in wanted],
+        unknown=[key for key in state if key not in expected],
     )
-    # Copied even where the dtype is right: a file's tensors are mapped as they lie in it, and products of unaligned
+    # Copied even where the dtype is right: tensors of a memory-mapped file may be unaligned, and products of unaligned
     # matrices are slower and differ in their last bits.
-    kinds = {key: dtype if tensor.is_floating_point() else tensor.dtype for key, tensor in wanted.items()}
-    cast = {key: state[key].to(kind, copy=True) for key, kind in kinds.items()}
-    module.load_state_dict(cast, assign=True)
-    left = [name for name, each in (*module.named_parameters(), *module.named_buffers()) if each.is_meta]
-    assert not left, f"outside the state dict: {left}"
+    dtypes = {key: dtype if tensor.is_floating_point() else tensor.dtype for key, tensor in expected.items()}
+    module.load_state_dict({key: state[key].to(dtypes[key], copy=True) for key in expected}, assign=True)
+    unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    assert not unset, f"outside the state dict: {unset}"
     return module
 
 

@@ -1,6 +1,7 @@
 """Validation of the fields of configurations: of dataclasses, and of tables read from JSON and TOML."""
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -45,25 +46,32 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
 
 
 def whole_number(least: int = 0, below: int | None = None) -> Rule:
-    """An integer from ``least`` up, below ``below`` if that is given; no boolean."""
+    """An integer, also NumPy's, from ``least`` up, and below a bound where one is given; a boolean is no integer."""
 
     def convert(value: Any) -> int:
-        if type(value) is not int or value < least or (below is not None and value >= below):
+        if isinstance(value, bool):
+            raise TypeError
+        found = operator.index(value)
+        if found < least or (below is not None and found >= below):
             raise ValueError
-        return value
+        return found
 
     return Rule(f"a whole number from {least} {'up' if below is None else f'to below {below}'}", convert)
 
 
 def number(least: float = -math.inf, below: float = math.inf, *, above: float = -math.inf) -> Rule:
-    """A finite float or integer, stored as float: at least ``least``, above ``above``, below ``below``."""
+    """A finite number, which becomes a float: at least ``least``, above ``above``, below ``below``.
+
+    Scalars of NumPy and PyTorch are numbers; booleans and texts are not.
+    """
 
     def convert(value: Any) -> float:
-        if type(value) not in (int, float) or not math.isfinite(value):
+        if isinstance(value, bool) or not hasattr(value, "__float__"):
+            raise TypeError
+        found = float(value)
+        if not (math.isfinite(found) and found >= least and above < found < below):
             raise ValueError
-        if not (value >= least and value > above and value < below):
-            raise ValueError
-        return float(value)
+        return found
 
     bounds = [f"from {least:g} up"] if math.isfinite(least) else []
     bounds += [f"above {above:g}"] if math.isfinite(above) else []
@@ -104,22 +112,37 @@ def optional(rule: Rule) -> Rule:
     return Rule(f"{rule.expected}, or None", lambda value: None if value is None else rule.convert(value))
 
 
-def several(rule: Rule, expected: str, *, count: int | None = None, least: int = 0) -> Rule:
-    """A list or tuple, stored as tuple.
+def several(rule: Rule, expected: str, *, count: int | None = None, least: int = 0, single: bool = True) -> Rule:
+    """A list or tuple of values that ``rule`` allows, which becomes a tuple.
 
     Args:
         rule: The rule for its values.
         expected: The allowed values in words.
-        count: Its length. Default: any, and a single value is taken as a list of one.
-        least: Its minimum length.
+        count: How many there must be.
+        least: How many there must be at least.
+        single: Without ``count``, a value that is no list or tuple stands for a list of one.
     """
 
     def convert(value: Any) -> tuple[Any, ...]:
-        single = count is None and not isinstance(value, list | tuple)
-        values = tuple(rule.convert(item) for item in ([value] if single else value))
-        if len(values) < least or (count is not None and len(values) != count):
+        if isinstance(value, str) and not (single and count is None):
+            raise TypeError
+        alone = single and count is None and not isinstance(value, list | tuple)
+        kept = tuple(rule.convert(item) for item in ([value] if alone else value))
+        if len(kept) < least or (count is not None and len(kept) != count):
             raise ValueError
-        return values
+        return kept
+
+    return Rule(expected, convert)
+
+
+def text_table(expected: str) -> Rule:
+    """A mapping from texts to texts, which becomes a dict."""
+    entry = text(empty=True)
+
+    def convert(value: Any) -> dict[str, str]:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        return {entry.convert(name): entry.convert(content) for name, content in value.items()}
 
     return Rule(expected, convert)
 

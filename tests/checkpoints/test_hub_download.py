@@ -1,6 +1,5 @@
 """Models and backbones from the Hub: the real client against a server on the loopback interface."""
 
-import dataclasses
 import json
 import logging
 import pickle
@@ -17,10 +16,9 @@ from huggingface_hub import constants, split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save
 
 from brixel import BrixelError, BrixelFeatures, CheckpointError, DownloadError, FeatureMap
-from brixel.backbones import registry as model_table
+from brixel.backbones import registry
 from brixel.backbones.registry import KnownBackbone
-from brixel.checkpoints import load_backbone as loading
-from brixel.checkpoints import saved_backbone as file_backbone
+from brixel.checkpoints import load_backbone
 from brixel.checkpoints.backbone_key_maps import DINOV2_TIMM
 from brixel.checkpoints.hub_download import Access, Repository, Snapshot, parse_repository
 from brixel.checkpoints.model_folder import read_config
@@ -28,6 +26,13 @@ from brixel.cli.app import main
 
 MODEL, BACKBONE = "us/dense", "facebook/dinov2-tiny"
 GATED, FREE = "facebook/dinov3-vits16-pretrain-lvd1689m", "timm/vit_small_patch16_dinov3.lvd1689m"
+
+
+def write_files(folder, files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
 
 
 def files_of(folder):
@@ -44,14 +49,10 @@ def saved(backbone_folder, tmp_path_factory):
     """Two folders of one model, with its backbone and without, whose sources are a gated repository and a free one."""
     whole, part = (tmp_path_factory.mktemp("saved") / name for name in ("whole", "part"))
     model = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
-    model.config = with_sources(model.config, GATED, FREE)
+    model.config = model.config.with_sources([GATED, FREE])
     model.save_pretrained(whole, include_backbone=True)
     model.save_pretrained(part)
     return files_of(whole), files_of(part)
-
-
-def with_sources(config, *sources):
-    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, sources=sources))
 
 
 def naming(files, *sources):
@@ -67,6 +68,10 @@ def load(name, **options):
 
 def fresh(name, **options):
     return BrixelFeatures.from_backbone(name, device="cpu", **options)
+
+
+def assert_same_weights(ours, theirs):
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
 
 
 def cache_of(name):
@@ -88,10 +93,8 @@ def test_a_model_comes_from_the_hub(hub, saved, image_path, tmp_path):
     model = load(MODEL)
     assert hub.got() == ["config.json", "adapter.safetensors", "backbone.safetensors"]
     assert model.config.commits == {MODEL: repo.commit}
-    for name, content in saved[0].items():
-        (tmp_path / name).write_bytes(content)
-    made = load(tmp_path)
-    assert all(torch.equal(value, made.state_dict()[key]) for key, value in model.state_dict().items())
+    made = load(write_files(tmp_path / "saved", saved[0]))
+    assert_same_weights(model, made)
     model.extract(image_path).save(tmp_path / "map.safetensors")
     assert FeatureMap.load(tmp_path / "map.safetensors").meta["commits"] == f"{MODEL}@{repo.commit}"
     model.save_pretrained(tmp_path / "again")
@@ -184,7 +187,7 @@ def test_offline_with_a_part_in_the_cache(hub, saved, capsys):
         fresh(BACKBONE, local_files_only=True)
 
 
-def test_a_cache_of_ones_own(hub, saved, tmp_path):
+def test_another_cache_folder(hub, saved, tmp_path):
     hub.add(MODEL, saved[0])
     load(MODEL, cache_dir=tmp_path / "mine")
     assert (tmp_path / "mine" / "models--us--dense").is_dir()
@@ -193,9 +196,7 @@ def test_a_cache_of_ones_own(hub, saved, tmp_path):
 
 
 def test_paths_come_before_repositories(hub, saved, tmp_path, monkeypatch):
-    (tmp_path / MODEL).mkdir(parents=True)
-    for name, content in saved[0].items():
-        (tmp_path / MODEL / name).write_bytes(content)
+    write_files(tmp_path / MODEL, saved[0])
     monkeypatch.chdir(tmp_path)
     load(MODEL)
     with pytest.raises(BrixelError, match="no model at 'no/where'"):
@@ -219,16 +220,15 @@ def test_a_backbone_with_its_preprocessing(hub, backbone_files, image_path):
 
 def test_a_sharded_backbone(hub, backbone_folder, backbone_files):
     state = load_file(backbone_folder / "model.safetensors")
-    split = split_torch_state_dict_into_shards(state, max_shard_size=sum(each.nbytes for each in state.values()) // 3)
+    size = sum(tensor.nbytes for tensor in state.values())
+    split = split_torch_state_dict_into_shards(state, max_shard_size=size // 3)
     assert len(split.filename_to_tensors) > 2
     files = {name: save({key: state[key] for key in keys}) for name, keys in split.filename_to_tensors.items()}
     index = json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}).encode()
     hub.add(BACKBONE, {"config.json": backbone_files["config.json"], "model.safetensors.index.json": index, **files})
-    made, expected = fresh(BACKBONE), fresh(backbone_folder)
+    made = fresh(BACKBONE)
     assert set(hub.got()) == {"config.json", "model.safetensors.index.json", *files}
-    assert all(
-        torch.equal(each, made.backbone.state_dict()[key]) for key, each in expected.backbone.state_dict().items()
-    )
+    assert_same_weights(made.backbone, fresh(backbone_folder).backbone)
 
 
 def timm_files(vit):
@@ -253,9 +253,7 @@ def test_a_timm_repository(hub, backbone_folder):
     hub.add(FREE, timm_files(expected.backbone))
     made = fresh(FREE, architecture=expected.config.backbone.vit)
     assert hub.got() == ["config.json", "model.safetensors"]
-    assert all(
-        torch.equal(each, made.backbone.state_dict()[key]) for key, each in expected.backbone.state_dict().items()
-    )
+    assert_same_weights(made.backbone, expected.backbone)
 
 
 def test_pickled_weights_where_there_are_no_others(hub, backbone_folder, backbone_files, tmp_path):
@@ -288,17 +286,60 @@ def test_code_in_a_repository_does_not_run(hub, backbone_files, tmp_path, zipped
     assert "a.pth" not in hub.got()
 
 
-def test_a_known_name_stands_for_its_sources(hub, backbone_files, caplog):
+def test_a_known_name_or_alias_means_its_repositories(hub, backbone_files, caplog):
     files = {"config.json": b'{"model_type": "bert"}', "model.safetensors": b""}
     hub.add("timm/vit_small_patch14_dinov2.lvd142m", files)
-    with pytest.raises(CheckpointError, match="model_type 'bert'"):  # the second source, as the first is not there
-        fresh("dinov2-vits14")
-    assert "the backbone is that of timm/vit_small_patch14_dinov2.lvd142m, not facebook/dinov2-small" in caplog.text
-    message = r"no source of dinov2-vitb14 can be had; tried: facebook/dinov2-base \(.*; timm/vit_base_patch14_dinov2"
+    for name in ("dinov2-vits14", "dinov2-small", "vit_small_patch14_dinov2.lvd142m"):
+        caplog.clear()
+        with pytest.raises(CheckpointError, match="model_type 'bert'"):  # the second source, as the first is missing
+            fresh(name)
+        assert "the backbone is that of timm/vit_small_patch14_dinov2.lvd142m, not facebook/dinov2-small" in caplog.text
+    with pytest.raises(DownloadError, match="no repository facebook/dinov2-small at"):  # an id means this repository
+        fresh("facebook/dinov2-small")
+    message = r"no source of dinov2-vitb14 is available; tried: facebook/dinov2-base \(.*; timm/vit_base_patch14_dinov2"
     with pytest.raises(DownloadError, match=message):
         fresh("dinov2-vitb14")
     with pytest.raises(BrixelError, match="did you mean 'dinov2-vits14'"):
         fresh("dinov2-vits15")
+    with pytest.raises(BrixelError, match="did you mean 'dinov2-with-registers-base'"):
+        fresh("dinov2-with-registers-bas")
+
+
+def test_a_path_comes_before_an_alias(hub, backbone_folder, tmp_path, monkeypatch):
+    shutil.copytree(backbone_folder, tmp_path / "dinov2-small")
+    monkeypatch.chdir(tmp_path)
+    assert fresh("dinov2-small").config.backbone.sources == (str(tmp_path / "dinov2-small"),)
+    assert hub.requests == []
+
+
+def test_an_alias_loads_its_row(hub, backbone_files, backbone_folder, monkeypatch):
+    vit = fresh(backbone_folder).config.backbone.vit
+    row = KnownBackbone("dinov2-tiny", vit, "mit", BACKBONE, "timm/tiny", aliases=("dinov2-smallest",))
+    for module in (registry, load_backbone):
+        monkeypatch.setattr(module, "KNOWN_BACKBONES", {row.name: row})
+    repo = hub.add(BACKBONE, backbone_files)
+    by_name, by_alias, by_architecture = (
+        fresh("dinov2-tiny"),
+        fresh("dinov2-smallest"),
+        fresh(BACKBONE, architecture="dinov2-smallest"),
+    )
+    assert by_name.config == by_alias.config == by_architecture.config
+    assert by_alias.config.backbone.architecture == "dinov2-tiny"
+    assert by_alias.config.backbone.sources == row.sources
+    assert by_alias.config.commits == {BACKBONE: repo.commit}
+
+
+def test_a_model_on_the_bundled_backbone_from_the_hub(hub, tmp_path, monkeypatch):
+    """Its config names the package, and no folder of that name in the working directory is used instead."""
+    model = load("brixel-tiny")
+    model.save_pretrained(tmp_path / "tiny")
+    hub.add(MODEL, files_of(tmp_path / "tiny"))
+    write_files(tmp_path / "brixel-tiny", {"config.json": b"{}"})
+    monkeypatch.chdir(tmp_path)
+    loaded = load(MODEL)
+    assert hub.got() == ["config.json", "adapter.safetensors"]
+    assert loaded.config.backbone == model.config.backbone
+    assert_same_weights(loaded, model)
 
 
 def test_a_wrong_architecture_is_refused_before_its_weights_are_fetched(hub):
@@ -311,7 +352,7 @@ def test_a_wrong_architecture_is_refused_before_its_weights_are_fetched(hub):
 def test_a_fresh_model_names_where_its_backbone_is_published(hub, backbone_files, backbone_folder, monkeypatch):
     vit = fresh(backbone_folder).config.backbone.vit
     row = {"dinov2-tiny": KnownBackbone("dinov2-tiny", vit, "mit", BACKBONE, "timm/tiny")}
-    for module in (model_table, loading, file_backbone):
+    for module in (registry, load_backbone):
         monkeypatch.setattr(module, "KNOWN_BACKBONES", row)
     hub.add(BACKBONE, backbone_files)
     local = str(backbone_folder.resolve())
@@ -339,7 +380,7 @@ def test_a_gated_source_gives_way_to_a_free_one(hub, saved, backbone_files, capl
     free = hub.add(FREE, backbone_files)
     made = load(MODEL)
     assert made.config.commits == {MODEL: model.commit, FREE: free.commit}
-    (record,) = [each for each in caplog.records if each.name == "brixel"]
+    (record,) = [record for record in caplog.records if record.name == "brixel"]
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(f"the backbone is that of {FREE}, not {GATED} ({GATED} is gated and you are")
     assert "\n" not in record.getMessage()
@@ -355,8 +396,7 @@ def test_the_first_source_is_taken_where_it_can_be_had(hub, saved, backbone_file
 
 def test_a_saved_folder_whose_backbone_has_moved(hub, saved, backbone_files, tmp_path, caplog):
     free = hub.add(FREE, backbone_files)
-    for name, content in naming(saved[1], str(tmp_path / "gone"), FREE).items():
-        (tmp_path / name).write_bytes(content)
+    write_files(tmp_path, naming(saved[1], str(tmp_path / "gone"), FREE))
     assert load(tmp_path).config.commits == {FREE: free.commit}
     assert caplog.messages == [f"the backbone is that of {FREE}, not {tmp_path / 'gone'} (no longer there)"]
 
@@ -366,12 +406,12 @@ def test_where_all_sources_fail_one_error_says_why(hub, saved, backbone_files):
     hub.add(GATED, backbone_files, gated=True)
     with pytest.raises(DownloadError) as caught:
         load(MODEL)
-    told = str(caught.value)
-    assert "without its backbone, ViT of width 64, depth 4, patch 14" in told
-    assert "/their/backbone (a path in a downloaded config is not followed)" in told
-    assert f"{GATED} ({GATED} is gated and you are not logged in" in told
-    assert f"{FREE} (no repository {FREE}" in told
-    assert "give the backbone's folder, file or repository as backbone=" in told
+    message = str(caught.value)
+    assert "without its backbone, ViT of width 64, depth 4, patch 14" in message
+    assert "/their/backbone (a path in a downloaded config is not followed)" in message
+    assert f"{GATED} ({GATED} is gated and you are not logged in" in message
+    assert f"{FREE} (no repository {FREE}" in message
+    assert "give the backbone's folder, file or repository as backbone=" in message
     assert isinstance(caught.value.__cause__, DownloadError)
 
 
@@ -397,8 +437,7 @@ def test_a_config_of_one_source_is_still_read(saved, backbone_folder, tmp_path):
     content = json.loads(saved[1]["config.json"])
     del content["backbone"]["sources"], content["commits"]
     content["backbone"]["source"] = str(backbone_folder)
-    for name, each in {**saved[1], "config.json": json.dumps(content).encode()}.items():
-        (tmp_path / name).write_bytes(each)
+    write_files(tmp_path, {**saved[1], "config.json": json.dumps(content).encode()})
     assert load(tmp_path).config.backbone.sources == (str(backbone_folder),)
 
 
@@ -497,7 +536,7 @@ def test_a_server_in_trouble_is_not_asked_for_long(hub, saved):
     assert len(hub.requests) == 1
 
 
-def test_no_server_is_said_at_once(hub, monkeypatch):
+def test_a_server_that_is_not_there_is_reported_at_once(hub, monkeypatch):
     nowhere = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "ENDPOINT", nowhere)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere + "/{repo_id}/resolve/{revision}/{filename}")
@@ -593,10 +632,10 @@ def test_what_can_be_a_repository(text, expected):
     "trick", ["../evil", "{here}/evil", "evil", "link/evil", "us/../evil", "~/evil", "us/evil@../../x"]
 )
 def test_paths_in_a_downloaded_config_are_not_followed(hub, saved, backbone_folder, tmp_path, monkeypatch, trick):
-    """Each names a folder that is there and holds the right weights."""
+    """Every one of these names a folder that exists and holds the right weights."""
     (tmp_path / "here" / "us").mkdir(parents=True)
-    for place in (tmp_path, tmp_path / "here"):
-        shutil.copytree(backbone_folder, place / "evil")
+    for folder in (tmp_path, tmp_path / "here"):
+        shutil.copytree(backbone_folder, folder / "evil")
     (tmp_path / "here" / "link").symlink_to(tmp_path)
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -646,20 +685,21 @@ def test_threads_share_a_model(hub, saved, image_path):
     with ThreadPoolExecutor(4) as pool:
         models = list(pool.map(lambda _: load(MODEL), range(4)))
         maps = list(pool.map(lambda _: models[0].extract(image_path).features, range(8)))
-    for each in maps:
-        torch.testing.assert_close(each, maps[0], rtol=1e-5, atol=1e-5)
+    for features in maps:
+        torch.testing.assert_close(features, maps[0], rtol=1e-5, atol=1e-5)
     assert left_behind() == []
 
 
 PROCESS = """
 import socket, sys
+from pathlib import Path
 connect, lookup = socket.socket.connect, socket.getaddrinfo
 def refuse(*arguments):
     raise AssertionError(f"network: {arguments}")
 socket.socket.connect = socket.getaddrinfo = refuse
 from brixel import BrixelFeatures
-from brixel.checkpoints import locate_files as sources
-sources.__file__ = sys.argv[1]
+from brixel.checkpoints import locate_files
+locate_files.BUNDLED_FOLDER = Path(sys.argv[1])
 assert BrixelFeatures.from_pretrained(device="cpu").embed_dim == 64
 assert not {name for name in sys.modules if name.startswith(("huggingface_hub", "httpx"))}
 socket.socket.connect, socket.getaddrinfo = connect, lookup
@@ -671,20 +711,18 @@ print(BrixelFeatures.from_pretrained("us/dense", device="cpu").config.commits)
 
 @pytest.mark.slow
 def test_two_processes_download_at_once_but_never_the_bundled_model(hub, saved, tmp_path):
-    """In their own processes the endpoint comes from the environment; nothing is imported before it is needed."""
+    """Processes of their own read the endpoint from the environment; the client is imported when it is needed."""
     repo = hub.add(MODEL, saved[0])
-    (tmp_path / "tiny").mkdir()
-    for name, content in saved[0].items():
-        (tmp_path / "tiny" / name).write_bytes(content)
-    command = [sys.executable, "-c", PROCESS, str(tmp_path / "sources.py")]
+    write_files(tmp_path / "tiny", saved[0])
+    command = [sys.executable, "-c", PROCESS, str(tmp_path / "tiny")]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     running = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
-    ready = [each.stdout.readline() for each in running]
-    for each in running:
-        each.stdin.write("go\n")
-        each.stdin.flush()
-    told = [each.communicate(timeout=120) for each in running]
-    assert ready == ["ready\n"] * 2, told
-    assert [out for out, _ in told] == [f"{{'us/dense': '{repo.commit}'}}\n"] * 2, told
+    ready = [process.stdout.readline() for process in running]
+    for process in running:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=120) for process in running]
+    assert ready == ["ready\n"] * 2, outputs
+    assert [out for out, _ in outputs] == [f"{{'us/dense': '{repo.commit}'}}\n"] * 2, outputs
     assert left_behind() == []
     load(MODEL, local_files_only=True)

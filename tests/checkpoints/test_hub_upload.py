@@ -1,5 +1,6 @@
 """Models onto the Hub: the real client against a server on the loopback interface; and their cards."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -9,14 +10,12 @@ import torch
 from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures, CheckpointError, UploadError
-from brixel.backbones import registry as model_table
+from brixel.backbones import registry
 from brixel.backbones.registry import KnownBackbone
-from brixel.checkpoints import load_backbone as loading
-from brixel.checkpoints import locate_files as sources
-from brixel.checkpoints import release_adapters as release
-from brixel.checkpoints import saved_backbone as file_backbone
+from brixel.checkpoints import load_backbone
 from brixel.checkpoints.model_card import is_ours, model_card
 from brixel.checkpoints.model_folder import read_config
+from brixel.checkpoints.release_adapters import RELEASE, RELEASED
 from brixel.cli.app import main
 
 OURS, BACKBONE = "us/dense", "facebook/dinov2-tiny"
@@ -33,27 +32,39 @@ def backbone(hub, backbone_folder):
     return BACKBONE
 
 
+@pytest.fixture(scope="module")
+def local_model(backbone_folder):
+    """A model whose backbone is in a folder of this machine."""
+    return BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
+
+
 @pytest.fixture
-def model(backbone):
-    return BrixelFeatures.from_backbone(backbone, device="cpu", short_side_px=28)
+def model(hub, backbone, local_model):
+    """The same as it is made from the repository."""
+    model = copy.deepcopy(local_model)
+    commits = {BACKBONE: hub.repos[BACKBONE].commit}
+    model.config = dataclasses.replace(model.config.with_sources([BACKBONE]), commits=commits)
+    return model
 
 
 def push(model, name=OURS, **options):
-    return model.push_to_hub(name, **{"token": WRITER, **options})
+    """Upload with a panel of a small image."""
+    return model.push_to_hub(name, **{"token": WRITER, "image": torch.rand(3, 28, 28), **options})
 
 
-def same(one, other):
-    return all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+def assert_same_weights(ours, theirs):
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
 
 
-def test_what_was_pushed_loads_again(hub, model, tmp_path):
-    where = push(model, message="A first one")
+def test_what_was_pushed_loads_again(hub, backbone, tmp_path):
+    model = BrixelFeatures.from_backbone(backbone, device="cpu", short_side_px=28)
+    name = model.push_to_hub(OURS, token=WRITER, message="A first one")
     repo = hub.repos[OURS]
     assert set(repo.files) == {".gitattributes", "README.md", "adapter.safetensors", "config.json", "panel.png"}
-    assert where == f"{OURS}@{repo.commit}"
+    assert name == f"{OURS}@{repo.commit}"
     assert hub.commits == [(OURS, "A first one")]
-    loaded = BrixelFeatures.from_pretrained(where, device="cpu")
-    assert same(model, loaded)
+    loaded = BrixelFeatures.from_pretrained(name, device="cpu")
+    assert_same_weights(model, loaded)
     assert loaded.config.backbone.sources == (BACKBONE,)
     assert set(loaded.config.commits) == {OURS, BACKBONE}
     (tmp_path / "panel.png").write_bytes(repo.files["panel.png"])
@@ -75,24 +86,22 @@ def test_the_requests_of_a_push(hub, model):
     assert len([path for verb, _, path in hub.requests if verb == "PUT"]) == 2  # the weights and the image
 
 
-def test_with_its_backbone_and_then_without(hub, backbone_folder, model):
-    local = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
-    push(local, include_backbone=True)
+def test_with_its_backbone_and_then_without(hub, local_model, model):
+    push(local_model, include_backbone=True)
     assert "backbone.safetensors" in hub.repos[OURS].files
     assert json.loads(hub.repos[OURS].files["config.json"])["backbone"]["sources"] == []
-    assert same(local, BrixelFeatures.from_pretrained(OURS, device="cpu"))
+    assert_same_weights(local_model, BrixelFeatures.from_pretrained(OURS, device="cpu"))
     assert "in this repository" in hub.repos[OURS].files["README.md"].decode()
     push(model)
     assert "backbone.safetensors" not in hub.repos[OURS].files
-    assert same(model, BrixelFeatures.from_pretrained(OURS, device="cpu"))
+    assert_same_weights(model, BrixelFeatures.from_pretrained(OURS, device="cpu"))
 
 
-def test_a_backbone_that_is_nowhere_is_refused(hub, backbone, backbone_folder, tmp_path):
-    local = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
+def test_a_backbone_that_is_nowhere_is_refused(hub, backbone, backbone_folder, local_model, tmp_path):
     with pytest.raises(BrixelError, match=r"in no repository that brixel knows of .*include_backbone=True.*ORG/NAME"):
-        push(local)
+        push(local_model)
     assert hub.repos.keys() == {BACKBONE}
-    local.save_pretrained(tmp_path)
+    local_model.save_pretrained(tmp_path)
     named = BrixelFeatures.from_pretrained(tmp_path, backbone=BACKBONE, device="cpu")  # as the message says
     assert named.config.backbone.sources[0] == BACKBONE
     push(named)
@@ -101,23 +110,40 @@ def test_a_backbone_that_is_nowhere_is_refused(hub, backbone, backbone_folder, t
     assert str(backbone_folder) not in hub.repos[OURS].files["README.md"].decode()
 
 
+def test_the_bundled_model(hub, tmp_path):
+    """Others have its backbone in their package, so that the adapter alone can be uploaded."""
+    hub.writers["us"] = (WRITER,)
+    model = BrixelFeatures.from_pretrained(device="cpu")
+    push(model)
+    files = hub.repos[OURS].files
+    assert set(files) == {".gitattributes", "README.md", "adapter.safetensors", "config.json", "panel.png"}
+    assert json.loads(files["config.json"])["backbone"]["sources"] == ["brixel-tiny"]
+    assert "| its weights | in the package brixel |" in files["README.md"].decode()
+    assert "base_model" not in files["README.md"].decode()  # it is no repository
+    loaded = BrixelFeatures.from_pretrained(OURS, device="cpu")
+    assert loaded.config.backbone == model.config.backbone
+    assert_same_weights(loaded, model)
+    push(loaded)  # once more, from where it was loaded
+    assert json.loads(files["config.json"])["backbone"]["sources"] == ["brixel-tiny"]
+
+
 def test_a_module_as_backbone(hub, backbone, backbone_folder, tmp_path):
     from transformers import AutoModel
 
     module = AutoModel.from_pretrained(backbone_folder)
     made = BrixelFeatures.from_backbone(module, mean=(0.5,) * 3, std=(0.5,) * 3, short_side_px=28)
-    with pytest.raises(BrixelError, match="cannot be written along"):
+    with pytest.raises(BrixelError, match="was given as a module, Dinov2Model .* and cannot be included"):
         push(made, include_backbone=True)
     push(made)
     assert "backbone=backbone)" in hub.repos[OURS].files["README.md"].decode()
-    assert same(made, BrixelFeatures.from_pretrained(OURS, backbone=module))
+    assert_same_weights(made, BrixelFeatures.from_pretrained(OURS, backbone=module))
 
 
 def test_a_card_that_was_changed_stays(hub, model):
     push(model)
     hub.repos[OURS].files["README.md"] += b"\nmore\n"
     push(model)
-    assert not hub.repos[OURS].files["README.md"].endswith(b"more\n")  # the line that says so is still there
+    assert not hub.repos[OURS].files["README.md"].endswith(b"more\n")  # the line that allows it is still there
     hub.repos[OURS].files["README.md"] = b"# Mine\n"
     hub.repos[OURS].files["notes.txt"] = b"Mine as well\n"
     push(model)
@@ -160,19 +186,19 @@ def test_no_name_of_a_repository(model, name):
 
 
 def test_a_token_that_may_not_write(hub, model):
-    with pytest.raises(UploadError, match=r"them/dense was not changed: .* answered 403, .*may write to them"):
+    with pytest.raises(UploadError, match=r"them/dense was not changed: .* answered 403, .*may not write to them"):
         push(model, "them/dense")
     assert "them/dense" not in hub.repos
 
 
-@pytest.mark.parametrize(("where", "told"), [("upload", "answered 403"), ("commit", "answered 400")])
-def test_nothing_changes_where_a_request_fails(hub, model, where, told):
+@pytest.mark.parametrize(("request_kind", "message"), [("upload", "answered 403"), ("commit", "answered 400")])
+def test_nothing_changes_where_a_request_fails(hub, model, request_kind, message):
     push(model)
     before = dict(hub.repos[OURS].files)
-    hub.refused = where
+    hub.refused = request_kind
     with torch.no_grad():
         next(model.adapter.parameters()).add_(1)
-    with pytest.raises(UploadError, match=told) as caught:
+    with pytest.raises(UploadError, match=message) as caught:
         push(model)
     assert caught.value.__cause__ is not None
     assert hub.repos[OURS].files == before
@@ -189,7 +215,7 @@ def test_no_server(hub, model):
 
     hub.stop()
     close_session()  # connections that are open would still be answered
-    with pytest.raises(UploadError, match=r"us/dense was not changed: no answer from .* within"):
+    with pytest.raises(UploadError, match=r"us/dense was not changed: no usable answer from .* within"):
         push(model)
 
 
@@ -202,7 +228,7 @@ def on(model, architecture, *sources, **fields):
 
 
 def test_the_card_of_what_derives_from_dinov3(model):
-    known = model_table.KNOWN_BACKBONES["dinov3-vits16"]
+    known = registry.KNOWN_BACKBONES["dinov3-vits16"]
     config = on(model, known.name, *known.sources, training={"steps": "7 of 7 | quick\nones"})
     card = model_card(config, "us/dense", whole=False, panel=True)
     head = card.split("---\n")[1].splitlines()
@@ -210,7 +236,7 @@ def test_the_card_of_what_derives_from_dinov3(model):
     assert "license_name: dinov3-license" in head
     assert "license_link: https://ai.meta.com/resources/models-and-libraries/dinov3-license" in head
     assert f"base_model: {known.huggingface}" in head
-    assert "which binds what is derived from its weights" in card
+    assert "which also covers what is derived from its weights, such as this adapter" in card
     assert "The backbone's weights are not here." in card
     assert "| steps | 7 of 7 \\| quick ones |" in card
     assert 'BrixelFeatures.from_pretrained("us/dense")' in card
@@ -246,32 +272,32 @@ def test_the_licence_is_copied(hub, model):
 
 
 def test_the_five_files_have_their_backbones():
-    assert {name: (row.backbone, row.short_side_px) for name, row in release.RELEASED.items()} == {
+    assert {name: (row.backbone, row.short_side_px) for name, row in RELEASED.items()} == {
         "vits16-256": ("dinov3-vits16", 256),
         "vitb16-256": ("dinov3-vitb16", 256),
         "vitl16-256": ("dinov3-vitl16", 256),
         "vith16plus-256": ("dinov3-vith16plus", 256),
         "vitb16-480": ("dinov3-vitb16", 480),
     }
-    assert all(row.backbone in model_table.KNOWN_BACKBONES for row in release.RELEASED.values())
+    assert all(row.backbone in registry.KNOWN_BACKBONES for row in RELEASED.values())
 
 
 @pytest.fixture
-def dense_vitb(backbone_folder, tmp_path, monkeypatch):
-    """A file of the release for the tiny backbone, which stands in for the ViT-B here, and its row of the table."""
-    made = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
-    row = KnownBackbone("dinov3-vitb16", made.config.backbone.vit, "dinov3-license", BACKBONE, "timm/tiny")
-    for module in (file_backbone, loading, model_table, release, sources):
+def dense_vitb(local_model, tmp_path, monkeypatch):
+    """A file of the release for the tiny backbone, in place of the ViT-B, and its row of the table."""
+    vit = local_model.config.backbone.vit
+    row = KnownBackbone("dinov3-vitb16", vit, "dinov3-license", BACKBONE, "timm/tiny", aliases=("dinov3-base",))
+    for module in (registry, load_backbone):
         monkeypatch.setattr(module, "KNOWN_BACKBONES", {row.name: row})
-    torch.save(release_state(made), tmp_path / "dense.pth")
+    torch.save(release_state(local_model), tmp_path / "dense.pth")
     return tmp_path / "dense.pth", row
 
 
 def release_state(model):
-    """Its weights under the authors' names, offsets and weights of the attention apart, all three levels."""
+    """Its weights under the authors' names, with separate offsets and weights of the attention, and all levels."""
     ours = model.upsampler.state_dict()
     state = {}
-    for name, theirs in release.RELEASE.tensors.items():
+    for name, theirs in RELEASE.tensors.items():
         parts = ours[name].tensor_split([2 * len(ours[name]) // 3]) if len(theirs) == 2 else [ours[name]]
         state |= {key: part.clone() for key, part in zip(theirs, parts, strict=True)}
     state["adapter.level_embed"] = state["adapter.level_embed"].expand(3, -1).clone()
@@ -292,16 +318,19 @@ def test_convert_by_name_and_push(hub, backbone, dense_vitb, tmp_path, monkeypat
     assert "dense.pth of the authors" in hub.repos[OURS].files["README.md"].decode()
     assert hub.repos[OURS].private is True
     loaded = BrixelFeatures.from_pretrained(OURS, device="cpu")
-    assert same(loaded, BrixelFeatures.from_release(path, release="vitb16-480", device="cpu"))
+    assert_same_weights(loaded, BrixelFeatures.from_release(path, release="vitb16-480", device="cpu"))
 
 
-def test_what_is_said_goes_before_what_the_name_says(backbone, backbone_folder, dense_vitb):
+def test_arguments_go_before_what_the_release_implies(backbone, backbone_folder, dense_vitb):
     path, _ = dense_vitb
     made = BrixelFeatures.from_release(path, backbone_folder, release="vitb16-480", short_side_px=56, device="cpu")
     assert made.config.adapter.short_side_px == 56
     assert made.config.backbone.sources[0] == str(backbone_folder.resolve())
     assert made.config.backbone.architecture == "dinov3-vitb16"
     assert BrixelFeatures.from_release(path, backbone_folder, device="cpu").config.adapter.short_side_px == 256
+    for names in ({"backbone": "dinov3-base"}, {"backbone": backbone_folder, "architecture": "dinov3-base"}):
+        by_alias = BrixelFeatures.from_release(path, **names, device="cpu")
+        assert by_alias.config.backbone.architecture == "dinov3-vitb16"
 
 
 def test_a_file_of_another_size_is_refused_before_its_backbone_is_fetched(hub, tmp_path):
@@ -312,6 +341,9 @@ def test_a_file_of_another_size_is_refused_before_its_backbone_is_fetched(hub, t
         match=r"some\.pth does not fit dinov3-vits16: it is for a backbone 768 wide, not 384: it may be vitb",
     ):
         BrixelFeatures.from_release(tmp_path / "some.pth", release="vits16-256")
+    for name in ("dinov3-small", "facebook/dinov3-vits16-pretrain-lvd1689m"):
+        with pytest.raises(CheckpointError, match=r"does not fit dinov3-vits16: it is for a backbone 768 wide"):
+            BrixelFeatures.from_release(tmp_path / "some.pth", name)
     assert hub.requests == []
 
 

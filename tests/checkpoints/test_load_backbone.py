@@ -1,6 +1,6 @@
 """Weight files: the same weights in every layout and container give the same ViT; what cannot be read says why.
 
-The states are written by hand in Meta's layout and turned into the others by the tables of the formats' own converters
+The states are written by hand in Meta's layout and converted to the others by the tables of the formats' own converters
 (facts: `docs/backbones.md`), not by ours.
 """
 
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from brixel.backbones import registry as model_table
+from brixel.backbones import registry
 from brixel.backbones.registry import KnownBackbone
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
@@ -44,7 +44,7 @@ CONFIGS = {
 def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of models holds the tiny ones here."""
     rows = {name: KnownBackbone(name, vit, "mit", "us/tiny", "timm/tiny") for name, vit in CONFIGS.items()}
-    for module in (loading, model_table):
+    for module in (loading, registry):
         monkeypatch.setattr(module, "KNOWN_BACKBONES", rows)
 
 
@@ -98,7 +98,7 @@ def renamed(state: State, replacements: list[tuple[str, str]]) -> State:
 
 
 def thirds(state: State, key: str, names: tuple[str, str, str]) -> State:
-    return {name: each.clone() for name, each in zip(names, state.pop(key).chunk(3), strict=True)}
+    return {name: third.clone() for name, third in zip(names, state.pop(key).chunk(3), strict=True)}
 
 
 def v3_huggingface(meta: State) -> State:
@@ -107,8 +107,8 @@ def v3_huggingface(meta: State) -> State:
     for i in range(DEPTH):
         at, to = f"blocks.{i}.attn.qkv", f"layer.{i}.attention"
         del state[f"{at}.bias_mask"]
-        state |= thirds(state, f"{at}.weight", tuple(f"{to}.{each}_proj.weight" for each in "qkv"))
-        state |= thirds(state, f"{at}.bias", tuple(f"{to}.{each}_proj.bias" for each in "qkv"))
+        state |= thirds(state, f"{at}.weight", tuple(f"{to}.{part}_proj.weight" for part in "qkv"))
+        state |= thirds(state, f"{at}.bias", tuple(f"{to}.{part}_proj.bias" for part in "qkv"))
         del state[f"{to}.k_proj.bias"]
     gated = "blocks.0.mlp.w1.weight" in meta
     ffn = [("w1", "gate_proj"), ("w2", "up_proj"), ("w3", "down_proj")] if gated else [("fc1", "up_proj")]
@@ -210,8 +210,8 @@ def images(grid_hw: tuple[int, int] = (3, 3)) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(1))
 
 
-def assert_same(vit: ViT, other: ViT, but: tuple[str, ...] = ()) -> None:
-    """The same tensors but some, and the same maps, to the bit."""
+def assert_same_vit(vit: ViT, other: ViT, but: tuple[str, ...] = ()) -> None:
+    """The same maps and, apart from ``but``, the same tensors, to the bit."""
     ours, theirs = vit.state_dict(), other.state_dict()
     assert ours.keys() == theirs.keys()
     assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == sorted(but)
@@ -232,7 +232,7 @@ def test_every_layout_and_container_gives_the_same_vit(name: str, layout: str, t
         folder.mkdir()
         loaded = load_backbone(write(in_layouts(name)[layout], folder))
         assert loaded.architecture == name
-        assert_same(loaded.vit, reference, but=class_position)
+        assert_same_vit(loaded.vit, reference, but=class_position)
 
 
 def test_the_tensors_are_where_they_belong(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_timm_folder(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "timm"
     folder.mkdir()
     loaded = load_backbone(as_timm_folder(in_layouts(name)["timm"], folder), architecture=name)
-    assert_same(loaded.vit, reference)
+    assert_same_vit(loaded.vit, reference)
     assert (loaded.vit.config.mean, loaded.vit.config.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
@@ -269,7 +269,7 @@ def test_timm_folder(name: str, tmp_path: Path) -> None:
 def test_prefixes_of_wrappers(prefix: str, layout: str, tmp_path: Path) -> None:
     reference = load_backbone(as_pth(meta_state("dinov3"), tmp_path)).vit
     wrapped = {prefix + key: tensor for key, tensor in in_layouts("dinov3")[layout].items()}
-    assert_same(load_backbone(as_safetensors(wrapped, tmp_path)).vit, reference)
+    assert_same_vit(load_backbone(as_safetensors(wrapped, tmp_path)).vit, reference)
 
 
 @pytest.mark.parametrize("outer", ["teacher", "state_dict", "model"])
@@ -278,21 +278,21 @@ def test_nested_in_a_training_checkpoint(outer: str, tmp_path: Path) -> None:
     reference = load_backbone(as_pth(meta, tmp_path)).vit
     state = {"backbone." + key: tensor for key, tensor in meta.items()}
     torch.save({"iteration": 7, outer: state}, tmp_path / "training.pth")
-    assert_same(load_backbone(tmp_path / "training.pth").vit, reference)
+    assert_same_vit(load_backbone(tmp_path / "training.pth").vit, reference)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt"])
 def test_old_pickles_and_their_suffixes(suffix: str, tmp_path: Path) -> None:
     meta = meta_state("dinov2")
     torch.save(meta, tmp_path / f"old{suffix}", _use_new_zipfile_serialization=False)
-    assert_same(load_backbone(tmp_path).vit, load_backbone(as_pth(meta, tmp_path)).vit)
+    assert_same_vit(load_backbone(tmp_path).vit, load_backbone(as_pth(meta, tmp_path)).vit)
 
 
 def test_names_of_transformers_in_memory(tmp_path: Path) -> None:
     state = v3_huggingface(meta_state("dinov3"))
     in_memory = {("model." if key.startswith("layer.") else "") + key: tensor for key, tensor in state.items()}
     reference = load_backbone(as_pth(state, tmp_path)).vit
-    assert_same(load_backbone(as_safetensors(in_memory, tmp_path)).vit, reference)
+    assert_same_vit(load_backbone(as_safetensors(in_memory, tmp_path)).vit, reference)
 
 
 @pytest.mark.parametrize("layout", ["meta", "huggingface", "timm"])
@@ -303,8 +303,8 @@ def test_half_precision_files_widen_exactly(kind: torch.dtype, layout: str, tmp_
     half = {key: tensor.to(kind) for key, tensor in state.items()} | periods
     widened = {key: tensor.float() for key, tensor in half.items()}
     vit = load_backbone(as_safetensors(half, tmp_path)).vit
-    assert {each.dtype for each in vit.parameters()} == {torch.float32}
-    assert_same(vit, load_backbone(as_pth(widened, tmp_path)).vit)
+    assert {parameter.dtype for parameter in vit.parameters()} == {torch.float32}
+    assert_same_vit(vit, load_backbone(as_pth(widened, tmp_path)).vit)
 
 
 # ---- biases and rotary periods ----
@@ -318,10 +318,10 @@ def with_masks(state: State, mask: Tensor | None) -> State:
 
 
 @pytest.mark.parametrize("mask", [None, torch.full((3 * W,), torch.nan)], ids=["absent", "NaN"])
-def test_masks_never_filled_in_stand_for_their_design(mask: Tensor | None, tmp_path: Path) -> None:
+def test_masks_never_filled_in_mean_their_design(mask: Tensor | None, tmp_path: Path) -> None:
     meta = meta_state("dinov3")
     vit = load_backbone(as_safetensors(with_masks(meta, mask), tmp_path)).vit
-    assert_same(vit, load_backbone(as_pth(meta, tmp_path)).vit)
+    assert_same_vit(vit, load_backbone(as_pth(meta, tmp_path)).vit)
     query, key, value = vit.blocks[1].attention.qkv.bias.chunk(3)
     expected = meta["blocks.1.attn.qkv.bias"].chunk(3)
     assert torch.equal(query, expected[0])
@@ -349,10 +349,11 @@ def test_rotary_rounding_is_the_files(periods: Tensor | None, rounding: str, tmp
     assert vit.config.rope_rounding == rounding
 
 
-def test_rotary_rounding_is_felt(tmp_path: Path) -> None:
+def test_rotary_rounding_changes_the_maps(tmp_path: Path) -> None:
     meta = meta_state("dinov3")
     rounded = meta | {"rope_embed.periods": exact_periods().bfloat16().float()}
-    maps = [load_backbone(as_pth(each, tmp_path)).vit.block_maps(images((5, 7)), [1])[0] for each in (meta, rounded)]
+    vits = [load_backbone(as_pth(state, tmp_path)).vit for state in (meta, rounded)]
+    maps = [vit.block_maps(images((5, 7)), [1])[0] for vit in vits]
     assert 1e-5 < (maps[0] - maps[1]).abs().max() < 0.1
 
 
@@ -382,11 +383,11 @@ def test_a_bias_missing_in_one_block_alone_is_an_error(key: str, tmp_path: Path)
 # ---- settings ----
 
 
-def test_a_configuration_of_ones_own_is_left_alone(tmp_path: Path) -> None:
-    own = dataclasses.replace(CONFIGS["dinov2"], position_antialias=True, mean=(0.5, 0.5, 0.5))
-    loaded = load_backbone(as_pth(meta_state("dinov2"), tmp_path), architecture=own)
+def test_a_configuration_is_used_as_it_is(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIGS["dinov2"], position_antialias=True, mean=(0.5, 0.5, 0.5))
+    loaded = load_backbone(as_pth(meta_state("dinov2"), tmp_path), architecture=config)
     assert loaded.architecture is None
-    assert loaded.vit.config == own
+    assert loaded.vit.config == config
 
 
 def test_fields_come_over_what_the_file_implies(tmp_path: Path) -> None:
@@ -404,6 +405,29 @@ def test_an_unknown_architecture_names_the_nearest(tmp_path: Path, monkeypatch: 
         BrixelError, match="unknown backbone architecture 'dinov3_vitb16'; did you mean 'dinov3-vitb16'"
     ):
         load_backbone(path, architecture="dinov3_vitb16")
+
+
+def test_aliases_and_repositories_are_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They mean the row of the table, whose name the loaded backbone has."""
+    row = KnownBackbone("dinov2", CONFIGS["dinov2"], "mit", "us/dinov2-tiny", "timm/tiny", aliases=("dinov2-tiny",))
+    for module in (loading, registry):
+        monkeypatch.setattr(module, "KNOWN_BACKBONES", {row.name: row})
+    path = as_pth(meta_state("dinov2"), tmp_path)
+    for name in ("dinov2-tiny", "us/dinov2-tiny", "timm/tiny"):
+        assert load_backbone(path, architecture=name).architecture == "dinov2"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_own_layout_needs_its_architecture(name: str, tmp_path: Path) -> None:
+    """`backbone.safetensors` of a saved model has no settings, such as rounding or antialiasing, that could be read."""
+    reference = load_backbone(as_pth(meta_state(name), tmp_path)).vit
+    path = tmp_path / "backbone.safetensors"
+    write_tensors(path, reference.state_dict())
+    loaded = load_backbone(path, architecture=reference.config)
+    assert loaded.vit.config == reference.config
+    assert_same_vit(loaded.vit, reference)
+    with pytest.raises(CheckpointError, match="is the backbone of a saved model, .* or give the architecture"):
+        load_backbone(path)
 
 
 # ---- files that cannot be read ----
@@ -502,7 +526,7 @@ def test_an_unknown_layout(tmp_path: Path) -> None:
         load_backbone(path)
 
 
-def test_a_checkpoint_without_what_tells_its_size(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_tensor_that_its_size_is_read_from(tmp_path: Path) -> None:
     state = meta_state("dinov2")
     del state["patch_embed.proj.weight"]
     with pytest.raises(CheckpointError, match="lacks 'patch_embed.proj.weight'; fetch the file again"):
@@ -632,7 +656,7 @@ def pair_state() -> State:
     return {"linear.weight": torch.randn(3, 2), "linear.bias": torch.randn(3), "count": torch.tensor(5)}
 
 
-def test_fit_assigns_and_casts_numbers_with_a_point_alone() -> None:
+def test_loading_casts_floating_point_tensors_alone() -> None:
     state = pair_state()
     module = load_into(Pair, state, torch.bfloat16, what="a file does not fit a pair")
     assert torch.equal(module.linear.weight, state["linear.weight"].bfloat16())
@@ -640,7 +664,7 @@ def test_fit_assigns_and_casts_numbers_with_a_point_alone() -> None:
     assert module.count == 5
 
 
-def test_fit_says_everything_at_once() -> None:
+def test_an_error_names_everything_at_once() -> None:
     state = pair_state() | {"linear.weight": torch.randn(2, 2), "other": torch.ones(1)}
     del state["linear.bias"]
     message = (
@@ -657,4 +681,4 @@ def test_written_tensors_are_read_back(tmp_path: Path) -> None:
     found = read_tensors(tmp_path / "ours.safetensors")
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
-    assert [each.name for each in tmp_path.iterdir()] == ["ours.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.safetensors"]

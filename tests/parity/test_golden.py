@@ -106,7 +106,7 @@ def test_saving_and_loading_keeps_every_bit(name: str, include_backbone: bool, t
 def test_dead_keys_are_in_the_file_and_dropped_by_name(name: str) -> None:
     state = release_state(name)
     dead = [key for key in state if is_dead(key)]
-    assert {place for place in DEAD if any(key.startswith(place) for key in dead)} == set(DEAD)
+    assert {prefix for prefix in DEAD if any(key.startswith(prefix) for key in dead)} == set(DEAD)
     assert dead == [key for key in state if any(fnmatchcase(key, pattern) for pattern in RELEASE.dropped)]
     strict = dataclasses.replace(RELEASE, dropped=())
     with pytest.raises(CheckpointError, match=rf"^here: {len(dead)} not known: {dead[0]}, {dead[1]}, "):

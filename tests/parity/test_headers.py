@@ -5,7 +5,7 @@ replaced, so that the 7B needs no memory.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ SAMPLES = {
 Read = Callable[..., LoadedBackbone]
 
 
+def count(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
 def architecture_of(checkpoint: str) -> str:
     return checkpoint.split(":")[1].removesuffix("-qkvb")
 
@@ -64,8 +68,8 @@ def has_twin(architecture: str) -> bool:
     return "vitl16" in architecture or "vit7b16" in architecture
 
 
-def is_told_by_its_shapes(checkpoint: str) -> bool:
-    """timm's files have no text tower, whose vocabulary would tell SigLIP 2 of this size from SigLIP."""
+def is_identified_by_its_shapes(checkpoint: str) -> bool:
+    """timm's files have no text tower, whose vocabulary would distinguish SigLIP 2 of this size from SigLIP."""
     return not has_twin(architecture_of(checkpoint)) and checkpoint != "siglip-timm:siglip2-so400m-p14-384"
 
 
@@ -110,23 +114,23 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Read:
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_nothing_is_missing_or_left_over(checkpoint: str, read: Read) -> None:
-    """Found by its shapes (a twin by its name), loaded strictly, and made of as many numbers as the file.
+    """Identified by its shapes (a twin by its name), loaded strictly, and with as many parameters as the file.
 
-    Less those that are known and not needed, plus the biases that a file leaves out for being zero.
+    Not counting those that are known and not needed, and the biases that a file leaves out because they are zero.
     """
     entry, name, state = CHECKPOINTS[checkpoint], architecture_of(checkpoint), on_meta(checkpoint)
-    assert sum(each.numel() for each in state.values()) == entry["parameters"]
-    loaded = read(state, architecture=None if is_told_by_its_shapes(checkpoint) else name)
+    assert count(state.values()) == entry["parameters"]
+    loaded = read(state, architecture=None if is_identified_by_its_shapes(checkpoint) else name)
     assert loaded.architecture == name
     assert len(loaded.vit.blocks) == entry["depth"]
     unused = ("mask_token", "rope_embed.periods", "bias_mask", "local_cls_norm.weight", "local_cls_norm.bias")
-    dropped = sum(each.numel() for key, each in state.items() if key.endswith(unused) or not needed(key))
-    ours = sum(each.numel() for each in loaded.vit.parameters())
+    dropped = count(tensor for key, tensor in state.items() if key.endswith(unused) or not needed(key))
+    ours = count(loaded.vit.parameters())
     assert ours == entry["parameters"] - dropped + left_out(checkpoint, entry["depth"])
 
 
 def left_out(checkpoint: str, depth: int) -> int:
-    """Numbers that the model has and the file does not."""
+    """The number of parameters that the model has and the file has not."""
     layout, name = checkpoint.split(":")
     width = KNOWN_BACKBONES[architecture_of(checkpoint)].vit.width
     if layout == "dinov2-timm":
@@ -141,15 +145,15 @@ def test_published_parameter_count(name: str, read: Read) -> None:
     vit = read(on_meta(f"dinov3-meta:{name}"), architecture=name).vit
     norm_of_training = 2 * vit.width if name == "dinov3-vit7b16" else 0
     mask_token = vit.width
-    assert sum(each.numel() for each in vit.parameters()) + mask_token + norm_of_training == PUBLISHED[name]
+    assert count(vit.parameters()) + mask_token + norm_of_training == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", PUBLISHED_SIGLIP)
 def test_published_parameter_count_of_siglip(name: str, read: Read) -> None:
     state = on_meta(f"siglip-timm:{name}")
-    pooling = sum(each.numel() for key, each in state.items() if key.startswith("attn_pool."))
+    pooling = count(tensor for key, tensor in state.items() if key.startswith("attn_pool."))
     vit = read(state, architecture=name).vit
-    assert sum(each.numel() for each in vit.parameters()) + pooling == PUBLISHED_SIGLIP[name]
+    assert count(vit.parameters()) + pooling == PUBLISHED_SIGLIP[name]
 
 
 def test_both_towers_are_as_large_as_their_published_file() -> None:
@@ -160,15 +164,15 @@ def test_both_towers_are_as_large_as_their_published_file() -> None:
 # ---- the architecture from the shapes ----
 
 
-@pytest.mark.parametrize("checkpoint", [each for each in CHECKPOINTS if has_twin(each)])
+@pytest.mark.parametrize("checkpoint", [name for name in CHECKPOINTS if has_twin(name)])
 def test_twins_are_not_guessed(checkpoint: str, read: Read) -> None:
     base = architecture_of(checkpoint).removesuffix("-sat493m")
     with pytest.raises(CheckpointError, match=f"may be '{base}' or '{base}-sat493m', which differ in normalisation"):
         read(on_meta(checkpoint))
 
 
-@pytest.mark.parametrize("checkpoint", [each for each in CHECKPOINTS if has_twin(each)])
-def test_stated_normalisation_tells_twins_apart(checkpoint: str, read: Read, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint", [name for name in CHECKPOINTS if has_twin(name)])
+def test_stated_normalisation_distinguishes_twins(checkpoint: str, read: Read, tmp_path: Path) -> None:
     name = architecture_of(checkpoint)
     mean, std = (SATELLITE_MEAN, SATELLITE_STD) if "sat" in name else (IMAGENET_MEAN, IMAGENET_STD)
     hugging = {"image_mean": mean, "image_std": std}
@@ -189,11 +193,11 @@ def like_siglip(name: str, layout: str) -> dict[str, Tensor]:
     """The state of any SigLIP in the table: that of one of its width, with its own patches, positions and words."""
     row = SIGLIP[name]
     model = next(
-        each
-        for each in CHECKPOINTS
-        if each.startswith(f"siglip-{layout}:")
-        and ("naflex" in each) == ("naflex" in name)
-        and SIGLIP[architecture_of(each)].vit.width == row.vit.width
+        checkpoint
+        for checkpoint in CHECKPOINTS
+        if checkpoint.startswith(f"siglip-{layout}:")
+        and ("naflex" in checkpoint) == ("naflex" in name)
+        and SIGLIP[architecture_of(checkpoint)].vit.width == row.vit.width
     )
     state = on_meta(model)
     for key, tensor in state.items():
@@ -209,14 +213,14 @@ def like_siglip(name: str, layout: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", SIGLIP)
-def test_siglip_of_both_towers_is_told_by_shapes_and_vocabulary(name: str, read: Read) -> None:
+def test_siglip_of_both_towers_is_identified_by_shapes_and_vocabulary(name: str, read: Read) -> None:
     loaded = read(like_siglip(name, "huggingface"))
     assert loaded.architecture == name
     assert loaded.vit.config == SIGLIP[name].vit
 
 
 @pytest.mark.parametrize("name", SIGLIP)
-def test_siglip_in_timms_folders_is_told_by_their_tag(name: str, read: Read, tmp_path: Path) -> None:
+def test_siglip_in_timms_folders_is_identified_by_their_tag(name: str, read: Read, tmp_path: Path) -> None:
     architecture, _, tag = SIGLIP[name].timm.removeprefix("timm/").partition(".")
     stated = {"tag": tag, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
     (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "pretrained_cfg": stated}))
@@ -226,7 +230,7 @@ def test_siglip_in_timms_folders_is_told_by_their_tag(name: str, read: Read, tmp
     assert loaded.vit.config.mean == loaded.vit.config.std == (0.5, 0.5, 0.5)
 
 
-def test_siglip_that_nothing_tells_apart_is_not_guessed(read: Read) -> None:
+def test_siglip_that_nothing_distinguishes_is_not_guessed(read: Read) -> None:
     names = "'siglip2-base-p16-256' or 'siglip-base-p16-256' or 'siglip-base-p16-256-multilingual'"
     with pytest.raises(CheckpointError, match=f"may be {names}, which differ in their weights alone: say which, as"):
         read(like_siglip("siglip2-base-p16-256", "timm"))
@@ -240,7 +244,7 @@ def test_a_vocabulary_of_nobody_is_not_guessed(read: Read) -> None:
 
 def test_shapes_of_no_known_model(read: Read) -> None:
     state = on_meta("dinov3-meta:dinov3-vits16")
-    shallower = {key: each for key, each in state.items() if not key.startswith("blocks.11.")}
+    shallower = {key: tensor for key, tensor in state.items() if not key.startswith("blocks.11.")}
     with pytest.raises(CheckpointError, match=r"fits no known architecture \(.*depth 11.*\); give it as a ViTConfig"):
         read(shallower)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors
 import torch
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -57,7 +58,7 @@ Reference = tuple[PreTrainedModel, Path]
 
 @torch.no_grad()
 def randomise(model: PreTrainedModel) -> None:
-    """Every parameter away from its first value, such that each is felt in the output."""
+    """Move every parameter away from its initial value, so that all of them change the output."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -90,13 +91,12 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
 
 def flattened(pixels: Tensor, patch_px: int) -> Tensor:
     """Images (B, 3, H, W) as NaFlex takes them: (B, h*w, p*p*3), a patch in the order y, x, colour."""
-    patches = pixels.unflatten(3, (-1, patch_px)).unflatten(2, (-1, patch_px))  # B 3 h p w p
-    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return rearrange(pixels, "b colour (h y) (w x) -> b (h w) (y x colour)", y=patch_px, x=patch_px)
 
 
 @torch.no_grad()
 def reference_maps(model: PreTrainedModel, pixels: Tensor, grid_hw: tuple[int, int]) -> list[Tensor]:
-    """Patch tokens of every block, each through the final norm, (B, D, h, w); the last is the model's own output."""
+    """Patch tokens of every block after the final norm, (B, D, h, w); the last are the model's own output."""
     tower = getattr(model, "vision_model", model)
     if isinstance(tower, Siglip2VisionModel):
         patches = flattened(pixels, NAFLEX["patch_size"])
@@ -105,8 +105,8 @@ def reference_maps(model: PreTrainedModel, pixels: Tensor, grid_hw: tuple[int, i
     else:
         out = tower(pixels, interpolate_pos_encoding=True, output_hidden_states=True)
     assert len(out.hidden_states) == DEPTH + 1
-    maps = [*(tower.post_layernorm(each) for each in out.hidden_states[1:-1]), out.last_hidden_state]
-    return [each.transpose(1, 2).unflatten(2, grid_hw) for each in maps]
+    tokens = [*(tower.post_layernorm(state) for state in out.hidden_states[1:-1]), out.last_hidden_state]
+    return [rearrange(block, "b (h w) d -> b d h w", h=grid_hw[0]) for block in tokens]
 
 
 # ---- the same numbers ----
@@ -137,7 +137,7 @@ def test_every_block_as_transformers_computes_it(
         ("naflex", {"position_mode": "bicubic"}),
     ],
 )
-def test_each_setting_is_felt(name: str, wrong: dict[str, Any], references: dict[str, Reference]) -> None:
+def test_every_setting_changes_the_maps(name: str, wrong: dict[str, Any], references: dict[str, Reference]) -> None:
     model, folder = references[name]
     vit = load_backbone(folder, fields=wrong).vit
     pixels = images(vit.patch_px, (3, 3))
@@ -150,9 +150,9 @@ def test_every_parameter_but_the_heads_is_ours(name: str, references: dict[str, 
     model, folder = references[name]
     tower = getattr(model, "vision_model", model)
     vit = load_backbone(folder).vit
-    theirs = sum(each.numel() for key, each in tower.named_parameters() if not key.startswith("head."))
-    assert sum(each.numel() for each in vit.parameters()) == theirs
-    assert not any(each.requires_grad for each in vit.parameters())
+    theirs = sum(parameter.numel() for key, parameter in tower.named_parameters() if not key.startswith("head."))
+    assert sum(parameter.numel() for parameter in vit.parameters()) == theirs
+    assert not any(parameter.requires_grad for parameter in vit.parameters())
 
 
 @pytest.mark.parametrize("name", ["siglip", "naflex-vision"])
@@ -207,8 +207,8 @@ def in_timms_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     for i in range(DEPTH):
         for part in ("weight", "bias"):
-            parts = [state[f"encoder.layers.{i}.self_attn.{each}_proj.{part}"] for each in "qkv"]
-            made[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(parts)
+            thirds = [state[f"encoder.layers.{i}.self_attn.{name}_proj.{part}"] for name in "qkv"]
+            made[f"blocks.{i}.attn.qkv.{part}"] = torch.cat(thirds)
     made["pos_embed"] = state["embeddings.position_embedding.weight"][None]
     made["attn_pool.latent"] = state["head.probe"]
     made["attn_pool.kv.weight"] = state["head.attention.in_proj_weight"][64:]
@@ -245,7 +245,7 @@ def test_shards_hold_the_same_weights(name: str, references: dict[str, Reference
     assert_same(load_backbone(tmp_path).vit, load_backbone(folder).vit)
 
 
-# ---- what is left in the file ----
+# ---- what is not read from the file ----
 
 
 @pytest.mark.parametrize("name", BOTH_TOWERS)
@@ -253,10 +253,10 @@ def test_text_tower_and_pooling_head_are_not_read(
     name: str, references: dict[str, Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = references[name][1]
-    asked: list[str] = []
+    read_keys: list[str] = []
 
     class Recording:
-        """A file that notes whose numbers it was asked for."""
+        """A file that records the tensors that were read."""
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             self.file = safetensors.safe_open(*arguments, **options)
@@ -275,13 +275,13 @@ def test_text_tower_and_pooling_head_are_not_read(
             return self.file.get_slice(key)
 
         def get_tensor(self, key: str) -> Tensor:
-            asked.append(key)
+            read_keys.append(key)
             return self.file.get_tensor(key)
 
     monkeypatch.setattr(checkpoints, "safe_open", Recording)
     load_backbone(folder)
     everything = set(load_file(folder / "model.safetensors"))
-    left = everything - set(asked)
+    left = everything - set(read_keys)
     assert left == {key for key in everything if not key.startswith("vision_model.") or ".head." in key}
     assert any(key.startswith("text_model.") for key in left)
 
@@ -298,7 +298,7 @@ def test_what_is_left_has_a_shape_and_no_numbers(
     assert found[VOCABULARY].is_meta
     assert found[VOCABULARY].shape == (50_000, 64)
     assert {key for key in found if found[key].is_meta} == {key for key in found if not needed(key)}
-    assert not any(each.is_meta for each in read_tensors(path).values())
+    assert not any(tensor.is_meta for tensor in read_tensors(path).values())
 
 
 @pytest.mark.parametrize(
