@@ -24,8 +24,8 @@ COMMANDS = [
 @pytest.fixture
 def photographs(tmp_path, monkeypatch):
     """A working folder with `photo.jpg` and `photos/`."""
-    y, x = np.mgrid[:120, :180]
-    colours = np.stack([x, 2 * y, 128 + 100 * np.sin(x / 7) * np.cos(y / 5)], -1).clip(0, 255).astype(np.uint8)
+    y, x = np.mgrid[:400, :600]
+    colours = np.stack([x / 3, y / 2, 128 + 100 * np.sin(x / 7) * np.cos(y / 5)], -1).clip(0, 255).astype(np.uint8)
     (tmp_path / "photos").mkdir()
     for path in ("photo.jpg", "photos/1.jpg", "photos/2.jpg"):
         Image.fromarray(colours).save(tmp_path / path)
