@@ -45,12 +45,8 @@ def interpolate_positions(
 ) -> Tensor:
     """Interpolate learned positions (1, D, h0, w0) to another grid: (1, D, h, w); the same values on their own grid.
 
-    Args:
-        positions: (1, D, h0, w0).
-        grid_hw: The new grid, h x w.
-        antialias: Widen the filter along an axis that shrinks.
-        scale_offset: Added to h and w before the scale is formed: 0.1 in the first DINOv2 release, else 0.
-        mode: "bicubic" or "bilinear".
+    ``mode`` is "bicubic" or "bilinear". ``scale_offset`` is added to h and w before the scale is formed: 0.1 in the
+    first DINOv2 release, else 0.
     """
     if not scale_offset:
         return F.interpolate(positions, grid_hw, mode=mode, antialias=antialias, align_corners=False)

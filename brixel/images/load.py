@@ -44,12 +44,9 @@ def load_image(image: ImageInput) -> Tensor:
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """An image of known size that may not be decoded yet.
+    """An image of known upright height and width that may not be decoded yet.
 
-    Args:
-        image_hw: Upright height and width in pixels.
-        read: Returns what `load_image` returns, at this size, or smaller for a JPEG file if far fewer pixels are
-            wanted; its argument is the wanted height and width.
+    ``read(wanted_hw)`` returns what `load_image` returns, but smaller for a JPEG file if far fewer pixels are wanted.
     """
 
     image_hw: tuple[int, int]

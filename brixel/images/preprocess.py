@@ -122,14 +122,8 @@ def resize_normalise_pad(rgb: Tensor, grid: PatchGrid, mean: Sequence[float], st
     Bicubic interpolation with antialiasing, clamped to [0, 1]; the padding at the bottom and right repeats the edge.
     Channels are processed one by one, so that a large uint8 image is not converted to floats as a whole.
 
-    Args:
-        rgb: (3, H, W), uint8 or float32 in [0, 1], the image of ``grid`` or a JPEG reduction of it.
-        grid: The sizes before and after.
-        mean: Mean per channel.
-        std: Standard deviation per channel.
-
-    Returns:
-        (3, padded_h, padded_w), float32.
+    ``rgb`` is the image of ``grid`` or a JPEG reduction of it, (3, H, W), uint8 or float32 in [0, 1]. Returns float32
+    (3, padded_h, padded_w).
     """
     reduction = _reduction(rgb, grid)
     height_px, width_px = grid.resized_hw

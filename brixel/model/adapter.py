@@ -113,13 +113,9 @@ class DeformableAttention(nn.Module):
         return rearrange(self.value(features), "B n (A C) -> B n A C", A=HEADS)
 
     def read(self, queries: Tensor, table: Tensor, rows: tuple[int, int], columns: int) -> Tensor:
-        """Attention of some rows of the query grid: (B, n, D) -> (B, n, D).
+        """Attention of the queries (B, n, D) in rows ``rows[0]`` to ``rows[1]`` of their grid: (B, n, D).
 
-        Args:
-            queries: (B, n, D), the queries of these rows.
-            table: The values on the h x w grid, padded by :func:`brixel.model.deformable_attention.pad_table`.
-            rows: Start and stop of the rows.
-            columns: Columns of the query grid, 2w.
+        ``table``: the values on the h x w grid, padded by :func:`brixel.model.deformable_attention.pad_table`.
         """
         sampling = self.offsets_and_logits(queries)
         offsets, logits = sampling.split([HEADS * POINTS * 2, HEADS * POINTS], dim=-1)

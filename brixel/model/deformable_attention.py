@@ -18,14 +18,8 @@ _BEFORE, _AFTER = 1, 2
 def sample_points(values: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     """Weighted sums of a feature grid at fractional points, per query and head.
 
-    Args:
-        values: (B, h, w, A, C).
-        points: (B, N, A, P, 2), float32 or wider, x before y, in cells: the centre of the first cell is 0.5, the grid
-            ends at w and h.
-        weights: (B, N, A, P).
-
-    Returns:
-        (B, N, A * C).
+    ``values`` (B, h, w, A, C), ``points`` (B, N, A, P, 2), ``weights`` (B, N, A, P) -> (B, N, A * C). Points are
+    float32 or wider, x before y, in cells: the centre of the first cell is 0.5, the grid ends at w and h.
     """
     return read_table(pad_table(values), points, weights)
 

@@ -9,8 +9,8 @@ from PIL import Image
 from torch import nn
 
 from brixel import BrixelError, BrixelFeatures, CheckpointError
+from brixel.backbones import TimmBackbone, TransformersBackbone
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, ForeignConfig
-from brixel.backbones.wrappers import TimmBackbone, TransformersBackbone
 from brixel.cli.info import model_facts
 from brixel.train import TrainConfig, distill
 
