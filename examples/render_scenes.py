@@ -3,8 +3,8 @@
 python examples/render_scenes.py PHOTOS OUT --count 100 --seed 0   ->   OUT/{images,depth,normals}/NNNN.{png,npy,npy}
 
 A pinhole camera looks along +z, x right, y down; a point at pixel (r, c) lies on the ray ((c + 0.5 - W/2) / f,
-(r + 0.5 - H/2) / f, 1). Depth is z in metres, float32 (H, W); normals (H, W, 3) point towards the camera. For splits
-whose textures do not meet, take photographs of different folders.
+(r + 0.5 - H/2) / f, 1). Depth is z in metres, float32 (H, W); normals (H, W, 3) point to the camera. Take the
+photographs of two splits from different folders, so that they share no textures.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def rays():
 
 
 def plane(directions, point, normal, half_m, turn):
-    """Depth, normals and texture coordinates of a rectangle (without end where ``half_m`` is infinite)."""
+    """Depth, normals and texture coordinates of a rectangle, of a plane where ``half_m`` is infinite."""
     normal = normal / np.linalg.norm(normal)
     with np.errstate(divide="ignore"):
         depth = (point @ normal) / (directions @ normal)  # H W
@@ -43,7 +43,7 @@ def plane(directions, point, normal, half_m, turn):
 
 
 def ball(directions, centre, radius_m):
-    """The same of a ball."""
+    """Depth, normals and texture coordinates of a ball."""
     a, b = (directions**2).sum(-1), directions @ centre
     inside = b**2 - a * (centre @ centre - radius_m**2)
     depth = np.where(inside > 0, (b - np.sqrt(np.maximum(inside, 0))) / a, np.inf)
@@ -54,10 +54,11 @@ def ball(directions, centre, radius_m):
 
 
 def coloured(texture, u, v, metre_px):
-    """A photograph, mirrored without end, at coordinates in metres: (H, W, 3)."""
+    """A photograph, repeated with mirroring, at coordinates in metres: (H, W, 3)."""
     height, width = texture.shape[:2]
     rows, columns = (
-        np.abs((each * metre_px).astype(int) % (2 * side - 1) - (side - 1)) for each, side in ((v, height), (u, width))
+        np.abs((metres * metre_px).astype(int) % (2 * side - 1) - (side - 1))
+        for metres, side in ((v, height), (u, width))
     )
     return texture[rows, columns]
 

@@ -21,8 +21,8 @@ from brixel.cli.options import (
     whole,
 )
 from brixel.errors import BrixelError
-from brixel.evaluate import cost, limit_table, memory_table, panel_of, read_suite, run_suite, sources_of, throughput
-from brixel.evaluate.cost.memory import ARCHITECTURES, SIDES
+from brixel.evaluate import cost, panel_of, read_suite, run_suite, sources_of, throughput
+from brixel.evaluate.cost.memory import ARCHITECTURES, SIDES, limit_table, memory_table
 from brixel.evaluate.cost.throughput import draw_images
 from brixel.evaluate.cost.timing import random_model, torch_threads
 from brixel.evaluate.datasets.depth_normals import DEPTH_LAYOUTS, NORMALS_LAYOUTS

@@ -9,7 +9,6 @@
 `docs/evaluation.md` defines the metrics.
 """
 
-from brixel.evaluate.cost.memory import limit_table, memory_table
 from brixel.evaluate.cost.scaling import cost
 from brixel.evaluate.cost.throughput import throughput
 from brixel.evaluate.datasets.depth_normals import read_measured
@@ -33,9 +32,7 @@ __all__ = [
     "cost",
     "depth_normals",
     "fidelity",
-    "limit_table",
     "matching",
-    "memory_table",
     "panel_of",
     "read_labelled",
     "read_measured",

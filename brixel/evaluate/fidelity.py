@@ -120,7 +120,7 @@ def compare(
     for side in sides:
         found = _at_size(sources, teacher, images, side)
         rows += [_row(model, side, source, found) for source in sources]
-        details[str(side)] = {name: {key: each.tolist() for key, each in by.items()} for name, by in found.items()}
+        details[str(side)] = {name: {key: row.tolist() for key, row in by.items()} for name, by in found.items()}
     columns = {
         **{"model": ("model", ""), "image_px": ("student's image, px", "d"), "teacher_px": ("teacher's", "d")},
         **{"source": ("method", ""), "l1": ("L1", ".4f"), "cosine": ("cosine", ".4f")},

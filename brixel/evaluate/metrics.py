@@ -96,7 +96,7 @@ def depth_errors(predicted: Tensor, depth: Tensor) -> dict[str, float]:
     _check_shapes(predicted, depth)
     valid = depth.isfinite() & (depth > 0)
     if not valid.any():
-        raise BrixelError("a depth map holds no value above zero; leave out such images")
+        raise BrixelError("a depth map has no value above zero; leave its image out")
     ours, theirs = predicted[valid].double().clamp(min=1e-6), depth[valid].double()
     ratio = torch.maximum(ours / theirs, theirs / ours)
     return {
@@ -118,7 +118,7 @@ def angles(predicted: Tensor, normals: Tensor) -> Tensor:
 def normal_errors(degrees: Tensor) -> dict[str, float]:
     """Mean and median angle and the shares within 11.25, 22.5 and 30 degrees of angles (N,) of one image."""
     if not len(degrees):
-        raise BrixelError("a normal map holds no direction; leave out such images")
+        raise BrixelError("a normal map has no direction; leave its image out")
     ordered = degrees.sort().values
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     within = {f"within_{limit:g}": float((degrees <= limit).double().mean()) for limit in (11.25, 22.5, 30.0)}

@@ -35,27 +35,15 @@ _NOTES = (
 
 
 def memory_table(
-    architectures: Sequence[str] = ARCHITECTURES,
-    image_px: Sequence[int] = SIDES,
-    *,
-    measured: Mapping[str, int] | None = None,
+    architectures: Sequence[str], image_px: Sequence[int], *, measured: Mapping[str, int] | None = None
 ) -> Report:
-    """The least memory of each strategy, predicted, for square images in float32 and bfloat16.
+    """The least memory of each strategy for square images in float32 and bfloat16, predicted.
 
-    Args:
-        architectures: Names of known backbones.
-        image_px: Sides of the images in pixels.
-        measured: By architecture, the side up to which images are computed as well. Architectures that are not in it
-            are predicted without making their weights.
-
-    Returns:
-        A row per architecture, dtype and side; bytes by strategy, None where a pass is too large for the kernels.
-
-    Raises:
-        BrixelError: An architecture is unknown, a side does not fit it, or ``measured`` names one not in the table.
+    ``measured``: by architecture, the side up to which images are computed as well; no weights are made for others.
+    Raises BrixelError for an unknown architecture, or a side that does not fit it.
     """
     measured = measured or {}
-    _check(itertools.product((*architectures, *measured), image_px))
+    _check((*architectures, *measured), image_px)
     if extra := [name for name in measured if name not in architectures]:
         known = ", ".join(architectures)
         raise BrixelError(f"{extra[0]} is to be measured, but is not among the architectures of the table: {known}")
@@ -72,11 +60,9 @@ def memory_table(
         **{kind: (name, "bytes") for kind, name in _STRATEGIES.items()},
         "measured": ("measured: whole, row chunks, tiles", ""),
     }
-    notes = (
-        *_NOTES,
-        "Row chunks of one row of patches, tiles of 8 x 8 patches. A dash: not run, or too large for the kernels.",
-    )
-    return Report("memory", "Smallest limits of memory that work", columns, rows, describe_machine(_HOST) + ".", notes)
+    smallest = "Row chunks of one row of patches, tiles of 8 x 8. A dash: not run, or too large for the kernels."
+    title, recipe = "Smallest limits of memory that work", describe_machine(_HOST) + "."
+    return Report("memory", title, columns, rows, recipe, (*_NOTES, smallest))
 
 
 def _least(student: Student, job: Job, *, run: bool) -> dict[str, Any]:
@@ -101,22 +87,11 @@ def limit_table(
     dtype: torch.dtype = torch.float32,
     tiles: Tiles = "auto",
 ) -> Report:
-    """Choose a strategy for every architecture, side and limit, compute a square image with it, and measure.
+    """Choose a strategy for every architecture, side and limit (bytes), compute a square image with it, and measure.
 
-    Args:
-        architectures: Names of known backbones.
-        image_px: Sides of the images in pixels.
-        limits: In bytes. A strategy that several limits lead to is run once.
-        dtype: Of weights and maps.
-        tiles: Whether tiles are allowed, as for :meth:`brixel.BrixelFeatures.extract`.
-
-    Returns:
-        A row per architecture, side and limit; values are None where nothing fits the limit.
-
-    Raises:
-        BrixelError: An architecture is unknown, or a side does not fit it.
+    A strategy that several limits lead to is run once. Raises BrixelError as :func:`memory_table`.
     """
-    _check(itertools.product(architectures, image_px))
+    _check(architectures, image_px)
     rows = []
     for architecture in architectures:
         student = random_student(architecture).to(dtype)
@@ -179,7 +154,7 @@ def _outputs_in(folder: str, student: Student, job: Job) -> list[Tensor]:
     ]
 
 
-def _check(pairs: "itertools.product[tuple[Any, ...]]") -> None:
+def _check(architectures: Sequence[str], image_px: Sequence[int]) -> None:
     """Check all architectures and sides before the first is measured."""
-    for architecture, side in pairs:
+    for architecture, side in itertools.product(architectures, image_px):
         check_side(architecture, side)
