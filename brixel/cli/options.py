@@ -10,7 +10,7 @@ from typing import Any, get_args
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
 from brixel.images.patch_grid import NATIVE
-from brixel.inference.memory.planner import Tiles
+from brixel.inference.memory.planner import TileMode
 from brixel.utils.atomic_files import check_folder, write_text
 
 REPORT_HELP = "also write the report (Markdown) here"
@@ -55,7 +55,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tiles",
-        choices=get_args(Tiles),
+        choices=get_args(TileMode),
         default="auto",
         help="blended tiles, an approximation: where nothing exact fits (auto), never, always; default: %(default)s",
     )

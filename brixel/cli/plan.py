@@ -88,13 +88,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 def describe(plan: Plan) -> dict[str, str]:
     """A plan in words, for people."""
-    ways = {
+    strategies = {
         "whole": f"whole, {plan.micro_batch} of {plan.batch} at a time",
-        "pieces": f"in exact pieces, {plan.piece_rows} rows of patches at a time",
+        "row_chunks": f"in exact row chunks, {plan.chunk_rows} rows of patches at a time",
         "tiles": f"in {plan.tiles} blended tiles, an approximation",
     }
     rows = {
-        "way": ways[plan.way],
+        "strategy": strategies[plan.strategy],
         "on": f"{plan.device}, {plan.dtype}",
         "padded size": "{}x{} px".format(*plan.padded_hw),
         "peak": f"{format_bytes(plan.peak_bytes)}, predicted, weights included",

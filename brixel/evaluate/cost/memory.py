@@ -12,8 +12,8 @@ from torch import Tensor
 from brixel.errors import BrixelError
 from brixel.evaluate.cost.timing import check_side, random_student
 from brixel.inference.memory.allocation_tracker import AllocationTracker, weights_and_buffers
-from brixel.inference.memory.planner import Job, predict_peak, run_job, ways_by_cost
-from brixel.inference.memory.strategies import Way, new_results
+from brixel.inference.memory.planner import Job, predict_peak, run_job, strategies_by_cost
+from brixel.inference.memory.strategies import Strategy, new_outputs
 from brixel.model.student import Student
 from brixel.utils.devices import describe_machine, dtype_name
 from brixel.utils.memory import format_bytes
@@ -58,19 +58,19 @@ def memory_table(
                 student = random_student(architecture).to(dtype)
             for side_px in sides_px:
                 job = Job(1, (side_px, side_px), to_file=True)
-                for ways in ways_by_cost(student, job, "auto"):
-                    rows.append(_row(architecture, student, ways[-1], job, run=side_px <= largest_px))
+                for strategies in strategies_by_cost(student, job, "auto"):
+                    rows.append(_row(architecture, student, strategies[-1], job, run=side_px <= largest_px))
     return rows
 
 
-def _row(architecture: str, student: Student, way: Way, job: Job, *, run: bool) -> Row:
-    predicted = predict_peak(student, way, job, _HOST)
-    measured, seconds = measure_peak(student, way, job) if run else (None, None)
+def _row(architecture: str, student: Student, strategy: Strategy, job: Job, *, run: bool) -> Row:
+    predicted = predict_peak(student, strategy, job, _HOST)
+    measured, seconds = measure_peak(student, strategy, job) if run else (None, None)
     dtype = student.head.out.weight.dtype
-    return Row(architecture, dtype, job.padded_hw[0], way.kind, predicted, measured, seconds)
+    return Row(architecture, dtype, job.padded_hw[0], strategy.name, predicted, measured, seconds)
 
 
-def measure_peak(student: Student, way: Way, job: Job) -> tuple[int, float]:
+def measure_peak(student: Student, strategy: Strategy, job: Job) -> tuple[int, float]:
     """Peak bytes and seconds of computing a job of noise on the CPU, counted as :func:`predict_peak` counts."""
     images = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
     counter = AllocationTracker("cpu")
@@ -81,13 +81,13 @@ def measure_peak(student: Student, way: Way, job: Job) -> tuple[int, float]:
             counter.track(images)
             counter.leave_out(rooms or [])
             start = time.perf_counter()
-            run_job(student, way, images, rooms)
+            run_job(student, strategy, images, rooms)
             return counter.peak, time.perf_counter() - start
 
 
 def _rooms_in(folder: str, student: Student, job: Job) -> list[Tensor]:
     """Room for the maps of a job in files, which is where it is while a map is written to one."""
-    wanted = new_results(student, torch.empty(1, 3, *job.padded_hw).expand(job.batch, -1, -1, -1))
+    wanted = new_outputs(student, torch.empty(1, 3, *job.padded_hw).expand(job.batch, -1, -1, -1))
     paths = [f"{folder}/{number}" for number in range(job.batch)]
     return [
         torch.from_file(path, shared=True, size=room.numel(), dtype=room.dtype).view(room.shape)
@@ -113,7 +113,7 @@ def report(rows: Sequence[Row], command: str) -> str:
     return "\n".join([*lines, "", *_NOTES, "", describe_machine(_HOST) + ". Made by:", "", f"    {command}"])
 
 
-_KINDS = ("whole", "pieces", "tiles")
+_KINDS = ("whole", "row_chunks", "tiles")
 _NOTES = (
     "One image, random weights, weights included. Predicted on fake tensors for the CPU: live bytes of tensors, with",
     "the pixels in float32 and without the map, which goes to a file. Pieces of one row of patches, tiles of 8 x 8",

@@ -10,8 +10,8 @@ from brixel.backbones.registry import known_backbone
 from brixel.errors import MemoryLimitError
 from brixel.evaluate.cost.memory import measure_peak
 from brixel.evaluate.cost.timing import check_side, random_student
-from brixel.inference.memory.planner import Job, Tiles, choose_way, predict_peak
-from brixel.inference.memory.strategies import Way
+from brixel.inference.memory.planner import Job, TileMode, choose_strategy, predict_peak
+from brixel.inference.memory.strategies import Strategy
 from brixel.utils.devices import describe_machine, dtype_name
 from brixel.utils.memory import format_bytes
 
@@ -20,20 +20,20 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class LimitRow:
-    """One square image computed within a limit; ``way`` and what follows are None where nothing fits."""
+    """One square image computed within a limit; ``strategy`` and what follows are None where nothing fits."""
 
     architecture: str
     dtype: torch.dtype
     side_px: int
     limit_bytes: int
-    way: Way | None = None
+    strategy: Strategy | None = None
     predicted_bytes: int | None = None
     measured_bytes: int | None = None
     seconds: float | None = None
 
 
 def limit_table(
-    architectures: Sequence[str], sides_px: Sequence[int], limits: Sequence[int], *, dtype: torch.dtype, tiles: Tiles
+    architectures: Sequence[str], sides_px: Sequence[int], limits: Sequence[int], *, dtype: torch.dtype, tiles: TileMode
 ) -> Iterator[LimitRow]:
     """Choose a way for every architecture, side and limit (bytes), compute an image that way, and count.
 
@@ -44,17 +44,17 @@ def limit_table(
     for architecture in architectures:
         student = random_student(architecture).to(dtype)
         for side_px in sides_px:
-            job, measured = Job(1, (side_px, side_px), to_file=True), dict[Way, tuple[int, float]]()
+            job, measured = Job(1, (side_px, side_px), to_file=True), dict[Strategy, tuple[int, float]]()
             for limit in limits:
                 try:
-                    way = choose_way(student, job, limit, tiles, _HOST)
+                    strategy = choose_strategy(student, job, limit, tiles, _HOST)
                 except MemoryLimitError:
                     yield LimitRow(architecture, dtype, side_px, limit)
                     continue
-                if way not in measured:
-                    measured[way] = measure_peak(student, way, job)
-                predicted = predict_peak(student, way, job, _HOST)
-                yield LimitRow(architecture, dtype, side_px, limit, way, predicted, *measured[way])
+                if strategy not in measured:
+                    measured[strategy] = measure_peak(student, strategy, job)
+                predicted = predict_peak(student, strategy, job, _HOST)
+                yield LimitRow(architecture, dtype, side_px, limit, strategy, predicted, *measured[strategy])
 
 
 def limit_report(rows: Sequence[LimitRow], command: str) -> str:
@@ -83,19 +83,16 @@ _NOTES = (
 
 def _line(row: LimitRow) -> str:
     head = f"| {row.architecture} | {dtype_name(row.dtype)} | {row.side_px} | {format_bytes(row.limit_bytes)} |"
-    if row.way is None or row.predicted_bytes is None or row.measured_bytes is None:
+    if row.strategy is None or row.predicted_bytes is None or row.measured_bytes is None:
         return f"{head} refused: nothing fits | - | - | - | - |"
     share = 100 * row.measured_bytes / row.predicted_bytes
     return (
-        f"{head} {_told(row.way, row.side_px, row.architecture)} | {format_bytes(row.predicted_bytes)} | "
+        f"{head} {_describe(row.strategy, row.side_px, row.architecture)} | {format_bytes(row.predicted_bytes)} | "
         f"{format_bytes(row.measured_bytes)} | {share:.1f} % | {row.seconds:.1f} |"
     )
 
 
-def _told(way: Way, side_px: int, architecture: str) -> str:
-    if way.kind == "whole":
-        return "whole"
-    if way.kind == "pieces":
-        return f"exact pieces of {way.rows} rows"
-    grid = side_px // known_backbone(architecture).vit.patch_px
-    return f"{way.tiling((grid, grid)).count} tiles of {way.side} x {way.side} patches"
+def _describe(strategy: Strategy, side_px: int, architecture: str) -> str:
+    patch_px = known_backbone(architecture).vit.patch_px
+    text = strategy.describe((side_px // patch_px, side_px // patch_px), patch_px)
+    return text if strategy.exact else f"tiles, {text}"
