@@ -16,13 +16,13 @@ def test_what_is_counted_stays_within_limit_and_prediction():
     limits = [60 * MIB, 98 * MIB, 400 * MIB, 800 * MIB]
     rows = list(limit_table(["dinov3-vits16"], [256], limits, dtype=torch.float32, tiles="auto"))
     assert [row.limit_bytes for row in rows] == limits
-    assert [row.way.kind if row.way else None for row in rows] == [None, "pieces", "whole", "whole"]
+    assert [row.strategy.name if row.strategy else None for row in rows] == [None, "row_chunks", "whole", "whole"]
     for row in rows[1:]:
         assert 0.9 * row.predicted_bytes <= row.measured_bytes <= row.predicted_bytes <= row.limit_bytes
-    assert rows[2].seconds == rows[3].seconds  # the same way is run once
+    assert rows[2].seconds == rows[3].seconds  # the same strategy is run once
     text = limit_report(rows, "brixel plan --limits")
     assert "| dinov3-vits16 | float32 | 256 | 60 MiB | refused: nothing fits | - | - | - | - |" in text
-    assert "| 98 MiB | exact pieces of " in text
+    assert "| 98 MiB | exact chunks of " in text
     assert text.endswith("    brixel plan --limits")
 
 
