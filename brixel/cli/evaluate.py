@@ -33,7 +33,7 @@ from brixel.evaluate.report import check_markdown, write_report
 from brixel.evaluate.tasks import BOUNDARY_PX, COMPARED, DEFAULT_SOURCES, FIELDS, Task
 from brixel.feature_maps.panel import check_panel_path, save_panel
 from brixel.images.find_images import find_images
-from brixel.inference.memory.planner import Tiles
+from brixel.inference.memory.planner import TileMode
 from brixel.utils.devices import choose_device, choose_dtype
 from brixel.utils.memory import parse_bytes
 
@@ -171,7 +171,7 @@ def _add_memory(kinds: Any) -> None:
     )
     one.add_argument("--dtype", default="float32", help="with --limits, of weights and maps; default: %(default)s")
     one.add_argument(
-        "--tiles", choices=get_args(Tiles), default="auto", help="with --limits, use of tiles; default: %(default)s"
+        "--tiles", choices=get_args(TileMode), default="auto", help="with --limits, use of tiles; default: %(default)s"
     )
     one.add_argument("-o", "--output", type=Path, metavar="MD", help=_REPORT_HELP)
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError, did_you_mean
 from brixel.images.patch_grid import NATIVE
-from brixel.inference.memory.planner import Tiles
+from brixel.inference.memory.planner import TileMode
 from brixel.utils.memory import format_bytes, parse_bytes
 
 MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] on the Hub, or brixel-tiny"
@@ -145,7 +145,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "help": "memory to use at most on the model's device, weights included, such as 4GiB",
     },
     "--tiles": {
-        "choices": get_args(Tiles),
+        "choices": get_args(TileMode),
         "help": "compute in overlapping tiles, an approximation: auto (where nothing exact fits), never, always",
     },
     "--batch-size": {"metavar": "N", "type": positive, "help": "images per batch"},

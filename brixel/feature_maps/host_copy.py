@@ -3,33 +3,33 @@
 import torch
 from torch import Tensor
 
-_CHANNELS = 32  # that are put in order at a time
+_CHANNELS = 32  # copied at a time
 
 
 def to_host(features: Tensor) -> Tensor:
-    """A map (D, H, W) on the CPU; from another device a contiguous one, put in order there, some channels at a time."""
+    """A map (D, H, W) on the CPU: as it is if it lies there, else a contiguous copy (:func:`copy_by_channels`)."""
     return features if features.device.type == "cpu" else copy_by_channels(features)
 
 
 def copy_by_channels(features: Tensor) -> Tensor:
-    """A contiguous copy of a map (D, H, W) on the CPU, through little more memory of the map's own device."""
+    """A contiguous copy of a map (D, H, W) on the CPU; channels are reordered on the map's device, some at a time."""
     copied = torch.empty(features.shape, dtype=features.dtype)
-    for target, part in zip(copied.split(_CHANNELS), features.split(_CHANNELS), strict=True):
-        target.copy_(part.contiguous())
+    for target, source in zip(copied.split(_CHANNELS), features.split(_CHANNELS), strict=True):
+        target.copy_(source.contiguous())
     return copied
 
 
 def crop(features: Tensor, map_hw: tuple[int, int]) -> Tensor:
-    """The first cells of a map (D, H, W) as a contiguous tensor of its own on the CPU: (D, *map_hw).
+    """The upper left cells of a map (D, H, W) as a contiguous tensor on the CPU that shares no memory: (D, *map_hw).
 
-    A map that is contiguous on the CPU and shares its memory with nothing is cut in place, without a second one.
+    A map that is contiguous on the CPU and shares its memory with nothing is cropped in place, without a copy.
     """
     height, width = map_hw
-    alone = features.device.type == "cpu" and features.untyped_storage().nbytes() == features.nbytes
-    if not alone or not features.is_contiguous():
+    is_alone = features.device.type == "cpu" and features.untyped_storage().nbytes() == features.nbytes
+    if not is_alone or not features.is_contiguous():
         return features[:, :height, :width].cpu().clone(memory_format=torch.contiguous_format)
     cells = features.view(-1)[: features.shape[0] * height * width].view(-1, height, width)
     if map_hw != tuple(features.shape[1:]):
-        for source, target in zip(features, cells, strict=True):  # a channel never reaches into the next one's place
+        for source, target in zip(features, cells, strict=True):  # a channel is never written over the next one
             target.copy_(source[:height, :width].clone())
     return cells

@@ -1,4 +1,4 @@
-"""A feature map that goes to a file as it is made, for maps that are too large for memory."""
+"""Writes a feature map to a file while it is computed, for maps that are too large for memory."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from brixel.utils.devices import dtype_name
 
 
 def check_map_path(path: str | os.PathLike[str]) -> Path:
-    """The path, or BrixelError where a map cannot be written there as it is made."""
+    """The path of a map that is written while it is computed. Raises BrixelError where that cannot be."""
     target = Path(path)
     if target.suffix != ".npy":
         raise BrixelError(f"{target} ends in {target.suffix!r}; a map is written as it is made to *.npy alone")
@@ -33,10 +33,21 @@ def make_map_file(
     image_hw: tuple[int, int],
     stride: tuple[float, float],
 ) -> FeatureMap:
-    """Have ``fill`` write the cells (D, Hf, Wf) into a file that is mapped into memory; it returns the map's meta.
+    """Write a map through ``fill``. The file appears whole or not at all, and replaces an earlier one.
 
-    The file appears whole or not at all, over an earlier one. ``dtype`` bfloat16 becomes float32, which `.npy` lacks.
-    Returns the map as :meth:`FeatureMap.load` reads it. Raises OSError where the disk is full.
+    Args:
+        path: A `.npy` file, checked by :func:`check_map_path`.
+        shape: (D, Hf, Wf).
+        dtype: Of the cells; bfloat16, which `.npy` lacks, becomes float32.
+        fill: Writes the cells (D, Hf, Wf), a file that is mapped into memory, and returns the map's meta.
+        image_hw: As in :class:`FeatureMap`.
+        stride: As in :class:`FeatureMap`.
+
+    Returns:
+        The map as :meth:`FeatureMap.load` reads it.
+
+    Raises:
+        OSError: The disk is full.
     """
     dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     with atomic_path(path) as unfinished:
@@ -57,7 +68,7 @@ def make_map_file(
 
 
 def _reserve(path: Path, size: int) -> None:
-    """Take the room on the disk now: a mapped file that finds none while it is written ends the process."""
+    """Reserve the bytes on the disk: a full disk ends the process when it shows while a mapped file is written."""
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
             os.posix_fallocate(file.fileno(), 0, size)

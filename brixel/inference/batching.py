@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 Tag = TypeVar("Tag")
-WINDOW = 4  # batches' worth of images among which those of one size are brought together
+BATCHES_IN_FLIGHT = 4  # batches' worth of images among which those of one size share a batch
 
 Result = Tensor | Exception
-"""What becomes of an image: an error where it alone cannot be computed."""
+"""An image's features, or the error where it alone cannot be computed."""
 Forward = Callable[[Tensor], Sequence[Result] | Tensor]
 
 
 @dataclass
-class _Place(Generic[Tag]):
-    """An image's place in the order, until its result is taken; what has no pixels passes through."""
+class QueuedImage(Generic[Tag]):
+    """An image in the queue until its result is yielded: first its pixels, then its result; neither if it had none."""
 
     pixels: Tensor | None
     tag: Tag
@@ -31,20 +31,27 @@ def run_batches(
     items: Iterable[tuple[Tensor | None, Tag]],
     *,
     batch_size: int,
-    window: Callable[[], int] = lambda: sys.maxsize,
-    together: Callable[[tuple[int, int]], int] = lambda image_hw: sys.maxsize,
+    max_in_flight: Callable[[], int] = lambda: sys.maxsize,
+    max_batch: Callable[[tuple[int, int]], int] = lambda image_hw: sys.maxsize,
 ) -> Iterator[tuple[Result | None, Tag]]:
-    """Run ``forward`` over images, lazily and in order; yields one result for each, with its tag.
+    """Run ``forward`` over images, lazily and in order.
 
-    ``items``: pixels (3, H, W) with anything that belongs to them; one without pixels comes out as it is, at its place.
-    Images of one size share a batch of at most ``batch_size`` and ``together((H, W))``, also where others lie between
-    them: at most ``WINDOW`` batches' worth of images and results are held, and no more than ``window()`` of them.
-    After a full batch no item is asked for before its results were taken, as far as the order lets them. Where
-    ``items`` raises, the results of those before come first.
+    Images of one size share a batch, also where others lie between them. After a full batch no item is read before its
+    results were yielded, as far as the order allows. Where ``items`` raises, the results of those before come first.
+
+    Args:
+        forward: Takes pixels (B, 3, H, W), gives one result per image.
+        items: Pixels (3, H, W) with a tag; an item without pixels is yielded with the result None.
+        batch_size: Images in a batch at most.
+        max_in_flight: Images and results that may be held, beside the limit of `BATCHES_IN_FLIGHT` batches' worth.
+        max_batch: Images of a size (H, W) in a batch at most, beside ``batch_size``.
+
+    Yields:
+        The result and the tag of every item.
     """
-    most = WINDOW * batch_size if batch_size > 1 else 1
-    order: deque[_Place[Tag]] = deque()
-    groups: dict[torch.Size, list[_Place[Tag]]] = {}  # what waits for its batch, the size of the oldest first
+    most = BATCHES_IN_FLIGHT * batch_size if batch_size > 1 else 1
+    queue: deque[QueuedImage[Tag]] = deque()
+    groups: dict[torch.Size, list[QueuedImage[Tag]]] = {}  # what waits for its batch, the size of the oldest first
     iterator = iter(items)
     failure: Exception | None = None
     while failure is None:
@@ -54,43 +61,43 @@ def run_batches(
             item, failure = None, error
         if item is None:
             break
-        place = _Place(*item)
-        del item  # the place alone holds the pixels
-        order.append(place)
-        if place.pixels is not None:
-            group = groups.setdefault(place.pixels.shape, [])
-            group.append(place)
-            height, width = place.pixels.shape[1:]
-            if len(group) >= min(batch_size, together((height, width))):
-                _run(forward, groups.pop(place.pixels.shape))
-        yield from _finished(order)
-        while order and len(order) >= min(most, window()):  # the first of them waits for its batch to fill: no longer
-            _run(forward, groups.pop(_shape(order[0])))
-            yield from _finished(order)
+        image = QueuedImage(*item)
+        del item  # the queue alone holds the pixels
+        queue.append(image)
+        if image.pixels is not None:
+            group = groups.setdefault(image.pixels.shape, [])
+            group.append(image)
+            height, width = image.pixels.shape[1:]
+            if len(group) >= min(batch_size, max_batch((height, width))):
+                _run(forward, groups.pop(image.pixels.shape))
+        yield from _finished(queue)
+        while queue and len(queue) >= min(most, max_in_flight()):  # the oldest waits no longer for its batch to fill
+            _run(forward, groups.pop(_shape(queue[0])))
+            yield from _finished(queue)
     for group in groups.values():
         _run(forward, group)
-        yield from _finished(order)
+        yield from _finished(queue)
     if failure is not None:
         raise failure
 
 
-def _shape(place: _Place[Tag]) -> torch.Size:
-    assert place.pixels is not None
-    return place.pixels.shape
+def _shape(image: QueuedImage[Tag]) -> torch.Size:
+    assert image.pixels is not None
+    return image.pixels.shape
 
 
-def _finished(order: deque[_Place[Tag]]) -> Iterator[tuple[Result | None, Tag]]:
-    """Those at the front that wait for nothing, taken out."""
-    while order and order[0].pixels is None:
-        place = order.popleft()
-        yield place.result, place.tag
+def _finished(queue: deque[QueuedImage[Tag]]) -> Iterator[tuple[Result | None, Tag]]:
+    """Take those at the front that wait for nothing out of the queue."""
+    while queue and queue[0].pixels is None:
+        image = queue.popleft()
+        yield image.result, image.tag
 
 
-def _run(forward: Forward, group: list[_Place[Tag]]) -> None:
-    pixels = [place.pixels for place in group if place.pixels is not None]
+def _run(forward: Forward, group: list[QueuedImage[Tag]]) -> None:
+    pixels = [image.pixels for image in group if image.pixels is not None]
     # no_grad rather than inference_mode: a probe may be trained on the results
     with torch.no_grad():
         # one image is not copied into a batch: it may be most of the memory
         results = forward(pixels[0][None] if len(pixels) == 1 else torch.stack(pixels))
-    for place, result in zip(group, results, strict=True):
-        place.pixels, place.result = None, result
+    for image, result in zip(group, results, strict=True):
+        image.pixels, image.result = None, result

@@ -52,5 +52,5 @@ def comparison_panel(
 
 def _teacher_px(dense: FeatureMap) -> int:
     """Four times the short side that the image had in the model."""
-    resized_hw = (int(each) for each in dense.meta["resized_hw"].split("x"))
+    resized_hw = (int(side) for side in dense.meta["resized_hw"].split("x"))
     return UPSCALE * min(resized_hw)

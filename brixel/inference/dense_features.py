@@ -1,25 +1,21 @@
-"""A student that takes images: any kind of them in, feature maps out, within a limit of memory."""
+"""A student that takes images: any kind of them in, feature maps out, within a memory limit."""
 
-import itertools
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from brixel.backbones.base import Backbone
-from brixel.errors import BrixelError, MemoryLimitError
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.host_copy import to_host
 from brixel.feature_maps.memmap_writer import check_map_path, make_map_file
 from brixel.images.load import ImageInput
 from brixel.images.patch_grid import NATIVE, plan_patch_grid
 from brixel.images.preprocess import ImagePlacement, Preprocessor
-from brixel.inference.batching import Result, run_batches
-from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host, is_out_of_memory
+from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host
 from brixel.inference.memory.planner import Job, Plan
-from brixel.inference.prefetch import prefetch
+from brixel.inference.stream import FeatureStream, prepare_image, tiles_meta
 from brixel.model.config import BrixelConfig
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE, Upsampler
@@ -30,13 +26,17 @@ PathLike = str | os.PathLike[str]
 
 
 class DenseFeatures(Student):
-    """A student with the config that says what it is; as a module as its base, on images by the methods below."""
+    """A student with its config. As a module it takes tensors, as its base does; the methods below take images.
+
+    Args:
+        backbone: The frozen vision transformer.
+        upsampler: Adapter and head.
+        config: What they are; saved with them.
+    """
 
     def __init__(self, backbone: Backbone, upsampler: Upsampler, config: BrixelConfig) -> None:
         super().__init__(backbone, upsampler, config.adapter.blocks)
         self.config = config
-
-    # ---------------------------------------------------------------- facts
 
     @property
     def embed_dim(self) -> int:
@@ -55,15 +55,13 @@ class DenseFeatures(Student):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """Device of the weights."""
         return next(self.adapter.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' dtype, and so the maps'."""
+        """Dtype of the weights, and so of the maps."""
         return next(self.adapter.parameters()).dtype
-
-    # ---------------------------------------------------------------- images
 
     def extract(
         self,
@@ -74,27 +72,37 @@ class DenseFeatures(Student):
         tiles: str = "auto",
         out: PathLike | None = None,
     ) -> FeatureMap:
-        """Dense features of one image.
+        """Compute the dense features of one image.
 
-        ``image``: a path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W). ``short_side_px``: the size that
-        its short side is brought to, aspect kept; None for the size the adapter was trained on, "native" for its own.
-        Then it is padded to whole patches, and the map cropped back to the image.
-        ``memory_limit``: bytes or text such as "4GiB" that bounds what is allocated on the model's device, weights
-        included; None for what is free there, less a margin. ``tiles``: "auto" computes the map in blended tiles, an
-        approximation, where nothing exact fits; or "never", or "always". ``out``: a `.npy` file, into which the map is
-        written as it is made. See `docs/memory.md`.
-        Returns a :class:`FeatureMap` on the CPU, (D, Hf, Wf). Raises ImageError for an image that cannot be used,
-        MemoryLimitError for one that does not fit.
+        The image is resized, then padded to whole patches; the map is cropped back to the image.
+
+        Args:
+            image: A path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W).
+            short_side_px: The short side in pixels after resizing, aspect kept; None for the size the adapter was
+                trained on, "native" for the image's own.
+            memory_limit: Bytes or text such as "4GiB" that bounds what is allocated on the model's device, weights
+                included; None for what is free there, less a margin. See `docs/memory.md`.
+            tiles: "auto" computes the map in blended tiles, an approximation, where nothing exact fits; "never" raises
+                instead; "always" takes tiles for every image that is larger than one.
+            out: A `.npy` file that the map is written to while it is computed, for maps larger than memory.
+
+        Returns:
+            The map on the CPU, features (D, Hf, Wf).
+
+        Raises:
+            ImageError: The image cannot be used.
+            MemoryLimitError: The image does not fit into the limit.
+            BrixelError: An argument is out of range, or ``out`` cannot be written.
         """
-        run = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
+        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
+        preprocessor = self.preparation(short_side_px)
         if out is None:
-            return next(_or_raise(self._stream(run, [image], short_side_px=short_side_px)))
+            return next(FeatureStream(forward, preprocessor).maps([image]))
         path = check_map_path(out)
-        pixels, placement = self.preparation(short_side_px)(image, lambda hw: run.check(hw, to_file=True))
+        pixels, placement = preprocessor(image, lambda padded_hw: forward.check(padded_hw, to_file=True))
 
         def fill(cells: Tensor) -> Mapping[str, str]:
-            with evaluation_mode(self):
-                return {**placement.meta, **_told(run.fill(pixels[None], cells))}
+            return {**placement.meta, **tiles_meta(forward.fill(pixels[None], cells))}
 
         geometry = placement.geometry
         shape, stride = (self.embed_dim, *geometry.map_hw(UPSCALE)), geometry.map_stride(UPSCALE)
@@ -110,24 +118,27 @@ class DenseFeatures(Student):
         tiles: str = "auto",
         workers: int = 2,
     ) -> Iterator[FeatureMap]:
-        """Dense features of many images, lazily and in order; see :meth:`extract`.
+        """Compute the dense features of many images, lazily and in order.
 
-        Images that come to one size share a batch of at most ``batch_size``, fewer where the limit has no room for
-        all their maps, also where a few others lie between them. ``workers`` threads decode ahead, a batch and two
-        images each; 0 decodes when an image's turn comes.
-        An image that cannot be used raises ImageError after the maps of those before it, one that does not fit
-        MemoryLimitError.
+        Args:
+            images: Images of any kind that :meth:`extract` takes.
+            batch_size: Images that share a batch at most. They must have one size after resizing; a few of other sizes
+                may lie between them. Fewer share one where the limit is too small for all their maps.
+            short_side_px: As for :meth:`extract`.
+            memory_limit: As for :meth:`extract`; it also bounds images and maps that wait.
+            tiles: As for :meth:`extract`.
+            workers: Threads that decode ahead, by a batch and two images per thread; 0 decodes when an image's turn
+                comes.
+
+        Yields:
+            The map of every image.
+
+        Raises:
+            ImageError: An image cannot be used; raised after the maps of those before it.
+            MemoryLimitError: An image does not fit into the limit; raised likewise.
+            BrixelError: An argument is out of range.
         """
-        return _or_raise(
-            self.stream_all(
-                images,
-                batch_size=batch_size,
-                short_side_px=short_side_px,
-                memory_limit=memory_limit,
-                tiles=tiles,
-                workers=workers,
-            )
-        )
+        return self._stream(memory_limit, tiles, short_side_px, batch_size, workers).maps(images)
 
     def stream_all(
         self,
@@ -139,22 +150,53 @@ class DenseFeatures(Student):
         tiles: str = "auto",
         workers: int = 2,
     ) -> Iterator[FeatureMap | Exception]:
-        """:meth:`stream` that goes on: of an image that cannot be used, or does not fit, the error takes its place."""
-        run = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles, batch=batch_size)
-        return self._stream(run, images, batch_size=batch_size, short_side_px=short_side_px, workers=workers)
+        """Do what :meth:`stream` does, but go on after an image that cannot be used or does not fit.
+
+        Args:
+            images: As for :meth:`stream`, as all other arguments.
+            batch_size: Images that share a batch at most.
+            short_side_px: The short side in pixels after resizing.
+            memory_limit: Bytes or text such as "4GiB".
+            tiles: "auto", "never" or "always".
+            workers: Threads that decode ahead.
+
+        Yields:
+            The map of every image, or the error in its place.
+
+        Raises:
+            BrixelError: An argument is out of range.
+        """
+        return self._stream(memory_limit, tiles, short_side_px, batch_size, workers).maps_or_errors(images)
 
     def prepare(self, image: ImageInput, *, short_side_px: int | str | None = None) -> tuple[Tensor, ImagePlacement]:
-        """An image made ready for a loop of your own: pixels (3, H, W), and how the image lies on them.
+        """Make an image ready for a loop of your own.
 
-        ``model(pixels[None].to(model.device, model.dtype))[0]`` is the dense map (D, 4h, 4w) of the padded image, of
-        which ``placement.feature_map`` makes a :class:`FeatureMap`; call it under ``torch.no_grad()`` unless you train:
-        a gradient needs several times the memory. In workers of a DataLoader use :meth:`preparation`, which
-        does not carry the model. Raises ImageError for an image that cannot be used.
+        ``model(pixels[None].to(model.device, model.dtype))[0]`` is the dense map (D, 4h, 4w) of the padded image, and
+        ``placement.feature_map`` makes a :class:`FeatureMap` of it. Call the model under ``torch.no_grad()`` unless you
+        train: a gradient needs several times the memory. In workers of a DataLoader use :meth:`preparation`, which does
+        not carry the model.
+
+        Args:
+            image: As for :meth:`extract`.
+            short_side_px: As for :meth:`extract`.
+
+        Returns:
+            Pixels (3, H, W), float32, normalised and padded, and how the image lies on them.
+
+        Raises:
+            ImageError: The image cannot be used.
         """
         return self.preparation(short_side_px)(image)
 
     def preparation(self, short_side_px: int | str | None = None) -> Preprocessor:
-        """What :meth:`prepare` does, as a small callable without the model."""
+        """What :meth:`prepare` does, as a small callable without the model.
+
+        Args:
+            short_side_px: As for :meth:`extract`.
+
+        Returns:
+            A callable from an image to pixels and placement, which can be pickled.
+        """
         vit = self.config.backbone.vit
         side = self.config.adapter.short_side_px if short_side_px is None else short_side_px
         return Preprocessor(self.patch_px, side, vit.mean, vit.std, self._meta())
@@ -169,129 +211,58 @@ class DenseFeatures(Student):
         short_side_px: int | str | None = NATIVE,
         to_file: bool = False,
     ) -> Plan:
-        """How the maps of ``batch`` images of ``image_hw`` pixels would be computed, and the memory that takes.
+        """Say how maps would be computed, and the memory that takes; nothing is computed.
 
-        Nothing is computed. Arguments as for :meth:`extract`; ``to_file``: as with ``out``. Raises MemoryLimitError
-        where it cannot be done.
+        Args:
+            image_hw: Height and width of the images in pixels.
+            batch: Number of images at once.
+            memory_limit: As for :meth:`extract`.
+            tiles: As for :meth:`extract`.
+            short_side_px: As for :meth:`extract`, but "native" unless given.
+            to_file: Whether the maps go to files, as with ``out``.
+
+        Returns:
+            The plan.
+
+        Raises:
+            MemoryLimitError: Nothing fits into the limit.
+            BrixelError: An argument is out of range.
         """
         geometry = plan_patch_grid(image_hw, self.patch_px, self.preparation(short_side_px).short_side_px)
-        run = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
-        return run.plan(Job(batch, geometry.padded_hw, to_file))
+        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
+        return forward.plan(Job(batch, geometry.padded_hw, to_file))
 
     def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
-        """The frozen backbone's own map of the image, prepared as in :meth:`extract`: what brixel starts from."""
+        """Compute the frozen backbone's own map of one image, which brixel starts from.
 
-        def forward(pixels: Tensor) -> list[Tensor]:
-            return [to_host(each) for each in self.backbone_features(pixels.to(self.device, self.dtype))]
+        Args:
+            image: As for :meth:`extract`.
+            short_side_px: As for :meth:`extract`.
 
-        return next(_or_raise(self._stream(forward, [image], short_side_px=short_side_px)))
+        Returns:
+            The map on the CPU, features (D, h, w): one cell per patch.
+
+        Raises:
+            ImageError: The image cannot be used.
+        """
+        pixels, placement = prepare_image(self.preparation(short_side_px), image, check_host)
+        with evaluation_mode(self), torch.no_grad():
+            features = to_host(self.backbone_features(pixels[None].to(self.device, self.dtype))[0])
+        return placement.feature_map(features, in_place=True)
 
     def _stream(
         self,
-        forward: Callable[[Tensor], Sequence[Tensor]],
-        images: Iterable[ImageInput],
-        *,
-        batch_size: int = 1,
+        memory_limit: int | str | None,
+        tiles: str,
         short_side_px: int | str | None,
-        workers: int = 0,
-    ) -> Iterator[FeatureMap | Exception]:
-        _check_whole("batch_size", batch_size, 1)
-        _check_whole("workers", workers, 0)
-        bounded = forward if isinstance(forward, MemoryLimitedForward) else None
-        check = check_host if bounded is None else bounded.check
-        preparation = self.preparation(short_side_px)
-
-        def prepare(image: ImageInput) -> tuple[Tensor | None, ImagePlacement | Exception]:
-            try:
-                return preparation(image, check)
-            except (BrixelError, FileNotFoundError) as error:
-                return None, error
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            return None, _not_made_ready(image)  # outside the except block, whose traceback holds what was decoded
-
-        def room() -> int:
-            return sys.maxsize if bounded is None else bounded.room() // 2
-
-        def window() -> int:
-            return sys.maxsize if bounded is None else bounded.window()
-
-        def together(padded_hw: tuple[int, int]) -> int:
-            return sys.maxsize if bounded is None else bounded.together(padded_hw)
-
-        def run(pixels: Tensor) -> Sequence[Result]:
-            with evaluation_mode(self):
-                return _each_or_error(forward, pixels)
-
-        def finish(features: Result | None, placement: ImagePlacement | Exception) -> FeatureMap | Exception:
-            if isinstance(features, Exception):
-                return features
-            if features is None or isinstance(placement, Exception):
-                assert isinstance(placement, Exception)
-                return placement
-            tiles = "" if bounded is None else bounded.tiles_of(features)
-            return placement.feature_map(features, meta=_told(tiles), in_place=True)
-
-        prepared = prefetch(
-            prepare,
-            images,
-            workers=workers,
-            depth=batch_size + 2 * workers,
-            at_once=_in_memory,
-            size=_pixel_bytes,
-            room=room,
-        )
-        results = run_batches(run, prepared, batch_size=batch_size, window=window, together=together)
-        return itertools.starmap(finish, results)
+        batch_size: int,
+        workers: int,
+    ) -> FeatureStream:
+        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles, batch=batch_size)
+        return FeatureStream(forward, self.preparation(short_side_px), batch_size=batch_size, workers=workers)
 
     def _meta(self) -> Mapping[str, str]:
         """What makes the maps, kept in their files."""
-        facts = {"backbone": self.config.backbone.title, "dtype": dtype_name(self.dtype)}
+        meta = {"backbone": self.config.backbone.title, "dtype": dtype_name(self.dtype)}
         commits = ", ".join(f"{name}@{commit}" for name, commit in self.config.commits.items())
-        return {**facts, "commits": commits} if commits else facts
-
-
-def _in_memory(image: ImageInput) -> bool:
-    """Whether an image is no file: its owner may fill the same array again, or seek to another frame."""
-    return not isinstance(image, (str, os.PathLike))
-
-
-def _not_made_ready(image: ImageInput) -> MemoryLimitError:
-    name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"one image, a {type(image).__name__}"
-    return MemoryLimitError(
-        f"{name}: memory ran out while it was decoded and made ready; close other programs, let fewer workers decode "
-        "at a time, or make the image smaller"
-    )
-
-
-def _each_or_error(forward: Callable[[Tensor], Sequence[Tensor]], pixels: Tensor) -> Sequence[Result]:
-    """The maps of a batch; where memory is too short for it, of each image alone, or the error in its place."""
-    try:
-        return forward(pixels)
-    except MemoryLimitError as error:
-        if len(pixels) == 1:
-            return [error.with_traceback(None)]  # which would hold the pixels
-    return [result for each in pixels.split(1) for result in _each_or_error(forward, each)]
-
-
-def _pixel_bytes(prepared: tuple[Tensor | None, object]) -> int:
-    return 0 if prepared[0] is None else prepared[0].nbytes
-
-
-def _told(tiles: str) -> Mapping[str, str]:
-    return {"tiles": tiles} if tiles else {}
-
-
-def _or_raise(results: Iterator[FeatureMap | Exception]) -> Iterator[FeatureMap]:
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-        yield result
-        del result  # not held while the next is computed
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        expected = "a positive whole number" if least else "zero or a positive whole number"
-        raise BrixelError(f"{name} is {value!r}; expected {expected}")
+        return {**meta, "commits": commits} if commits else meta

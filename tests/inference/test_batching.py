@@ -39,16 +39,16 @@ def test_images_of_one_size_share_a_batch_and_order_is_kept(sizes, batch_size, b
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_what_has_no_pixels_passes_at_its_place(batch_size):
+def test_an_item_without_pixels_comes_in_its_turn(batch_size):
     items = [(None, "first"), *images(4, 5), (None, "fourth"), *images(4), (None, "last")]
     results = list(run_batches(recorder([]), items, batch_size=batch_size))
     assert [tag for _, tag in results] == ["first", 0, 1, "fourth", 0, "last"]
     assert [result is None for result, _ in results] == [True, False, False, True, False, True]
 
 
-def test_an_error_in_the_place_of_a_result_comes_out_at_its_place():
+def test_an_error_in_place_of_a_result_comes_in_its_turn():
     def forward(batch):
-        return [MemoryError() if each[0, 0, 0] == 1 else each for each in batch]
+        return [MemoryError() if image[0, 0, 0] == 1 else image for image in batch]
 
     results = list(run_batches(forward, images(4, 4, 5, 4), batch_size=2))
     assert [(isinstance(result, MemoryError), tag) for result, tag in results] == [
@@ -97,10 +97,10 @@ def test_results_can_take_part_in_training():
     (result * weight).sum().backward()
 
 
-@pytest.mark.parametrize(("window", "first"), [(99, (4, 3, 5, 5)), (4, (1, 3, 4, 4))])
-def test_no_more_is_held_than_allowed(window, first):
+@pytest.mark.parametrize(("allowed", "first"), [(99, (4, 3, 5, 5)), (4, (1, 3, 4, 4))])
+def test_no_more_is_held_than_allowed(allowed, first):
     calls = []
-    results = run_batches(recorder(calls), images(4, 5, 5, 5, 5, 4, 4, 4), batch_size=4, window=lambda: window)
+    results = run_batches(recorder(calls), images(4, 5, 5, 5, 5, 4, 4, 4), batch_size=4, max_in_flight=lambda: allowed)
     assert [tag for _, tag in results] == list(range(8))
     assert calls[0] == first
 
@@ -108,15 +108,15 @@ def test_no_more_is_held_than_allowed(window, first):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_batch_of_one_size_is_formed_where_only_that_may_be_held(batch_size):
     calls = []
-    results = run_batches(recorder(calls), images(*[4] * 6), batch_size=batch_size, window=lambda: batch_size)
+    results = run_batches(recorder(calls), images(*[4] * 6), batch_size=batch_size, max_in_flight=lambda: batch_size)
     assert len(list(results)) == 6
     assert calls == [(batch_size, 3, 4, 4)] * (6 // batch_size)
 
 
-def test_no_more_of_a_size_go_together_than_allowed():
+def test_a_batch_of_a_size_is_no_larger_than_allowed():
     calls = []
     allowed = {4: 2, 5: 9}
     items = images(4, 5, 4, 4, 5, 4, 5)
-    results = run_batches(recorder(calls), items, batch_size=3, together=lambda image_hw: allowed[image_hw[1]])
+    results = run_batches(recorder(calls), items, batch_size=3, max_batch=lambda image_hw: allowed[image_hw[1]])
     assert [tag for _, tag in results] == list(range(7))
     assert calls == [(2, 3, 4, 4), (2, 3, 4, 4), (3, 3, 5, 5)]

@@ -8,7 +8,7 @@ from brixel.inference.prefetch import prefetch
 
 
 def threads():
-    return {each for each in threading.enumerate() if each.name.startswith("brixel")}
+    return {thread for thread in threading.enumerate() if thread.name.startswith("brixel")}
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -21,7 +21,7 @@ def test_results_come_in_order_whatever_ends_first(workers):
     assert threads() == set()
 
 
-def test_items_are_taken_only_so_far_ahead_and_by_the_taker():
+def test_items_are_read_only_so_far_ahead_and_by_the_consumer():
     taken = []
 
     def items():
@@ -41,7 +41,7 @@ def test_items_are_taken_only_so_far_ahead_and_by_the_taker():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_the_function_raises_comes_at_its_place(workers):
+def test_what_the_function_raises_comes_in_its_turn(workers):
     def fail(number):
         if number == 3:
             raise KeyError("three")
@@ -102,14 +102,14 @@ def test_an_error_in_the_block_lets_what_was_given_be_done():
     assert done == [0, 1, 2, 3]
 
 
-def test_what_may_change_is_done_when_it_is_taken():
+def test_what_may_change_is_done_when_it_is_read():
     here = threading.get_ident()
-    where = prefetch(lambda _: threading.get_ident(), range(6), workers=2, at_once=lambda number: number % 2 == 0)
-    assert [each == here for each in where] == [True, False] * 3
+    where = prefetch(lambda _: threading.get_ident(), range(6), workers=2, in_consumer=lambda number: number % 2 == 0)
+    assert [thread == here for thread in where] == [True, False] * 3
 
 
-@pytest.mark.parametrize(("room", "most"), [(0, 1), (10, 1), (39, 3), (10**9, 6)])
-def test_no_more_bytes_are_made_ahead_than_there_is_room_for(room, most):
+@pytest.mark.parametrize(("max_bytes", "most"), [(0, 1), (10, 1), (39, 3), (10**9, 6)])
+def test_no_more_bytes_are_ahead_than_allowed(max_bytes, most):
     begun = []
 
     def items():
@@ -117,14 +117,15 @@ def test_no_more_bytes_are_made_ahead_than_there_is_room_for(room, most):
             begun.append(number)
             yield number
 
-    ahead_of_taker = []
-    for taken, _ in enumerate(prefetch(str, items(), workers=2, depth=6, size=lambda made: 13, room=lambda: room)):
-        ahead_of_taker.append(len(begun) - taken)
-    assert ahead_of_taker[0] == 1  # nothing is known of sizes yet
-    assert max(ahead_of_taker) == most
+    ahead = []
+    results = prefetch(str, items(), workers=2, depth=6, size=lambda result: 13, max_bytes=lambda: max_bytes)
+    for taken, _ in enumerate(results):
+        ahead.append(len(begun) - taken)
+    assert ahead[0] == 1  # nothing is known of sizes yet
+    assert max(ahead) == most
 
 
-def test_a_result_without_a_size_does_not_open_the_room():
+def test_a_result_without_a_size_says_nothing_of_the_others():
     begun, sizes = [], [0, 0, 13, 13, 13, 13]
 
     def items():
@@ -132,5 +133,5 @@ def test_a_result_without_a_size_does_not_open_the_room():
             begun.append(size)
             yield size
 
-    made = prefetch(int, items(), workers=2, depth=6, size=int, room=lambda: 26)
+    made = prefetch(int, items(), workers=2, depth=6, size=int, max_bytes=lambda: 26)
     assert [len(begun) - taken for taken, _ in enumerate(made)] == [1, 1, 1, 2, 2, 1]

@@ -16,8 +16,8 @@ from brixel.errors import BrixelError, MemoryLimitError
 from brixel.evaluate.cost.timing import check_side, random_student
 from brixel.evaluate.report import Report
 from brixel.inference.memory.allocation_tracker import AllocationTracker, weights_and_buffers
-from brixel.inference.memory.planner import Job, Tiles, choose_way, predict_peak, run_job, ways_by_cost
-from brixel.inference.memory.strategies import Way, new_results
+from brixel.inference.memory.planner import Job, TileMode, choose_strategy, predict_peak, run_job, strategies_by_cost
+from brixel.inference.memory.strategies import Strategy, new_outputs
 from brixel.model.student import Student
 from brixel.utils.devices import describe_machine, dtype_name
 from brixel.utils.memory import format_bytes
@@ -26,7 +26,7 @@ ARCHITECTURES = ("dinov3-vits16", "dinov3-vitb16", "dinov3-vitl16", "dinov3-vith
 SIDES = (256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.bfloat16)
 _HOST = torch.device("cpu")
-_STRATEGIES = {"whole": "whole", "pieces": "row chunks", "tiles": "tiles"}
+_STRATEGIES = {"whole": "whole", "row_chunks": "row chunks", "tiles": "tiles"}
 _IMAGE_COLUMNS = {"architecture": ("architecture", ""), "dtype": ("dtype", ""), "image_px": ("image, px", "d")}
 _NOTES = (
     "One image, random weights. Bytes of tensors, weights included; the map goes to a file.",
@@ -68,11 +68,11 @@ def memory_table(
 def _least(student: Student, job: Job, *, run: bool) -> dict[str, Any]:
     """Predicted bytes by strategy, and where ``run`` those measured, with seconds."""
     row: dict[str, Any] = {"measured_bytes": {}, "seconds": {}, "measured": None}
-    for ways in ways_by_cost(student, job, "auto"):
-        way = ways[-1]
-        row[way.kind] = predict_peak(student, way, job, _HOST)
+    for strategies in strategies_by_cost(student, job, "auto"):
+        strategy = strategies[-1]
+        row[strategy.name] = predict_peak(student, strategy, job, _HOST)
         if run:
-            row["measured_bytes"][way.kind], row["seconds"][way.kind] = measure_peak(student, way, job)
+            row["measured_bytes"][strategy.name], row["seconds"][strategy.name] = measure_peak(student, strategy, job)
     if run:
         pairs = zip(row["measured_bytes"].values(), row["seconds"].values(), strict=True)
         row["measured"] = ", ".join(f"{format_bytes(count)} in {seconds:.1f} s" for count, seconds in pairs)
@@ -85,7 +85,7 @@ def limit_table(
     limits: Sequence[int],
     *,
     dtype: torch.dtype = torch.float32,
-    tiles: Tiles = "auto",
+    tiles: TileMode = "auto",
 ) -> Report:
     """Choose a strategy for every architecture, side and limit (bytes), compute a square image with it, and measure.
 
@@ -96,7 +96,7 @@ def limit_table(
     for architecture in architectures:
         student = random_student(architecture).to(dtype)
         for side in image_px:
-            job, measured = Job(1, (side, side), to_file=True), dict[Way, tuple[int, float]]()
+            job, measured = Job(1, (side, side), to_file=True), dict[Strategy, tuple[int, float]]()
             for limit in limits:
                 row = {"architecture": architecture, "dtype": dtype_name(dtype), "image_px": side, "limit_bytes": limit}
                 rows.append(row | _within(student, job, limit, tiles, measured))
@@ -110,27 +110,30 @@ def limit_table(
 
 
 def _within(
-    student: Student, job: Job, limit: int, tiles: Tiles, measured: dict[Way, tuple[int, float]]
+    student: Student, job: Job, limit: int, tiles: TileMode, measured: dict[Strategy, tuple[int, float]]
 ) -> dict[str, Any]:
     """The strategy for a limit, and its predicted and measured peaks; ``measured`` keeps those that were run."""
     try:
-        way = choose_way(student, job, limit, tiles, _HOST)
+        strategy = choose_strategy(student, job, limit, tiles, _HOST)
     except MemoryLimitError:
         return {"strategy": "refused: nothing fits"}
-    if way not in measured:
-        measured[way] = measure_peak(student, way, job)
-    (peak, seconds), predicted = measured[way], predict_peak(student, way, job, _HOST)
-    row = {"strategy": _describe(way, job.grid_hw(student)), "kind": way.kind, "predicted_bytes": predicted}
+    if strategy not in measured:
+        measured[strategy] = measure_peak(student, strategy, job)
+    (peak, seconds), predicted = measured[strategy], predict_peak(student, strategy, job, _HOST)
+    row = {
+        "strategy": _describe(strategy, job.grid_hw(student), student.backbone.patch_px),
+        "kind": strategy.name,
+        "predicted_bytes": predicted,
+    }
     return row | {"measured_bytes": peak, "share": peak / predicted, "seconds": seconds}
 
 
-def _describe(way: Way, grid_hw: tuple[int, int]) -> str:
-    if way.kind == "tiles":
-        return f"{way.tiling(grid_hw).count} tiles of {way.side} x {way.side} patches"
-    return f"row chunks of {way.rows} rows" if way.kind == "pieces" else "whole"
+def _describe(strategy: Strategy, grid_hw: tuple[int, int], patch_px: int) -> str:
+    text = strategy.describe(grid_hw, patch_px)
+    return text if strategy.exact else f"tiles, {text}"
 
 
-def measure_peak(student: Student, way: Way, job: Job) -> tuple[int, float]:
+def measure_peak(student: Student, strategy: Strategy, job: Job) -> tuple[int, float]:
     """Peak bytes and seconds of computing a job of noise on the CPU, counted as :func:`predict_peak` counts."""
     images = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
     tracker = AllocationTracker("cpu")
@@ -141,13 +144,13 @@ def measure_peak(student: Student, way: Way, job: Job) -> tuple[int, float]:
             tracker.track(images)
             tracker.leave_out(outputs or [])
             start = time.perf_counter()
-            run_job(student, way, images, outputs)
+            run_job(student, strategy, images, outputs)
             return tracker.peak, time.perf_counter() - start
 
 
 def _outputs_in(folder: str, student: Student, job: Job) -> list[Tensor]:
     """Memory-mapped files for the maps of a job, as when maps are written to files."""
-    wanted = new_results(student, torch.empty(1, 3, *job.padded_hw).expand(job.batch, -1, -1, -1))
+    wanted = new_outputs(student, torch.empty(1, 3, *job.padded_hw).expand(job.batch, -1, -1, -1))
     return [
         torch.from_file(f"{folder}/{number}", shared=True, size=out.numel(), dtype=out.dtype).view(out.shape)
         for number, out in enumerate(wanted)

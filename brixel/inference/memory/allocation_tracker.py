@@ -1,7 +1,7 @@
-"""How many bytes of tensors are alive at once: counted while a program runs, on real tensors or on fake ones.
+"""Counts the bytes of tensors that are alive at once while a program runs, on real tensors or on fake ones.
 
-Every storage is counted once, from the operation that made it to the moment that nobody holds it. What an operation
-allocates inside itself and frees again is not seen; of ours that is little on the CPU (`docs/memory.md`).
+Every storage is counted once, from the operation that made it until nothing refers to it. What an operation allocates
+inside itself and frees again is not seen; on the CPU that is little (`docs/memory.md`).
 """
 
 import copy
@@ -17,9 +17,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Counts the live bytes of one kind of device, and their ``peak``, for what runs inside the context.
+    """Counts the ``live`` bytes on one type of device, and their ``peak``, for what runs inside the context.
 
-    Tensors made before belong to the count only after :meth:`track`.
+    Tensors that were made before are counted only after :meth:`track`.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -29,15 +29,15 @@ class AllocationTracker(TorchDispatchMode):
         self._storages: dict[int, weakref.ref[Any]] = {}
 
     def track(self, tensors: Iterable[Tensor]) -> None:
-        """Count the storages of these as well, until they are freed."""
-        for each in tensors:
-            if each.device.type == self._device_type:
-                self._add(each.untyped_storage(), each.untyped_storage().nbytes())
+        """Count the storages of these tensors as well, until they are freed."""
+        for tensor in tensors:
+            if tensor.device.type == self._device_type:
+                self._add(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count the storages of these, nor views of them: they lie in a file, for instance."""
-        for each in tensors:
-            self._add(each.untyped_storage(), 0)
+        """Do not count the storages of these tensors, nor views of them: they are mapped files, for instance."""
+        for tensor in tensors:
+            self._add(tensor.untyped_storage(), 0)
 
     def _add(self, storage: Any, size: int) -> None:
         key = storage._cdata
@@ -56,26 +56,26 @@ class AllocationTracker(TorchDispatchMode):
     ) -> Any:
         """Run the operation and count what it made."""
         result = func(*args, **(kwargs or {}))
-        self.track(each for each in tree_leaves(result) if isinstance(each, Tensor))
+        self.track(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return result
 
 
 def weights_and_buffers(module: nn.Module) -> list[Tensor]:
-    """All that a module keeps on its device."""
+    """The tensors that a module keeps on its device."""
     return [*module.parameters(), *module.buffers()]
 
 
 def storage_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, shared ones once."""
-    storages = {each.untyped_storage()._cdata: each.untyped_storage() for each in weights_and_buffers(module)}
-    return sum(each.nbytes() for each in storages.values())
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in weights_and_buffers(module)}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def copy_with(module: Module, change: Callable[[Tensor], Tensor]) -> Module:
-    """A copy of a module whose parameters and buffers are what ``change`` makes of them; they are not copied."""
+    """A copy of a module whose parameters and buffers are replaced by ``change`` of them, without copying them."""
     memo: dict[int, Any] = {}
-    for each in weights_and_buffers(module):
-        changed = change(each.detach())
-        is_parameter = isinstance(each, nn.Parameter)
-        memo[id(each)] = nn.Parameter(changed, requires_grad=each.requires_grad) if is_parameter else changed
+    for tensor in weights_and_buffers(module):
+        changed = change(tensor.detach())
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(changed, requires_grad=tensor.requires_grad) if is_parameter else changed
     return copy.deepcopy(module, memo)

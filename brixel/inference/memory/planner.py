@@ -1,29 +1,35 @@
-"""How much memory a way needs, and the cheapest way that fits into a limit.
+"""How much memory a strategy needs, and the cheapest strategy that fits into a limit.
 
-The need is not estimated but counted: the very functions that will run, run first on fake tensors, which have shapes
-and no data, while :class:`AllocationTracker` looks on. Only most of the equal pieces and tiles are left out.
+The need is counted, not estimated: the functions that will run first run on fake tensors, which have shapes and no
+data, under an :class:`AllocationTracker`. Most of the equal batches, chunks and tiles are left out.
 """
 
 import dataclasses
+import math
+import sys
+import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from brixel.backbones.vit import ViT
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.feature_maps.host_copy import crop
 from brixel.inference.memory.allocation_tracker import AllocationTracker, copy_with, storage_bytes, weights_and_buffers
-from brixel.inference.memory.strategies import TILE_SIDES, Way, maps_of, new_results, run_way
+from brixel.inference.memory.strategies import TILE_SIDES, RowChunks, Strategy, Tiles, Whole, new_outputs
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE
-from brixel.utils.memory import format_bytes
+from brixel.utils.devices import dtype_name
+from brixel.utils.memory import MARGIN, format_bytes, free_bytes, parse_bytes
 
-Tiles = Literal["auto", "never", "always"]
+TileMode = Literal["auto", "never", "always"]
+HOST = torch.device("cpu")
 HALF_INT = 2**31 - 1
-"""Several kernels count elements in 32 bits: of a whole pass no tensor may have more."""
+"""Several kernels count elements in 32 bits: no tensor of a whole pass may have more."""
 _INDICES_PER_PATCH = 1024  # of one extractor: 4 queries, 16 heads, 4 points, 4 corners
 _STEM_PER_PIXEL = 16  # 64 channels at half the resolution
 _SIZE_STEPS = 256
@@ -31,33 +37,43 @@ _SIZE_STEPS = 256
 _PEAKS: "weakref.WeakKeyDictionary[Student, dict[Any, int]]" = weakref.WeakKeyDictionary()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a batch of images will be computed, and what that takes.
+    """How the maps of a batch of images will be computed, and the memory that takes.
 
-    ``way`` is "whole", "pieces" (the same numbers but for rounding) or "tiles" (an approximation: tiles do not attend
-    to one another), on ``device``. ``micro_batch`` images go through at a time; of pieces ``piece_rows`` rows of
-    patches; of tiles, ``tiles`` an image, ``tile_px`` (height, width) that overlap by ``overlap_px`` at least.
-    ``peak_bytes`` is predicted, with the weights, and on the CPU with pixels and maps.
+    Attributes:
+        strategy: "whole", "row_chunks" (the same numbers but for rounding) or "tiles" (an approximation: tiles do not
+            attend to one another).
+        device: Where the model runs, such as "cpu".
+        dtype: The weights' dtype, such as "float32".
+        padded_hw: Height and width of each image in pixels, padded to whole patches.
+        batch: Number of images.
+        micro_batch: Images that go through the model at a time.
+        chunk_rows: Rows of patches that are computed at a time; None unless the strategy is "row_chunks".
+        tile_px: Height and width of a tile in pixels; None unless the strategy is "tiles", as are the next two.
+        overlap_px: Pixels that neighbouring tiles share at least.
+        tiles: Number of tiles per image.
+        peak_bytes: Predicted peak of memory on ``device``, weights included; on the CPU also pixels and maps.
+        limit_bytes: The limit that was kept.
     """
 
-    way: str
+    strategy: str
     device: str
     dtype: str
     padded_hw: tuple[int, int]
     batch: int
-    micro_batch: int
-    piece_rows: int | None
-    tile_px: tuple[int, int] | None
-    overlap_px: int | None
-    tiles: int | None
+    micro_batch: int = 1
+    chunk_rows: int | None = None
+    tile_px: tuple[int, int] | None = None
+    overlap_px: int | None = None
+    tiles: int | None = None
     peak_bytes: int
     limit_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A batch of so many images of padded size; ``to_file``: its maps go to files rather than to memory."""
+    """A batch of ``batch`` images of padded size; ``to_file``: its maps go to files rather than to memory."""
 
     batch: int
     padded_hw: tuple[int, int]
@@ -67,26 +83,39 @@ class Job:
         """The patch grid of each image."""
         return self.padded_hw[0] // student.backbone.patch_px, self.padded_hw[1] // student.backbone.patch_px
 
+    def map_bytes(self, student: Student) -> int:
+        """Bytes of one image's map, 0 where it goes to a file."""
+        (height, width), weight = self.grid_hw(student), student.head.out.weight
+        return 0 if self.to_file else UPSCALE**2 * height * width * weight.shape[0] * weight.element_size()
 
-def check_tiles(tiles: str) -> Tiles:
-    """The argument, or BrixelError for another than the three."""
-    if tiles not in get_args(Tiles):
+
+def pixel_bytes(padded_hw: tuple[int, int]) -> int:
+    """Bytes of the prepared pixels of an image, (3, H, W) in float32."""
+    return 3 * 4 * padded_hw[0] * padded_hw[1]
+
+
+def check_tiles(tiles: str) -> TileMode:
+    """Return the argument; raise BrixelError where it is none of the three."""
+    if tiles not in get_args(TileMode):
         raise BrixelError(f"tiles is {tiles!r}; expected 'auto' (where nothing exact fits), 'never' or 'always'")
     return tiles  # type: ignore[return-value]
 
 
-def predict_peak(student: Student, way: Way, job: Job, device: torch.device | None = None) -> int:
-    """Peak bytes on ``device`` (the model's own where None), weights included, of computing a job one way."""
+# ---------------------------------------------------------------- prediction
+
+
+def predict_peak(student: Student, strategy: Strategy, job: Job, device: torch.device | None = None) -> int:
+    """Peak bytes on ``device`` (the model's own where None), weights included, of computing a job."""
     weight = student.head.out.weight
-    where = weight.device if device is None else device
-    key = (way, job, where, weight.dtype, storage_bytes(student))
+    device = weight.device if device is None else device
+    key = (strategy, job, device, weight.dtype, storage_bytes(student))
     known = _PEAKS.setdefault(student, {})
     if key not in known:
-        known[key] = _count(student, way, job, where)
+        known[key] = _count(student, strategy, job, device)
     return known[key]
 
 
-def _count(student: Student, way: Way, job: Job, device: torch.device) -> int:
+def _count(student: Student, strategy: Strategy, job: Job, device: torch.device) -> int:
     fake = FakeTensorMode()
 
     def without_data(tensor: Tensor) -> Tensor:
@@ -94,35 +123,41 @@ def _count(student: Student, way: Way, job: Job, device: torch.device) -> int:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     twin = copy_with(student, without_data).eval()
-    counter = AllocationTracker(device.type)
+    tracker = AllocationTracker(device.type)
     with fake:
-        rooms = new_results(twin, torch.empty(job.batch, 3, *job.padded_hw)) if job.to_file else None
-        with counter:
-            counter.track(weights_and_buffers(twin))
-            counter.leave_out(rooms or [])
-            run_job(twin, way, [torch.empty(3, *job.padded_hw) for _ in range(job.batch)], rooms, sketch=True)
-    return counter.peak
+        outputs = new_outputs(twin, torch.empty(job.batch, 3, *job.padded_hw)) if job.to_file else None
+        with tracker:
+            tracker.track(weights_and_buffers(twin))
+            tracker.leave_out(outputs or [])
+            images = [torch.empty(3, *job.padded_hw) for _ in range(job.batch)]
+            run_job(twin, strategy, images, outputs, counting=True)
+    return tracker.peak
 
 
 def run_job(
-    student: Student, way: Way, images: Sequence[Tensor], rooms: Sequence[Tensor] | None, *, sketch: bool = False
+    student: Student,
+    strategy: Strategy,
+    images: Sequence[Tensor],
+    outputs: Sequence[Tensor] | None,
+    *,
+    counting: bool = False,
 ) -> list[Tensor]:
-    """What happens to a batch from prepared pixels (3, H, W) to maps, for counting memory."""
+    """What a stream does with a batch of prepared pixels (3, H, W), for counting memory; arguments as `Strategy.run`.
+
+    Returns the maps, or nothing where they were written to ``outputs``.
+    """
     pixels = images[0][None] if len(images) == 1 else torch.stack(list(images))
-    if rooms is not None:
-        run_way(student, way, pixels, rooms, sketch=sketch)
-        return []
-    maps = maps_of(student, way, pixels, sketch=sketch)
-    return [crop(each, (each.shape[1], each.shape[2])) for each in maps]
+    maps = strategy.run(student, pixels, outputs, counting=counting)
+    return [crop(dense, (dense.shape[1], dense.shape[2])) for dense in maps] if outputs is None else []
 
 
 def surely_fits(student: Student, job: Job, spare_bytes: int) -> bool:
-    """Whether a whole pass fits beside the weights, by a bound from above that costs nothing to compute."""
-    return bound_bytes(student, job) < spare_bytes and _is_counted(student, Way("whole", batch=job.batch), job)
+    """Whether a whole pass fits beside the weights, by an upper bound that costs nothing to compute."""
+    return bound_bytes(student, job) < spare_bytes and _is_countable(student, job.batch, job)
 
 
 def bound_bytes(student: Student, job: Job) -> int:
-    """More than a whole pass takes beside the weights."""
+    """An upper bound of what a whole pass takes beside the weights."""
     height, width = job.grid_hw(student)
     patch_px, channels = student.backbone.patch_px, student.backbone.width
     # per patch: dense maps twice, queries, tokens and what attention and feed-forward make of them; points; the stem
@@ -132,40 +167,33 @@ def bound_bytes(student: Student, job: Job) -> int:
 
 
 def _held_bytes(student: Student, job: Job, device: torch.device | None) -> int:
-    """Less than any way takes: the weights, and on the CPU the pixels and the maps that do not go to a file."""
-    weight, (height, width) = student.head.out.weight, job.padded_hw
-    if (weight.device if device is None else device).type != "cpu":
+    """A lower bound of any strategy: the weights, and on the CPU the pixels and the maps that do not go to a file."""
+    if (student.head.out.weight.device if device is None else device).type != "cpu":
         return storage_bytes(student)
-    grid_hw = job.grid_hw(student)
-    cells = 0 if job.to_file else UPSCALE**2 * grid_hw[0] * grid_hw[1]
-    map_bytes = weight.shape[0] * weight.element_size() * cells
-    return storage_bytes(student) + job.batch * (3 * 4 * height * width + map_bytes)
+    return storage_bytes(student) + job.batch * (pixel_bytes(job.padded_hw) + job.map_bytes(student))
 
 
-def _is_counted(student: Student, way: Way, job: Job) -> bool:
-    """Whether a whole pass stays within what kernels count."""
+def _is_countable(student: Student, batch: int, job: Job) -> bool:
+    """Whether a whole pass of ``batch`` images stays within what kernels count."""
     height, width = job.grid_hw(student)
-    pixels = height * width * student.backbone.patch_px**2
-    per_image = max(
-        _INDICES_PER_PATCH * height * width,
-        UPSCALE**2 * height * width * student.backbone.width,
-        _STEM_PER_PIXEL * pixels,
-    )
-    return way.batch * per_image <= HALF_INT
+    patch_px, channels = student.backbone.patch_px, student.backbone.width
+    per_patch = max(_INDICES_PER_PATCH, UPSCALE**2 * channels, _STEM_PER_PIXEL * patch_px**2)
+    return batch * height * width * per_patch <= HALF_INT
 
 
-def ways_by_cost(student: Student, job: Job, tiles: Tiles) -> list[list[Way]]:
-    """The ways that are allowed, cheapest kind first; of each kind from the most to the least memory."""
+# ---------------------------------------------------------------- choice
+
+
+def strategies_by_cost(student: Student, job: Job, tiles: TileMode) -> list[list[Strategy]]:
+    """The strategies that are allowed, one list per kind, cheapest kind first; in a list from most to least memory."""
     grid_hw = job.grid_hw(student)
-    whole = [Way("whole", batch=batch) for batch in _halvings(job.batch)]
-    kinds = [[each for each in whole if _is_counted(student, each, job)]]
-    kinds.append([Way("pieces", rows=rows) for rows in _halvings(max(1, grid_hw[0] // 2))])
-    smaller_tiles = [Way("tiles", side=side) for side in TILE_SIDES if side < max(grid_hw)]
-    if tiles == "always" and smaller_tiles:
-        kinds = [smaller_tiles]
-    elif tiles == "auto":
-        kinds.append(smaller_tiles)
-    return [each for each in kinds if each]
+    whole: list[Strategy] = [Whole(batch) for batch in _halvings(job.batch) if _is_countable(student, batch, job)]
+    chunks: list[Strategy] = [RowChunks(rows) for rows in _halvings(max(1, grid_hw[0] // 2))]
+    tiled: list[Strategy] = [Tiles(side) for side in TILE_SIDES if side < max(grid_hw)]
+    if tiles == "always" and tiled:
+        return [tiled]
+    kinds = [whole, chunks, tiled] if tiles == "auto" else [whole, chunks]
+    return [strategies for strategies in kinds if strategies]
 
 
 def _halvings(number: int) -> list[int]:
@@ -175,42 +203,42 @@ def _halvings(number: int) -> list[int]:
     return numbers
 
 
-def choose_way(student: Student, job: Job, limit_bytes: int, tiles: Tiles, device: torch.device | None = None) -> Way:
-    """The cheapest way whose predicted peak is within the limit. Raises MemoryLimitError where none is."""
-    kinds = ways_by_cost(student, job, tiles)
-    for ways in kinds if _held_bytes(student, job, device) <= limit_bytes else []:
-        found = _first_that_fits(student, ways, job, limit_bytes, device)
+def choose_strategy(
+    student: Student, job: Job, limit_bytes: int, tiles: TileMode, device: torch.device | None = None
+) -> Strategy:
+    """The cheapest strategy whose predicted peak is within the limit. Raises MemoryLimitError where none is."""
+
+    def peak(strategy: Strategy) -> int:
+        return predict_peak(student, strategy, job, device)
+
+    kinds = strategies_by_cost(student, job, tiles)
+    for strategies in kinds if _held_bytes(student, job, device) <= limit_bytes else []:
+        found = _first_that_fits(strategies, lambda strategy: peak(strategy) <= limit_bytes)
         if found is not None:
             return found
-    least = min(predict_peak(student, ways[-1], job, device) for ways in kinds)
+    least = min(peak(strategies[-1]) for strategies in kinds)
     raise MemoryLimitError(_refusal(student, job, limit_bytes, tiles, least, device))
 
 
-def _first_that_fits(
-    student: Student, ways: list[Way], job: Job, limit_bytes: int, device: torch.device | None
-) -> Way | None:
-    """The first of ways that need less and less, or None; few of them are tried."""
-
-    def fits(index: int) -> bool:
-        return predict_peak(student, ways[index], job, device) <= limit_bytes
-
-    if fits(0):
-        return ways[0]
-    low, high = 0, len(ways) - 1  # what fails, what fits
-    if not fits(high):
+def _first_that_fits(strategies: list[Strategy], fits: Callable[[Strategy], bool]) -> Strategy | None:
+    """The first of strategies that need less and less, found by bisection; None where the last does not fit."""
+    if fits(strategies[0]):
+        return strategies[0]
+    low, high = 0, len(strategies) - 1  # what fails, what fits
+    if not fits(strategies[high]):
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return ways[high]
+        low, high = (low, middle) if fits(strategies[middle]) else (middle, high)
+    return strategies[high]
 
 
 def _refusal(
-    student: Student, job: Job, limit_bytes: int, tiles: Tiles, least: int, device: torch.device | None
+    student: Student, job: Job, limit_bytes: int, tiles: TileMode, least: int, device: torch.device | None
 ) -> str:
     height, width = job.padded_hw
-    most = _largest(student, job, limit_bytes, tiles, device)
-    fitting = f"the largest image of this shape that fits has {most[0]}x{most[1]}" if most else "no image fits"
+    largest = _largest(student, job, limit_bytes, tiles, device)
+    fitting = f"the largest image of this shape that fits has {largest[0]}x{largest[1]}" if largest else "no image fits"
     advice = ["allow more memory", "ask for a smaller short_side_px"]
     advice += ["allow tiles"] if tiles == "never" else []
     advice += ["write the map to a file (out='map.npy', or --format npy)"] if not job.to_file else []
@@ -222,11 +250,11 @@ def _refusal(
 
 
 def _largest(
-    student: Student, job: Job, limit_bytes: int, tiles: Tiles, device: torch.device | None
+    student: Student, job: Job, limit_bytes: int, tiles: TileMode, device: torch.device | None
 ) -> tuple[int, int] | None:
-    """The largest padded size of the same aspect that some way fits, in pixels; None where none is found.
+    """The largest padded size of the same aspect that fits, in pixels; None where none is found.
 
-    Of an image longer than `_SIZE_STEPS` patches, as near as one part in so many.
+    For an image longer than `_SIZE_STEPS` patches, to within one part in so many.
     """
     patch_px, grid_hw = student.backbone.patch_px, job.grid_hw(student)
     if limit_bytes <= storage_bytes(student):
@@ -241,7 +269,8 @@ def _largest(
         smaller = dataclasses.replace(job, padded_hw=sized(patches))
         if _held_bytes(student, smaller, device) > limit_bytes:
             return False
-        return predict_peak(student, ways_by_cost(student, smaller, tiles)[-1][-1], smaller, device) <= limit_bytes
+        least = strategies_by_cost(student, smaller, tiles)[-1][-1]
+        return predict_peak(student, least, smaller, device) <= limit_bytes
 
     low, high = 0, longest  # what fits, what fails
     while high - low > max(1, longest // _SIZE_STEPS):
@@ -250,23 +279,131 @@ def _largest(
     return sized(low) if low else None
 
 
-def describe_way(student: Student, way: Way, job: Job, limit_bytes: int, device: torch.device) -> Plan:
-    """The plan, as data, of computing a job one way."""
-    patch_px, tiling = student.backbone.patch_px, None
-    if way.kind == "tiles":
-        tiling = way.tiling(job.grid_hw(student))
-    tile_hw = (0, 0) if tiling is None else tiling.tile_hw
-    return Plan(
-        way=way.kind,
-        device=str(device),
-        dtype=str(student.head.out.weight.dtype).removeprefix("torch."),
-        padded_hw=job.padded_hw,
-        batch=job.batch,
-        micro_batch=min(way.batch, job.batch),
-        piece_rows=way.rows or None,
-        tile_px=None if tiling is None else (tile_hw[0] * patch_px, tile_hw[1] * patch_px),
-        overlap_px=None if tiling is None else way.overlap * patch_px,
-        tiles=None if tiling is None else tiling.count,
-        peak_bytes=predict_peak(student, way, job, device),
-        limit_bytes=limit_bytes,
-    )
+class Choice(NamedTuple):
+    """How a job is computed; ``on_host``: on the CPU, because the accelerator has too little memory."""
+
+    strategy: Strategy
+    on_host: bool
+
+
+class Planner:
+    """Chooses how to compute jobs within a limit, and remembers for the jobs after it what ran out of memory.
+
+    Args:
+        student: The model.
+        limit: Bytes or text such as "4GiB", weights included; None: what is free on the device, less a margin.
+        tiles: "auto", "never" or "always"; see :meth:`brixel.inference.dense_features.DenseFeatures.extract`.
+
+    Raises:
+        BrixelError: An argument is none of these.
+    """
+
+    def __init__(self, student: Student, limit: int | str | None, tiles: str) -> None:
+        self.student = student
+        self.weight_bytes = storage_bytes(student)
+        self.lock = threading.RLock()  # images are checked by the threads that decode them
+        self._tiles = check_tiles(tiles)
+        self._is_limit_given = limit is not None
+        self.limit_bytes = self._free(self.device) if limit is None else parse_bytes(limit)
+        self._choices: dict[Job, Choice] = {}
+        self._too_much: dict[str, int] = {}  # by kind of strategy: pixels at once that ran out of memory
+        self._only_on_host = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.student.head.out.weight.device
+
+    def choose(self, job: Job) -> Choice:
+        """How to compute a job. Raises MemoryLimitError where nothing fits."""
+        with self.lock:
+            if job not in self._choices:
+                self._choices[job] = self._choose(job)
+            strategy, on_host = self._choices[job]
+            while self._pixels_at_once(strategy, job) >= self._too_much.get(strategy.name, math.inf):
+                smaller = self._smaller(strategy, job)
+                if smaller is None:
+                    break
+                strategy = smaller
+            self._choices[job] = Choice(strategy, on_host)
+            return self._choices[job]
+
+    def take_less(self, job: Job, failed: Choice) -> None:
+        """Remember that a choice ran out of memory: the next is smaller, and on the CPU after the smallest.
+
+        Raises MemoryLimitError where the smallest failed on the CPU.
+        """
+        strategy, on_host = failed
+        with self.lock:
+            pixels = self._pixels_at_once(strategy, job)
+            self._too_much[strategy.name] = min(pixels, self._too_much.get(strategy.name, pixels))
+            smaller = self._smaller(strategy, job)
+            if smaller is not None:
+                self._choices[job] = Choice(smaller, on_host)
+            elif self.device != HOST and not on_host:
+                self._only_on_host, self._too_much, self._choices = True, {}, {}
+            else:
+                height, width = job.padded_hw
+                raise MemoryLimitError(
+                    f"memory ran out for an image of {height}x{width} pixels (height x width), however little was done "
+                    "at a time; close other programs, or ask for a smaller short_side_px"
+                )
+
+    def plan(self, job: Job) -> Plan:
+        """How a job will be computed, as data."""
+        strategy, on_host = self.choose(job)
+        device = HOST if on_host else self.device
+        return Plan(
+            strategy=strategy.name,
+            device=str(device),
+            dtype=dtype_name(self.student.head.out.weight.dtype),
+            padded_hw=job.padded_hw,
+            batch=job.batch,
+            peak_bytes=predict_peak(self.student, strategy, job, device),
+            limit_bytes=self._free(HOST) if on_host else self.limit_bytes,
+            **strategy.plan_fields(job.grid_hw(self.student), self.student.backbone.patch_px),
+        )
+
+    def surely_fits(self, job: Job) -> bool:
+        """Whether there is so much memory that nothing need be predicted.
+
+        Of a limit that was given, half: what waits takes the rest. The bound does not hold for foreign backbones.
+        """
+        spare = self.limit_bytes - self.weight_bytes
+        if self._is_limit_given:
+            spare = spare // 2 if isinstance(self.student.backbone, ViT) else 0
+        return self._tiles != "always" and surely_fits(self.student, job, spare)
+
+    def _choose(self, job: Job) -> Choice:
+        if self._only_on_host:
+            return self._choose_on_host(job)
+        if self.surely_fits(job):
+            return Choice(Whole(job.batch), False)
+        try:
+            return Choice(choose_strategy(self.student, job, self.limit_bytes, self._tiles), False)
+        except MemoryLimitError:
+            if self.device == HOST:
+                raise
+            return self._choose_on_host(job)
+        except Exception as error:  # a foreign backbone that does not run on fake tensors
+            if self._is_limit_given:
+                raise BrixelError(
+                    f"the memory that {type(self.student.backbone).__name__} needs cannot be predicted "
+                    f"({type(error).__name__}: {error}); leave out memory_limit"
+                ) from error
+            return Choice(Whole(job.batch), False)
+
+    def _choose_on_host(self, job: Job) -> Choice:
+        return Choice(choose_strategy(self.student, job, self._free(HOST), self._tiles, HOST), True)
+
+    def _free(self, device: torch.device) -> int:
+        """What is free on a device less a margin, and the weights on it; no bound where it is not known."""
+        free = free_bytes(device)
+        weights = self.weight_bytes if self.device == device else 0
+        return sys.maxsize if free is None else int((1 - MARGIN) * free) + weights
+
+    def _smaller(self, strategy: Strategy, job: Job) -> Strategy | None:
+        return strategy.smaller(job.grid_hw(self.student), tiles=self._tiles != "never")
+
+    def _pixels_at_once(self, strategy: Strategy, job: Job) -> int:
+        return strategy.pixels_at_once(job.grid_hw(self.student), self.student.backbone.patch_px)

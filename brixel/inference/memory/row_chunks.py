@@ -1,20 +1,21 @@
-"""Rows of a map, some at a time: which they are, and the resizing of a few to what a resizing of all would give them.
+"""Ranges of rows that cover a map, and the resizing of some rows to what resizing the whole map would give them.
 
 Shapes: B batch, C channels, H x W cells.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Ranges = Sequence[tuple[int, int]]
+"""Pairs (start, stop), stop excluded."""
 
-def row_ranges(total: int, rows: int, *, sketch: bool = False) -> list[tuple[int, int]]:
-    """Ranges (first, behind the last) of ``rows`` each that cover ``total``, the last one shorter where it must be.
 
-    ``sketch``: the first two and the last two alone, which use as much memory as all.
-    """
-    ranges = [(first, min(first + rows, total)) for first in range(0, total, rows)]
-    return [*ranges[:2], *ranges[-2:]] if sketch and len(ranges) > 4 else ranges
+def row_ranges(total: int, rows: int) -> list[tuple[int, int]]:
+    """Ranges of ``rows`` rows that cover ``total``; the last one may be shorter."""
+    return [(start, min(start + rows, total)) for start in range(0, total, rows)]
 
 
 def source_rows(wanted: tuple[int, int], total: int, new_total: int) -> tuple[int, int]:
@@ -27,26 +28,26 @@ def source_rows(wanted: tuple[int, int], total: int, new_total: int) -> tuple[in
 
 
 def resize_rows(
-    maps: Tensor, first: int, total: int, wanted: tuple[int, int], new_hw: tuple[int, int], dtype: torch.dtype
+    maps: Tensor, start: int, total: int, wanted: tuple[int, int], new_hw: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The rows ``wanted`` of what bilinear resizing to ``new_hw`` makes of a map with ``total`` rows.
+    """The rows ``wanted`` of a map with ``total`` rows that is resized to ``new_hw``, bilinear.
 
-    ``maps``: (B, C, n, W), the rows of that map from ``first`` on, at least those of :func:`source_rows`. Cell centres
-    at +0.5, as in `model.adapter.resize`. Returns (B, C, wanted, new W) of ``dtype``, channels last in memory.
+    ``maps``: (B, C, n, W), the map's rows from ``start`` on, at least those of :func:`source_rows`. Cell centres are at
+    +0.5, as in `model.adapter.resize`. Returns (B, C, wanted, new W) of ``dtype``, channels last in memory.
     """
     if total == new_hw[0]:
-        maps = maps[:, :, wanted[0] - first : wanted[1] - first]
-        return (maps if maps.shape[3] == new_hw[1] else _columns(maps, new_hw[1])).to(dtype)
+        maps = maps[:, :, wanted[0] - start : wanted[1] - start]
+        return (maps if maps.shape[3] == new_hw[1] else _resize_columns(maps, new_hw[1])).to(dtype)
     wide = torch.promote_types(maps.dtype, torch.float32)
     rows = torch.arange(*wanted, dtype=wide, device=maps.device)
-    places = ((rows + 0.5) * (total / new_hw[0]) - 0.5).clamp(0, total - 1)
-    above = places.floor()
-    share = (places - above)[:, None]  # n' 1
-    index = above.long() - first
-    below = (above.long() + 1).clamp_max(total - 1) - first
-    mixed = torch.lerp(maps[:, :, index].to(wide), maps[:, :, below].to(wide), share)  # B C n' W
-    return _columns(mixed.contiguous(memory_format=torch.channels_last), new_hw[1]).to(dtype)
+    positions = ((rows + 0.5) * (total / new_hw[0]) - 0.5).clamp(0, total - 1)
+    above = positions.floor()
+    fraction = (positions - above)[:, None]  # n' 1
+    index = above.long() - start
+    below = (above.long() + 1).clamp_max(total - 1) - start
+    mixed = torch.lerp(maps[:, :, index].to(wide), maps[:, :, below].to(wide), fraction)  # B C n' W
+    return _resize_columns(mixed.contiguous(memory_format=torch.channels_last), new_hw[1]).to(dtype)
 
 
-def _columns(maps: Tensor, columns: int) -> Tensor:
+def _resize_columns(maps: Tensor, columns: int) -> Tensor:
     return F.interpolate(maps, size=(maps.shape[2], columns), mode="bilinear", align_corners=False)

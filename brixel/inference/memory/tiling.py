@@ -1,7 +1,7 @@
-"""Tiles that cover a grid: equal, overlapping, blended; integers, no model.
+"""Equal, overlapping tiles that cover a grid, and the weights that blend them; integers, no model.
 
-Legend: a grid h x w is covered by tiles of one size; a cell that lies in several takes from each by weights that sum to
-one and fall to zero towards a tile's edge, so that nothing jumps there.
+A cell in several tiles takes from all of them, by weights that sum to one and fall towards a tile's edge, so that the
+map does not jump there.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from brixel.errors import BrixelError
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of ``tile_hw`` cells on a grid of ``grid_hw``, which begin at rows ``tops``, columns ``lefts``."""
+    """Tiles of ``tile_hw`` cells on a grid of ``grid_hw``, one at every pair of ``tops`` (rows) and ``lefts``."""
 
     grid_hw: tuple[int, int]
     tile_hw: tuple[int, int]
@@ -33,9 +33,9 @@ class Tiling:
 
 
 def plan_tiling(grid_hw: tuple[int, int], side: int, overlap: int) -> Tiling:
-    """Tiles of ``side`` x ``side`` cells, or as long as the grid where that is shorter.
+    """Spread tiles of ``side`` x ``side`` cells evenly over a grid; on a shorter axis they are as long as the grid.
 
-    Neighbours share at least ``overlap`` cells, and are spread evenly. Raises BrixelError unless 0 <= overlap < side.
+    Neighbours share at least ``overlap`` cells. Raises BrixelError unless 0 <= overlap < side.
     """
     if not 0 <= overlap < side:
         raise BrixelError(f"tiles of {side} cells cannot overlap by {overlap}; expected 0 <= overlap < side")
@@ -53,16 +53,16 @@ def _starts(cells: int, tile: int, overlap: int) -> tuple[int, ...]:
 
 
 def blend_weights(starts: tuple[int, ...], tile: int, cells: int, upscale: int) -> Tensor:
-    """What each tile along one axis gives to its cells, ``upscale`` to one of the grid: (tiles, tile * upscale).
+    """Weights of tiles along one axis, for ``upscale`` cells per cell of the grid: (tiles, tile * upscale).
 
-    The weights rise by the same step in every cell from a tile's edge to the middle of it, or to the end of the
-    narrowest overlap; those of all tiles in a cell sum to one.
+    They rise linearly from a tile's edge to its middle, or to the end of the narrowest overlap; those of all tiles in a
+    cell sum to one.
     """
     length = tile * upscale
     overlap = min((tile - (b - a) for a, b in itertools.pairwise(starts)), default=tile) * upscale
     edge = torch.arange(length, dtype=torch.float64) + 0.5
     ramp = torch.minimum(edge, edge.flip(0)).clamp_max(max(0.5, overlap))
-    places = upscale * torch.tensor(starts)[:, None] + torch.arange(length)  # tiles length
+    positions = upscale * torch.tensor(starts)[:, None] + torch.arange(length)  # tiles length
     sums = torch.zeros(cells * upscale, dtype=torch.float64)
-    sums.index_add_(0, places.flatten(), ramp.repeat(len(starts)))
-    return (ramp / sums[places]).float()
+    sums.index_add_(0, positions.flatten(), ramp.repeat(len(starts)))
+    return (ramp / sums[positions]).float()

@@ -22,13 +22,16 @@ def test_the_table_is_predicted_without_weights_and_measured_where_asked():
         ("bfloat16", 128),
     ]
     for row in report.rows:
-        assert row.keys() & {"whole", "pieces", "tiles"} == {"whole", "pieces"}  # no tile is smaller than the image
+        assert row.keys() & {"whole", "row_chunks", "tiles"} == {
+            "whole",
+            "row_chunks",
+        }
         assert (row["measured"] is None) == (row["image_px"] == 128)
         for kind, measured in row["measured_bytes"].items():
             assert 0.9 * row[kind] <= measured <= row[kind]
     text = report.markdown("brixel evaluate memory")
     row = report.rows[3]
-    cells = f"{format_bytes(row['whole'])} | {format_bytes(row['pieces'])} | - | -"
+    cells = f"{format_bytes(row['whole'])} | {format_bytes(row['row_chunks'])} | - | -"
     assert f"| dinov3-vits16 | bfloat16 | 128 | {cells} |" in text
     assert text.endswith("    brixel evaluate memory")
 
@@ -39,13 +42,13 @@ def test_what_is_counted_stays_within_limit_and_prediction():
     report = limit_table(["dinov3-vits16"], [256], limits, dtype=torch.float32, tiles="auto")
     rows = report.rows
     assert [row["limit_bytes"] for row in rows] == limits
-    assert [row.get("kind") for row in rows] == [None, "pieces", "whole", "whole"]
+    assert [row.get("kind") for row in rows] == [None, "row_chunks", "whole", "whole"]
     for row in rows[1:]:
         assert 0.9 * row["predicted_bytes"] <= row["measured_bytes"] <= row["predicted_bytes"] <= row["limit_bytes"]
     assert rows[2]["seconds"] == rows[3]["seconds"]  # the same strategy is run once
     text = report.markdown("brixel evaluate memory --limits")
     assert "| dinov3-vits16 | float32 | 256 | 60 MiB | refused: nothing fits | - | - | - | - |" in text
-    assert "| 98 MiB | row chunks of " in text
+    assert "| 98 MiB | exact chunks of " in text
     assert text.endswith("    brixel evaluate memory --limits")
 
 
@@ -73,7 +76,7 @@ def test_the_command_refuses_what_fits_nothing(monkeypatch, capsys):
     def nothing_fits(*_):
         raise memory.MemoryLimitError("nothing fits")
 
-    monkeypatch.setattr(memory, "choose_way", nothing_fits)
+    monkeypatch.setattr(memory, "choose_strategy", nothing_fits)
     command = ["evaluate", "memory", "--architectures", "dinov3-vits16", "--image-px", "64"]
     assert main([*command, "--limits", "1MiB", "1GiB"]) == 0
     out = capsys.readouterr().out

@@ -10,7 +10,7 @@ from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures
 from brixel.images.find_images import SCENE
-from brixel.inference.memory.strategies import Way, maps_of
+from brixel.inference.memory.strategies import Tiles
 from brixel.inference.memory.tiling import blend_weights, plan_tiling
 
 
@@ -57,11 +57,6 @@ def test_an_overlap_that_leaves_no_step_is_refused(side, overlap):
         plan_tiling((9, 9), side, overlap)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    return BrixelFeatures.from_pretrained(device="cpu")
-
-
 class Pointwise(torch.nn.Module):
     """In the place of a student: a cell knows its own patch alone, so that tiles change nothing."""
 
@@ -79,13 +74,13 @@ class Pointwise(torch.nn.Module):
 @pytest.mark.parametrize("image_hw", [(60, 60), (32, 100), (132, 40)])
 def test_what_does_not_look_beyond_a_cell_is_the_same_in_tiles(image_hw):
     pixels = torch.randn(2, 3, *image_hw)
-    tiled = maps_of(Pointwise(), Way("tiles", side=8), pixels)
+    tiled = Tiles(8).run(Pointwise(), pixels)
     torch.testing.assert_close(torch.stack(tiled), torch.sin(3 * pixels))
 
 
 def test_one_tile_is_the_whole(tiny):
     pixels = torch.randn(1, 3, 64, 128)
-    (tiled,) = maps_of(tiny, Way("tiles", side=8), pixels)
+    (tiled,) = Tiles(8).run(tiny, pixels)
     with torch.no_grad():
         torch.testing.assert_close(tiled, tiny(pixels)[0], rtol=1e-5, atol=1e-5)
 
@@ -94,7 +89,7 @@ def test_a_constant_image_gives_a_blend_of_one_tile_s_map(tiny):
     """All tiles are alike, so that the map repeats with them where their distance is the same."""
     side, step = 8 * tiny.patch_px, 6 * tiny.patch_px
     pixels = torch.full((1, 3, side + 2 * step, side), 0.3)
-    (tiled,) = maps_of(tiny, Way("tiles", side=8), pixels)
+    (tiled,) = Tiles(8).run(tiny, pixels)
     with torch.no_grad():
         tile = tiny(pixels[:, :, :side])[0]
     torch.testing.assert_close(tiled[:, :24], tile[:, :24], rtol=1e-5, atol=1e-5)
@@ -106,13 +101,14 @@ def jumps(features):
     return (features[:, 1:] - features[:, :-1]).norm(dim=0).mean(dim=-1)
 
 
-def test_nothing_jumps_where_a_tile_ends(tiny):
+def test_nothing_jumps_where_a_tile_ends():
     """On the drawn scene the step from row to row is no larger at the edges of tiles than inside them."""
+    model = BrixelFeatures.from_pretrained(device="cpu")
     scene = np.asarray(Image.open(SCENE).resize((512, 512)))
     pixels = (torch.from_numpy(scene.copy()).permute(2, 0, 1)[None] / 255 - 0.45) / 0.23
-    way = Way("tiles", side=16)
-    (tiled,) = maps_of(tiny, way, pixels)
-    tiling = way.tiling((512 // tiny.patch_px, 512 // tiny.patch_px))
+    tiles = Tiles(16)
+    (tiled,) = tiles.run(model, pixels)
+    tiling = tiles.tiling((512 // model.patch_px, 512 // model.patch_px))
     for features, starts in ((tiled, tiling.tops), (tiled.mT, tiling.lefts)):
         steps = jumps(features)
         borders = {4 * start - 1 for start in starts[1:]} | {4 * (start + 16) - 1 for start in starts[:-1]}

@@ -2,14 +2,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from brixel import BrixelFeatures, PcaBasis
+from brixel import PcaBasis
 from brixel.feature_maps.panel import LABEL_PX, MARGIN_PX
 from brixel.inference.comparison_panel import comparison_panel
 
 
 @pytest.fixture(scope="module")
-def model(backbone_folder):
-    return BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
+def model(patch14):
+    """28 px on the short side where nothing else is said."""
+    return patch14
 
 
 def enlarge(colours, times):
@@ -33,7 +34,7 @@ def test_a_row_shows_image_backbone_and_dense_map_in_one_basis(model, image_path
     np.testing.assert_array_equal(tiles[0], np.asarray(expected))
 
 
-def test_the_teacher_stands_beside_them_in_the_same_basis(model, image_path):
+def test_the_teacher_is_shown_in_the_same_basis(model, image_path):
     panel = np.asarray(comparison_panel(model, [image_path], teacher=True))
     height, width = 8 * 48, 12 * 48
     assert panel.shape == (height + LABEL_PX + 2 * MARGIN_PX, 4 * (width + MARGIN_PX) + MARGIN_PX, 3)
@@ -59,7 +60,7 @@ def test_long_thin_images_stay_within_bounds_and_labels_are_whole(model):
     assert tall.width > 3 * 90
 
 
-def test_rows_of_several_images_stand_below_each_other(model, image_path):
+def test_several_images_are_rows_of_one_panel(model, image_path):
     one = comparison_panel(model, [image_path])
     two = comparison_panel(model, [image_path, np.zeros((30, 30), np.float32)])
     assert two.height > one.height

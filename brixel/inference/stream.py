@@ -1,0 +1,134 @@
+"""Many images in, their feature maps out: decoded ahead, computed in batches, in order."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from torch import Tensor
+
+from brixel.errors import BrixelError, MemoryLimitError
+from brixel.feature_maps.feature_map import FeatureMap
+from brixel.images.load import ImageInput
+from brixel.images.preprocess import ImagePlacement, Preprocessor
+from brixel.inference.batching import Result, run_batches
+from brixel.inference.memory.limited_forward import MemoryLimitedForward, is_out_of_memory
+from brixel.inference.prefetch import prefetch
+
+
+class FeatureStream:
+    """Computes the dense maps of many images, lazily and in order.
+
+    Args:
+        forward: Computes the maps of a batch, and says how many images may wait for it.
+        preprocessor: Makes pixels of an image.
+        batch_size: Images of one size that share a batch at most.
+        workers: Threads that decode ahead; 0 decodes when an image's turn comes.
+
+    Raises:
+        BrixelError: ``batch_size`` or ``workers`` is out of range.
+    """
+
+    def __init__(
+        self, forward: MemoryLimitedForward, preprocessor: Preprocessor, *, batch_size: int = 1, workers: int = 0
+    ) -> None:
+        _check_whole("batch_size", batch_size, 1)
+        _check_whole("workers", workers, 0)
+        self._forward = forward
+        self._preprocessor = preprocessor
+        self._batch_size = batch_size
+        self._workers = workers
+
+    def maps(self, images: Iterable[ImageInput]) -> Iterator[FeatureMap]:
+        """The map of every image; the error of one that has none is raised in its turn."""
+        for result in self.maps_or_errors(images):
+            if isinstance(result, Exception):
+                raise result
+            yield result
+            del result  # not held while the next is computed
+
+    def maps_or_errors(self, images: Iterable[ImageInput]) -> Iterator[FeatureMap | Exception]:
+        """The map of every image, or its error where it cannot be used or does not fit."""
+        budget = self._forward.budget
+        prepared = prefetch(
+            self._prepare,
+            images,
+            workers=self._workers,
+            depth=self._batch_size + 2 * self._workers,
+            in_consumer=_in_memory,
+            size=_pixel_bytes,
+            max_bytes=lambda: budget.spare_bytes() // 2,
+        )
+        results = run_batches(
+            self._compute,
+            prepared,
+            batch_size=self._batch_size,
+            max_in_flight=budget.max_in_flight,
+            max_batch=budget.max_batch,
+        )
+        return itertools.starmap(self._finish, results)
+
+    def _prepare(self, image: ImageInput) -> tuple[Tensor | None, ImagePlacement | Exception]:
+        try:
+            return prepare_image(self._preprocessor, image, self._forward.check)
+        except (BrixelError, FileNotFoundError) as error:
+            return None, error
+
+    def _compute(self, pixels: Tensor) -> Sequence[Result]:
+        """The maps of a batch; where it does not fit, of each image alone, or its error."""
+        try:
+            return self._forward(pixels)
+        except MemoryLimitError as error:
+            if len(pixels) == 1:
+                return [error.with_traceback(None)]  # which would hold the pixels
+        return [result for image in pixels.split(1) for result in self._compute(image)]
+
+    def _finish(self, features: Result | None, placement: ImagePlacement | Exception) -> FeatureMap | Exception:
+        if isinstance(features, Exception):
+            return features
+        if features is None or isinstance(placement, Exception):
+            assert isinstance(placement, Exception)
+            return placement
+        meta = tiles_meta(self._forward.tiles_of(features))
+        return placement.feature_map(features, meta=meta, in_place=True)
+
+
+def prepare_image(
+    preprocessor: Preprocessor, image: ImageInput, check: Callable[[tuple[int, int]], None]
+) -> tuple[Tensor, ImagePlacement]:
+    """Pixels and placement of an image; where memory runs out meanwhile, MemoryLimitError says for which image.
+
+    ``check``: raises where an image of that padded size does not fit, before its pixels exist.
+    """
+    try:
+        return preprocessor(image, check)
+    except BrixelError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # outside the except block, where the traceback holds what was decoded
+    name = f"one image, a {type(image).__name__}" if _in_memory(image) else os.fspath(image)  # type: ignore[arg-type]
+    raise MemoryLimitError(
+        f"{name}: memory ran out while it was decoded and made ready; close other programs, let fewer workers decode "
+        "at a time, or make the image smaller"
+    )
+
+
+def tiles_meta(note: str) -> Mapping[str, str]:
+    """What a map's meta says of tiles; nothing where there were none."""
+    return {"tiles": note} if note else {}
+
+
+def _in_memory(image: ImageInput) -> bool:
+    """Whether an image is no file: its owner may fill the same array again, or seek to another frame."""
+    return not isinstance(image, (str, os.PathLike))
+
+
+def _pixel_bytes(prepared: tuple[Tensor | None, object]) -> int:
+    return 0 if prepared[0] is None else prepared[0].nbytes
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        expected = "a positive whole number" if least else "zero or a positive whole number"
+        raise BrixelError(f"{name} is {value!r}; expected {expected}")

@@ -1,0 +1,97 @@
+"""Many images within a limit, which also bounds images decoded ahead and maps that wait for their turn."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from brixel import BrixelFeatures, MemoryLimitError
+from brixel.inference.memory.allocation_tracker import AllocationTracker, weights_and_buffers
+from brixel.inference.memory.planner import Job, predict_peak
+from brixel.inference.memory.strategies import RowChunks, Whole
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Of two sizes in turn, so that each waits for others of its own."""
+    chance = np.random.default_rng(0)
+    sizes = [(96, 128), (128, 96)] * 6
+    return [chance.integers(0, 255, (*size, 3), dtype=np.uint8) for size in sizes]
+
+
+@pytest.mark.parametrize("spare_mib", [0, *(pytest.param(mib, marks=pytest.mark.slow) for mib in (2, 8))])
+def test_the_limit_holds_over_a_stream_of_mixed_sizes(tiny, images, spare_mib):
+    expected = [tiny.extract(image, short_side_px="native").features for image in images]
+    sizes = ((96, 128), (128, 96))
+    limit = max(predict_peak(tiny, Whole(3), Job(3, size)) for size in sizes) + spare_mib * MIB
+    for size, batch in itertools.product(sizes, (1, 2)):
+        predict_peak(tiny, Whole(batch), Job(batch, size))  # kept, so that none is made while memory is counted
+    stream = tiny.stream(images, short_side_px="native", memory_limit=limit, batch_size=3, workers=0)
+    with AllocationTracker("cpu") as tracker:
+        tracker.track(weights_and_buffers(tiny))
+        found = [next(stream).numpy().copy() for _ in images]  # arrays are not counted
+    for features, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(features), whole, rtol=1e-4, atol=1e-4)
+    assert tracker.peak <= limit + 2 * images[0].nbytes
+
+
+def test_a_batch_is_smaller_where_not_all_its_maps_fit(tiny, images):
+    """Neither refused nor in tiles, since each image fits alone."""
+    pair = [images[0], images[2]]
+    limit = predict_peak(tiny, Whole(), Job(1, (96, 128)))
+    found = list(tiny.stream(pair, short_side_px="native", memory_limit=limit, batch_size=2, workers=0))
+    for feature_map, image in zip(found, pair, strict=True):
+        assert "tiles" not in feature_map.meta
+        assert torch.equal(feature_map.features, tiny.extract(image, short_side_px="native").features)
+
+
+@pytest.mark.parametrize("batch_size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_an_image_that_nothing_fits_does_not_end_the_stream(tiny, images, monkeypatch, batch_size):
+    """Nor do those that share its batch fail with it."""
+    mixed = [images[0], np.full((96, 128, 3), 255, np.uint8), images[2], images[1]]
+    white = tiny.prepare(mixed[1], short_side_px="native")[0]
+    for strategy_class in (Whole, RowChunks):
+        genuine = strategy_class.run
+
+        def run(self, student, pixels, *rest, genuine=genuine, **options):
+            if any(torch.equal(image, white) for image in pixels):
+                raise MemoryError
+            return genuine(self, student, pixels, *rest, **options)
+
+        monkeypatch.setattr(strategy_class, "run", run)
+    found = list(tiny.stream_all(mixed, short_side_px="native", batch_size=batch_size, tiles="never"))
+    assert isinstance(found[1], MemoryLimitError)
+    assert "memory ran out for an image of 96x128 pixels" in str(found[1])
+    for index in (0, 2, 3):
+        expected = tiny.extract(mixed[index], short_side_px="native").features
+        torch.testing.assert_close(found[index].features, expected, rtol=1e-4, atol=1e-4)
+    stream = tiny.stream(mixed, short_side_px="native", batch_size=batch_size, tiles="never")
+    next(stream)
+    with pytest.raises(MemoryLimitError):
+        next(stream)
+
+
+def test_a_map_that_was_yielded_is_not_held(tiny, images):
+    limit = predict_peak(tiny, Whole(), Job(1, (96, 128)))
+    stream = tiny.stream([images[0], images[2]], short_side_px="native", memory_limit=limit, workers=0)
+    with AllocationTracker("cpu") as tracker:
+        tracker.track(weights_and_buffers(tiny))
+        for _ in range(2):
+            next(stream)
+    assert tracker.peak <= limit
+
+
+@pytest.mark.gpu
+def test_results_on_cuda_leave_it_before_they_wait(images):
+    model = BrixelFeatures.from_pretrained(device="cuda", dtype="float32")
+    expected = [model.extract(image, short_side_px="native").features for image in images]
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    found = list(model.stream(images, short_side_px="native", batch_size=3))
+    assert torch.cuda.max_memory_allocated() < predict_peak(model, Whole(3), Job(3, (96, 128))) + 40 * MIB
+    for feature_map, whole in zip(found, expected, strict=True):
+        assert feature_map.features.device.type == "cpu"
+        torch.testing.assert_close(feature_map.features, whole, rtol=1e-4, atol=1e-4)
