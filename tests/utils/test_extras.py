@@ -23,6 +23,7 @@ def test_a_module_that_is_missing(module: str) -> None:
 
 
 def test_a_package_without_one_of_its_modules_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    for module in ("matplotlib", "matplotlib.figure"):  # as if it were not installed
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(BrixelError, match=r"^diagrams need 'matplotlib': pip install 'brixel\[evaluate\]'$"):
         import_extra("matplotlib.figure", extra="evaluate", purpose="diagrams")
