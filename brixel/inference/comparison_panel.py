@@ -1,4 +1,4 @@
-"""The panel of `brixel show`: image, backbone map and dense map side by side, in the colours of one PCA basis."""
+"""The panel of `brixel show`: the image, the backbone's map upsampled bilinearly, and the dense map, in one PCA basis."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def comparison_panel(
     memory_limit: int | str | None = None,
     tiles: str = "auto",
 ) -> Image.Image:
-    """Draw one row per image: the image, the backbone's map, the dense map.
+    """Draw one row per image: the image, the backbone's map upsampled bilinearly, the dense map.
 
     Args:
         model: The model to show.
@@ -41,7 +41,8 @@ def comparison_panel(
     for image in images:
         rgb = load_image(image)
         dense = model.extract(rgb, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles)
-        maps = {"backbone": model.extract_backbone(rgb, short_side_px=short_side_px), "brixel": dense}
+        backbone = model.extract_backbone(rgb, short_side_px=short_side_px)
+        maps = {"backbone, bilinear": backbone.resize(dense.grid_hw), "brixel": dense}
         if teacher:
             maps["teacher"] = model.extract_backbone(rgb, short_side_px=_teacher_px(dense))
         size_hw = tile_size(dense)

@@ -19,17 +19,17 @@ def enlarge(colours, times):
 
 
 def test_a_row_shows_image_backbone_and_dense_map_in_one_basis(model, image_path):
-    """28 px on the short side: 8 x 12 cells, 48 px each; the backbone's are four times as large."""
+    """28 px on the short side: 8 x 12 cells, 48 px each; the backbone's map is upsampled to as many."""
     panel = np.asarray(comparison_panel(model, [image_path]))
     height, width = 8 * 48, 12 * 48
     assert panel.shape == (height + LABEL_PX + 2 * MARGIN_PX, 3 * (width + MARGIN_PX) + MARGIN_PX, 3)
 
     top = MARGIN_PX + LABEL_PX
     tiles = [panel[top : top + height, MARGIN_PX + i * (width + MARGIN_PX) :][:, :width] for i in range(3)]
-    dense, coarse = model.extract(image_path), model.extract_backbone(image_path)
-    basis = PcaBasis.fit([coarse.features, dense.features])
+    dense, bilinear = model.extract(image_path), model.extract_backbone(image_path).resize((8, 12))
+    basis = PcaBasis.fit([bilinear.features, dense.features])
     np.testing.assert_array_equal(tiles[2], enlarge(dense.pca(basis), 48))
-    np.testing.assert_array_equal(tiles[1], enlarge(coarse.pca(basis), 4 * 48)[:height, :width])
+    np.testing.assert_array_equal(tiles[1], enlarge(bilinear.pca(basis), 48))
     expected = Image.open(image_path).resize((width, height), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(tiles[0], np.asarray(expected))
 
@@ -38,9 +38,9 @@ def test_the_teacher_is_shown_in_the_same_basis(model, image_path):
     panel = np.asarray(comparison_panel(model, [image_path], teacher=True))
     height, width = 8 * 48, 12 * 48
     assert panel.shape == (height + LABEL_PX + 2 * MARGIN_PX, 4 * (width + MARGIN_PX) + MARGIN_PX, 3)
-    dense, coarse = model.extract(image_path), model.extract_backbone(image_path)
+    dense, bilinear = model.extract(image_path), model.extract_backbone(image_path).resize((8, 12))
     teacher = model.extract_backbone(image_path, short_side_px=4 * 28)
-    basis = PcaBasis.fit([coarse.features, dense.features, teacher.features])
+    basis = PcaBasis.fit([bilinear.features, dense.features, teacher.features])
     tile = panel[MARGIN_PX + LABEL_PX :, MARGIN_PX + 3 * (width + MARGIN_PX) :][:height, :width]
     np.testing.assert_array_equal(tile, enlarge(teacher.pca(basis), 48))
 
