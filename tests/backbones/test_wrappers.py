@@ -334,7 +334,7 @@ def test_pixels_that_are_no_whole_patches(make):
 def test_a_folder_without_its_module(tmp_path):
     own = Own()
     model = BrixelFeatures.from_backbone(own)
-    with pytest.raises(BrixelError, match="Own of width 64, depth 4, patch 8, and cannot be written along"):
+    with pytest.raises(BrixelError, match="Own of width 64, depth 4, patch 8, and cannot be included"):
         model.save_pretrained(tmp_path / "whole", include_backbone=True)
     assert not (tmp_path / "whole").exists()
     model.save_pretrained(tmp_path)
