@@ -43,8 +43,8 @@ def run_batches(
         forward: Takes pixels (B, 3, H, W), gives one result per image.
         items: Pixels (3, H, W) with a tag; an item without pixels is yielded with the result None.
         batch_size: Images in a batch at most.
-        max_in_flight: Images and results that may be held, beside the limit of `BATCHES_IN_FLIGHT` batches' worth.
-        max_batch: Images of a size (H, W) in a batch at most, beside ``batch_size``.
+        max_in_flight: Images and results that may be held; `BATCHES_IN_FLIGHT` batches' worth at most in any case.
+        max_batch: Images of a size (H, W) in a batch at most, where that is less than ``batch_size``.
 
     Yields:
         The result and the tag of every item.

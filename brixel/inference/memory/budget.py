@@ -1,4 +1,4 @@
-"""What a stream of images may hold at once beside the batch in work: images decoded ahead, maps that wait."""
+"""What a stream of images may hold in addition to the batch in work: images decoded ahead, maps that wait."""
 
 import dataclasses
 import sys
@@ -20,7 +20,7 @@ class MemoryBudget:
     def __init__(self, planner: Planner, batch: int) -> None:
         self._planner = planner
         self._batch = batch
-        self._largest_need = 0  # bytes in work for one image, beside the weights
+        self._largest_need = 0  # bytes in work for one image, without the weights
         self._largest_waiting = 0  # bytes of one image's pixels and map
         self._max_batch: dict[tuple[int, int], int] = {}
 
@@ -36,7 +36,7 @@ class MemoryBudget:
     def spare_bytes(self) -> int:
         """Bytes of the computer's memory for prepared images and for maps that wait for their turn.
 
-        Where the model is on the CPU, what the limit leaves beside a batch of the largest image so far; otherwise a
+        Where the model is on the CPU, what a batch of the largest image so far leaves of the limit; otherwise a
         quarter of what is free.
         """
         if self._planner.device != HOST:

@@ -165,7 +165,7 @@ def _prior_and_queries(
 
 
 def _query_rows(start: int, stop: int, columns: int) -> slice:
-    """The queries of some rows of patches: two rows of ``columns`` queries to each."""
+    """The queries of some rows of patches: two rows of ``columns`` queries per row of patches."""
     return slice(2 * start * columns, 2 * stop * columns)
 
 

@@ -152,12 +152,12 @@ def run_job(
 
 
 def surely_fits(student: Student, job: Job, spare_bytes: int) -> bool:
-    """Whether a whole pass fits beside the weights, by an upper bound that costs nothing to compute."""
+    """Whether a whole pass fits, by an upper bound that costs nothing; ``spare_bytes``: without the weights."""
     return bound_bytes(student, job) < spare_bytes and _is_countable(student, job.batch, job)
 
 
 def bound_bytes(student: Student, job: Job) -> int:
-    """An upper bound of what a whole pass takes beside the weights."""
+    """An upper bound of what a whole pass takes, without the weights."""
     height, width = job.grid_hw(student)
     patch_px, channels = student.backbone.patch_px, student.backbone.width
     # per patch: dense maps twice, queries, tokens and what attention and feed-forward make of them; points; the stem

@@ -18,7 +18,7 @@ BYTES_PER_PIXEL = 600
 
 @pytest.fixture
 def stubbed(tiny, monkeypatch):
-    """Predictions of 600 bytes per pixel in work, beside the weights; the limits below are too small for the bound."""
+    """Predictions of 600 bytes per pixel in work, and the weights; the limits below are too small for the bound."""
 
     def predict(student, strategy, job, device=None):
         pixels = strategy.pixels_at_once(job.grid_hw(student), student.patch_px)

@@ -201,7 +201,7 @@ def test_what_a_failed_attempt_held_is_free_before_the_next(tiny, waves, monkeyp
 
 @pytest.fixture
 def accelerated(tiny, monkeypatch):
-    """The planner takes the model to be on CUDA; predictions are 1 KiB per pixel in work, beside the weights."""
+    """The planner takes the model to be on CUDA; predictions are 1 KiB per pixel in work, and the weights."""
 
     def predict(student, strategy, job, device=None):
         pixels = strategy.pixels_at_once(job.grid_hw(student), student.patch_px)
