@@ -10,7 +10,7 @@ from brixel.backbones.registry import KnownBackbone, list_models
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig
 from brixel.brixel_features import PathLike
-from brixel.checkpoints.hub_download import parse_repository
+from brixel.checkpoints.hub_download import portable_sources
 from brixel.checkpoints.locate_files import ModelFiles, locate
 from brixel.checkpoints.model_folder import ADAPTER, BACKBONE, CONFIG, read_config
 from brixel.checkpoints.release_adapters import RELEASED
@@ -78,6 +78,7 @@ def known_models() -> list[dict[str, Any]]:
 def _known_model(row: KnownBackbone) -> dict[str, Any]:
     return {
         "name": row.name,
+        "aliases": list(row.aliases),
         "parameters": _parameters(shapes_of(lambda: ViT(row.vit))),
         "patch_px": row.vit.patch_px,
         "width": row.vit.width,
@@ -103,7 +104,8 @@ def _backbone_weights(files: ModelFiles, sources: Sequence[str]) -> list[str]:
     own = _where(files, BACKBONE)
     if own is not None:
         return [own]
-    return [source for source in sources if parse_repository(source) or (not files.snapshot and Path(source).exists())]
+    portable = portable_sources(sources)
+    return [source for source in sources if source in portable or (not files.snapshot and Path(source).exists())]
 
 
 def _parameters(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -1,4 +1,4 @@
-"""The panel of `brixel show`: the image, the backbone's map upsampled bilinearly, and the dense map, in one PCA basis."""
+"""The panel of `brixel show`: the image, the backbone's map upsampled bilinearly, the dense map; one PCA basis."""
 
 from collections.abc import Sequence
 
