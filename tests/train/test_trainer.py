@@ -50,8 +50,9 @@ def draw_shapes(numbers, height_px):
 
 
 @pytest.fixture
-def config(backbone_folder, drawn, tmp_path):
-    """A run of four steps with a state after the second and the last, without a fit of the blend."""
+def config(backbone_folder, drawn, tmp_path, monkeypatch):
+    """A run of four steps with a state after the second and the last, without a fit of the blend; no curve is drawn."""
+    monkeypatch.setattr("brixel.train.validation.draw_curve", lambda path, records: path.touch())
     return short_run(backbone_folder, drawn / "train", tmp_path / "out")
 
 
