@@ -98,7 +98,7 @@ def _rope_theta(config: dict[str, Any]) -> float:
 
 
 def _dinov2(config: dict[str, Any]) -> ViTConfig:
-    gated, hidden = config["use_swiglu_ffn"], int(config["hidden_size"] * config["mlp_ratio"])
+    hidden, gated = int(config["hidden_size"] * config["mlp_ratio"]), config["use_swiglu_ffn"]
     if not gated:  # a gated one uses silu whatever the configuration says
         _check_activation(config, "gelu")
     return ViTConfig(

@@ -96,9 +96,7 @@ def _file_fields(
     fields = dict(key_map.options)
     if "rope_embed.periods" in state:
         fields["rope_rounding"] = _rope_rounding(path, state, config)
-    if isinstance(architecture, ViTConfig):
-        return {}
-    return {**fields, **normalisation(path)}
+    return {} if isinstance(architecture, ViTConfig) else {**fields, **normalisation(path)}
 
 
 def _rope_rounding(path: Path, state: State, config: ViTConfig) -> str:

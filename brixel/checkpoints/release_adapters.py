@@ -134,17 +134,16 @@ def choose_release(
     """
     if release is not None:
         check_names([release], RELEASED, "unknown file of the release")
-    row = RELEASED.get(release or "")
-    if row is None and backbone is None:
-        raise BrixelError(f"no backbone and no release: say which file this is, release= one of {', '.join(RELEASED)}")
-    if row is not None:
+        row = RELEASED[release]
         backbone = row.backbone if backbone is None else backbone
         architecture = row.backbone if architecture is None else architecture
-    assert backbone is not None
+        short_side_px = short_side_px or row.short_side_px
+    if backbone is None:
+        raise BrixelError(f"no backbone and no release: say which file this is, release= one of {', '.join(RELEASED)}")
     known = find_backbone(architecture if isinstance(architecture, str) else str(backbone))
     if known is not None:
         _check_width(path, known)
-    return backbone, architecture, short_side_px or (row.short_side_px if row else _SHORT_SIDE_PX)
+    return backbone, architecture, short_side_px or _SHORT_SIDE_PX
 
 
 def _check_width(path: Path, known: KnownBackbone) -> None:
