@@ -6,7 +6,7 @@ Sizes and repositories are those of the families' own repositories and cards; `d
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any
 
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD, ViTConfig, siglip_config
 from brixel.errors import BrixelError, did_you_mean
@@ -59,31 +59,35 @@ def _without_organisation(*repositories: str) -> tuple[str, ...]:
     return tuple(repository.partition("/")[2] for repository in repositories)
 
 
-def _dinov3(
-    name: str,
-    size: str,
-    width: int,
-    depth: int,
-    heads: int,
-    ffn: Literal["mlp", "swiglu"],
-    ffn_width: int,
-    *,
-    satellite: bool = False,
-) -> KnownBackbone:
+def _sizes(width: int, depth: int, heads: int, ffn: str, ffn_width: int) -> dict[str, Any]:
+    return {"width": width, "depth": depth, "heads": heads, "ffn": ffn, "ffn_width": ffn_width}
+
+
+_SIZES = {
+    "tiny": _sizes(192, 12, 6, "mlp", 768),
+    "small": _sizes(384, 12, 6, "mlp", 1536),
+    "small_plus": _sizes(384, 12, 6, "swiglu", 1536),
+    "base": _sizes(768, 12, 12, "mlp", 3072),
+    "large": _sizes(1024, 24, 16, "mlp", 4096),
+    "so400m": _sizes(1152, 27, 16, "mlp", 4304),
+    "huge_plus": _sizes(1280, 32, 20, "swiglu", 5120),
+    "giant": _sizes(1536, 40, 24, "swiglu", 4096),
+    "giant-opt": _sizes(1536, 40, 16, "mlp", 6144),
+    "7b": _sizes(4096, 40, 32, "swiglu", 8192),
+}
+
+
+def _dinov3(name: str, size: str, *, satellite: bool = False) -> KnownBackbone:
     data = "sat493m" if satellite else "lvd1689m"
     suffix = f"-{data}" if satellite else ""
     repositories = f"facebook/dinov3-{name}-pretrain-{data}", f"timm/vit_{size}_patch16_dinov3.{data}"
     vit = ViTConfig(
-        width=width,
-        depth=depth,
-        heads=heads,
+        **_SIZES[size],
         patch_px=16,
-        ffn=ffn,
-        ffn_width=ffn_width,
         positions="rotary",
         norm_eps=1e-5,
         registers=4,
-        qkv_bias=width != 4096,  # only the 7B was trained without
+        qkv_bias=size != "7b",  # only the 7B was trained without
         mean=SATELLITE_MEAN if satellite else IMAGENET_MEAN,
         std=SATELLITE_STD if satellite else IMAGENET_STD,
     )
@@ -91,30 +95,11 @@ def _dinov3(
     return KnownBackbone(f"dinov3-{name}{suffix}", vit, _GATED, *repositories, aliases=aliases)
 
 
-def _dinov2(
-    letter: str,
-    size: str,
-    width: int,
-    depth: int,
-    heads: int,
-    ffn: Literal["mlp", "swiglu"],
-    ffn_width: int,
-    *,
-    registers: int,
-) -> KnownBackbone:
+def _dinov2(size: str, *, registers: int) -> KnownBackbone:
     vit = ViTConfig(
-        width=width,
-        depth=depth,
-        heads=heads,
-        patch_px=14,
-        ffn=ffn,
-        ffn_width=ffn_width,
-        positions="learned",
-        norm_eps=1e-6,
-        registers=registers,
-        native_grid=37,
+        **_SIZES[size], patch_px=14, positions="learned", norm_eps=1e-6, registers=registers, native_grid=37
     )
-    name = f"dinov2-vit{letter}14{'-reg4' if registers else ''}"
+    name = f"dinov2-vit{size[0]}14{'-reg4' if registers else ''}"
     repositories = (
         f"facebook/dinov2-{'with-registers-' if registers else ''}{size}",
         f"timm/vit_{size}_patch14{'_reg4' if registers else ''}_dinov2.lvd142m",
@@ -122,33 +107,11 @@ def _dinov2(
     return KnownBackbone(name, vit, "apache-2.0", *repositories, aliases=_without_organisation(*repositories))
 
 
-_DINOV2_SIZES: tuple[tuple[str, str, int, int, int, Literal["mlp", "swiglu"], int], ...] = (
-    ("s", "small", 384, 12, 6, "mlp", 1536),
-    ("b", "base", 768, 12, 12, "mlp", 3072),
-    ("l", "large", 1024, 24, 16, "mlp", 4096),
-    ("g", "giant", 1536, 40, 24, "swiglu", 4096),
-)
-_SIGLIP_SIZES = {  # width, depth, heads, feed-forward
-    "base": (768, 12, 12, 3072),
-    "large": (1024, 24, 16, 4096),
-    "so400m": (1152, 27, 16, 4304),
-    "giant-opt": (1536, 40, 16, 6144),
-}
-
-
 def _siglip(size: str, patch_px: int, side: str, *, version: str = "", timm: str, vocabulary: int) -> KnownBackbone:
     """``side``: of its images, in pixels, possibly with a suffix of the name, or "naflex" for images of any size."""
-    width, depth, heads, ffn_width = _SIGLIP_SIZES[size]
     naflex = side == "naflex"
-    vit = siglip_config(
-        width=width,
-        depth=depth,
-        heads=heads,
-        patch_px=patch_px,
-        ffn_width=ffn_width,
-        native_grid=16 if naflex else int(side.split("-")[0]) // patch_px,
-        naflex=naflex,
-    )
+    native_grid = 16 if naflex else int(side.split("-")[0]) // patch_px
+    vit = siglip_config(**_SIZES[size], patch_px=patch_px, native_grid=native_grid, naflex=naflex)
     name = f"siglip{version}-{size}-p{patch_px}-{side}"
     repositories = f"google/siglip{version}-{size}-patch{patch_px}-{side}", f"timm/{timm}"
     aliases = _without_organisation(*repositories)
@@ -170,15 +133,15 @@ def _siglip2(size: str, patch_px: int, side: str) -> KnownBackbone:
 
 
 _ROWS = (
-    _dinov3("vits16", "small", 384, 12, 6, "mlp", 1536),
-    _dinov3("vits16plus", "small_plus", 384, 12, 6, "swiglu", 1536),
-    _dinov3("vitb16", "base", 768, 12, 12, "mlp", 3072),
-    _dinov3("vitl16", "large", 1024, 24, 16, "mlp", 4096),
-    _dinov3("vith16plus", "huge_plus", 1280, 32, 20, "swiglu", 5120),
-    _dinov3("vit7b16", "7b", 4096, 40, 32, "swiglu", 8192),
-    _dinov3("vitl16", "large", 1024, 24, 16, "mlp", 4096, satellite=True),
-    _dinov3("vit7b16", "7b", 4096, 40, 32, "swiglu", 8192, satellite=True),
-    *(_dinov2(*size, registers=registers) for size in _DINOV2_SIZES for registers in (0, 4)),
+    _dinov3("vits16", "small"),
+    _dinov3("vits16plus", "small_plus"),
+    _dinov3("vitb16", "base"),
+    _dinov3("vitl16", "large"),
+    _dinov3("vith16plus", "huge_plus"),
+    _dinov3("vit7b16", "7b"),
+    _dinov3("vitl16", "large", satellite=True),
+    _dinov3("vit7b16", "7b", satellite=True),
+    *(_dinov2(size, registers=registers) for size in ("small", "base", "large", "giant") for registers in (0, 4)),
     *(_siglip2("base", 16, side) for side in ("224", "256", "384", "512", "naflex")),
     _siglip2("base", 32, "256"),
     *(_siglip2("large", 16, side) for side in ("256", "384", "512")),
@@ -196,17 +159,7 @@ KNOWN_BACKBONES: Mapping[str, KnownBackbone] = MappingProxyType({row.name: row f
 # inside the package, with its adapter, and published nowhere else: a weight file is never recognised as this one
 BRIXEL_TINY = KnownBackbone(
     "brixel-tiny",
-    ViTConfig(
-        width=192,
-        depth=12,
-        heads=6,
-        patch_px=16,
-        ffn="mlp",
-        ffn_width=768,
-        positions="rotary",
-        norm_eps=1e-5,
-        registers=4,
-    ),
+    ViTConfig(**_SIZES["tiny"], patch_px=16, positions="rotary", norm_eps=1e-5, registers=4),
     "apache-2.0",
     huggingface="",
     timm="",

@@ -102,6 +102,8 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
+        self.width, self.depth, self.patch_px = config.width, config.depth, config.patch_px
+        self.mean, self.std = config.mean, config.std
         self.patch_embed = nn.Conv2d(3, config.width, config.patch_px, config.patch_px)
         if config.class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -111,31 +113,6 @@ class ViT(nn.Module):
             self.positions = nn.Parameter(torch.zeros(1, config.class_token + config.native_grid**2, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-
-    @property
-    def width(self) -> int:
-        """Channels of a patch token, D."""
-        return self.config.width
-
-    @property
-    def patch_px(self) -> int:
-        """Side of a patch in pixels."""
-        return self.config.patch_px
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return self.config.depth
-
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Mean of red, green and blue, for pixels in [0, 1]; subtracted from them."""
-        return self.config.mean
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Standard deviation of red, green and blue; the pixels less the mean are divided by it."""
-        return self.config.std
 
     def block_maps(self, pixels: Tensor, blocks: Sequence[int]) -> list[Tensor]:
         """Compute the patch tokens after the given blocks, each through the final LayerNorm, as maps.

@@ -1,7 +1,7 @@
 """What distinguishes one ViT from another, checked field by field."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from brixel.errors import BrixelError
 from brixel.utils.fields import boolean, check_fields, number, one_of, several, whole_number
@@ -118,28 +118,15 @@ class ForeignConfig:
         check_fields(self, _SIZES, prefix=f"{self.class_name}.")
 
 
-def siglip_config(
-    *,
-    width: int,
-    depth: int,
-    heads: int,
-    patch_px: int,
-    ffn_width: int,
-    native_grid: int,
-    naflex: bool,
-    norm_eps: float = 1e-6,
-) -> ViTConfig:
-    """The configuration of a vision tower of SigLIP or SigLIP 2, for one resolution or, with ``naflex``, for any."""
+def siglip_config(*, naflex: bool, norm_eps: float = 1e-6, **sizes: Any) -> ViTConfig:
+    """The configuration of a vision tower of SigLIP or SigLIP 2, for one resolution or, with ``naflex``, for any.
+
+    ``sizes``: width, depth, heads, ffn, ffn_width, patch_px and native_grid.
+    """
     return ViTConfig(
-        width=width,
-        depth=depth,
-        heads=heads,
-        patch_px=patch_px,
-        ffn="mlp",
-        ffn_width=ffn_width,
+        **sizes,
         positions="learned",
         norm_eps=norm_eps,
-        native_grid=native_grid,
         position_antialias=naflex,
         position_mode="bilinear" if naflex else "bicubic",
         class_token=False,

@@ -8,18 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from brixel.checkpoints.key_mapping import KeyMap, State
+from brixel.checkpoints.key_mapping import KeyMap, State, layer_keys
 from brixel.errors import CheckpointError
-
-
-def _pairs(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
-    """The entries of one layer with weight and bias."""
-    return {f"{ours}.{part}": (f"{theirs}.{part}",) for part in ("weight", "bias")}
-
-
-def _joined(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
-    """The entries of one layer with weight and bias that joins several of theirs."""
-    return {f"{ours}.{part}": tuple(f"{layer}.{part}" for layer in theirs) for part in ("weight", "bias")}
 
 
 def fold_bias_mask(state: State) -> State:
@@ -71,17 +61,17 @@ def _as_convolution(weight: Tensor) -> Tensor:
 # the parts that Meta's and timm's layouts share
 _EMBEDDING = {
     "positions": ("pos_embed",),
-    **_pairs("patch_embed", "patch_embed.proj"),
-    **_pairs("norm", "norm"),
+    **layer_keys("patch_embed", "patch_embed.proj"),
+    **layer_keys("norm", "norm"),
 }
 _OUTER = {"cls_token": ("cls_token",), **_EMBEDDING}
 _PLAIN_BLOCK = {
-    **_pairs("blocks.{i}.norm1", "blocks.{i}.norm1"),
-    **_pairs("blocks.{i}.norm2", "blocks.{i}.norm2"),
-    **_pairs("blocks.{i}.attention.qkv", "blocks.{i}.attn.qkv"),
-    **_pairs("blocks.{i}.attention.out", "blocks.{i}.attn.proj"),
-    **_pairs("blocks.{i}.ffn.up", "blocks.{i}.mlp.fc1"),
-    **_pairs("blocks.{i}.ffn.down", "blocks.{i}.mlp.fc2"),
+    **layer_keys("blocks.{i}.norm1", "blocks.{i}.norm1"),
+    **layer_keys("blocks.{i}.norm2", "blocks.{i}.norm2"),
+    **layer_keys("blocks.{i}.attention.qkv", "blocks.{i}.attn.qkv"),
+    **layer_keys("blocks.{i}.attention.out", "blocks.{i}.attn.proj"),
+    **layer_keys("blocks.{i}.ffn.up", "blocks.{i}.mlp.fc1"),
+    **layer_keys("blocks.{i}.ffn.down", "blocks.{i}.mlp.fc2"),
 }
 _BLOCK = {
     **_PLAIN_BLOCK,
@@ -98,7 +88,7 @@ DINOV3_META = KeyMap(
         **_OUTER,
         **_BLOCK,
         "registers": ("storage_tokens",),
-        **_joined("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.w1", "blocks.{i}.mlp.w2"),
+        **layer_keys("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.w1", "blocks.{i}.mlp.w2"),
     },
     dropped=("mask_token", "rope_embed.periods", "local_cls_norm.weight", "local_cls_norm.bias"),
     aliases=(_GATED_DOWN,),
@@ -113,17 +103,17 @@ DINOV3_HUGGINGFACE = KeyMap(
     tensors={
         "cls_token": ("embeddings.cls_token",),
         "registers": ("embeddings.register_tokens",),
-        **_pairs("patch_embed", "embeddings.patch_embeddings"),
-        **_pairs("norm", "norm"),
-        **_pairs("blocks.{i}.norm1", "layer.{i}.norm1"),
-        **_pairs("blocks.{i}.norm2", "layer.{i}.norm2"),
-        **_joined("blocks.{i}.attention.qkv", *(f"layer.{{i}}.attention.{part}_proj" for part in "qkv")),
-        **_pairs("blocks.{i}.attention.out", "layer.{i}.attention.o_proj"),
+        **layer_keys("patch_embed", "embeddings.patch_embeddings"),
+        **layer_keys("norm", "norm"),
+        **layer_keys("blocks.{i}.norm1", "layer.{i}.norm1"),
+        **layer_keys("blocks.{i}.norm2", "layer.{i}.norm2"),
+        **layer_keys("blocks.{i}.attention.qkv", *(f"layer.{{i}}.attention.{part}_proj" for part in "qkv")),
+        **layer_keys("blocks.{i}.attention.out", "layer.{i}.attention.o_proj"),
         "blocks.{i}.scale1": ("layer.{i}.layer_scale1.lambda1",),
         "blocks.{i}.scale2": ("layer.{i}.layer_scale2.lambda1",),
-        **_pairs("blocks.{i}.ffn.up", "layer.{i}.mlp.up_proj"),
-        **_pairs("blocks.{i}.ffn.down", "layer.{i}.mlp.down_proj"),
-        **_joined("blocks.{i}.ffn.gate_up", "layer.{i}.mlp.gate_proj", "layer.{i}.mlp.up_proj"),
+        **layer_keys("blocks.{i}.ffn.up", "layer.{i}.mlp.up_proj"),
+        **layer_keys("blocks.{i}.ffn.down", "layer.{i}.mlp.down_proj"),
+        **layer_keys("blocks.{i}.ffn.gate_up", "layer.{i}.mlp.gate_proj", "layer.{i}.mlp.up_proj"),
     },
     zeros=frozenset({"layer.{i}.attention.k_proj.bias"}),
     dropped=("embeddings.mask_token",),
@@ -141,7 +131,7 @@ DINOV3_TIMM = KeyMap(
         "blocks.{i}.attention.qkv.bias": tuple(f"blocks.{{i}}.attn.{part}_bias" for part in "qkv"),
         "blocks.{i}.scale1": ("blocks.{i}.gamma_1",),
         "blocks.{i}.scale2": ("blocks.{i}.gamma_2",),
-        **_joined("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.fc1_g", "blocks.{i}.mlp.fc1_x"),
+        **layer_keys("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.fc1_g", "blocks.{i}.mlp.fc1_x"),
     },
     zeros=frozenset(f"blocks.{{i}}.attn.{part}_bias" for part in "qkv"),
 )
@@ -154,7 +144,7 @@ DINOV2_META = KeyMap(
         **_OUTER,
         **_BLOCK,
         "registers": ("register_tokens",),
-        **_pairs("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.w12"),
+        **layer_keys("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.w12"),
     },
     dropped=("mask_token",),
     aliases=(_GATED_DOWN,),
@@ -177,20 +167,20 @@ DINOV2_HUGGINGFACE = KeyMap(
         "cls_token": ("embeddings.cls_token",),
         "positions": ("embeddings.position_embeddings",),
         "registers": ("embeddings.register_tokens",),
-        **_pairs("patch_embed", "embeddings.patch_embeddings.projection"),
-        **_pairs("norm", "layernorm"),
-        **_pairs("blocks.{i}.norm1", "encoder.layer.{i}.norm1"),
-        **_pairs("blocks.{i}.norm2", "encoder.layer.{i}.norm2"),
-        **_joined(
+        **layer_keys("patch_embed", "embeddings.patch_embeddings.projection"),
+        **layer_keys("norm", "layernorm"),
+        **layer_keys("blocks.{i}.norm1", "encoder.layer.{i}.norm1"),
+        **layer_keys("blocks.{i}.norm2", "encoder.layer.{i}.norm2"),
+        **layer_keys(
             "blocks.{i}.attention.qkv",
             *(f"encoder.layer.{{i}}.attention.attention.{part}" for part in ("query", "key", "value")),
         ),
-        **_pairs("blocks.{i}.attention.out", "encoder.layer.{i}.attention.output.dense"),
+        **layer_keys("blocks.{i}.attention.out", "encoder.layer.{i}.attention.output.dense"),
         "blocks.{i}.scale1": ("encoder.layer.{i}.layer_scale1.lambda1",),
         "blocks.{i}.scale2": ("encoder.layer.{i}.layer_scale2.lambda1",),
-        **_pairs("blocks.{i}.ffn.up", "encoder.layer.{i}.mlp.fc1"),
-        **_pairs("blocks.{i}.ffn.down", "encoder.layer.{i}.mlp.fc2"),
-        **_pairs("blocks.{i}.ffn.gate_up", "encoder.layer.{i}.mlp.weights_in"),
+        **layer_keys("blocks.{i}.ffn.up", "encoder.layer.{i}.mlp.fc1"),
+        **layer_keys("blocks.{i}.ffn.down", "encoder.layer.{i}.mlp.fc2"),
+        **layer_keys("blocks.{i}.ffn.gate_up", "encoder.layer.{i}.mlp.weights_in"),
     },
     dropped=("embeddings.mask_token",),
     aliases=(
@@ -218,7 +208,7 @@ DINOV2_TIMM = KeyMap(
         **_OUTER,
         **_BLOCK,
         "registers": ("reg_token",),
-        **_pairs("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.fc1"),
+        **layer_keys("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.fc1"),
     },
     prepare=prepend_class_position,
     options={"position_antialias": True, "position_scale_offset": 0.0},
@@ -235,14 +225,14 @@ SIGLIP_HUGGINGFACE = KeyMap(
     axes={"embeddings.patch_embedding.weight": 4},
     tensors={
         "positions": ("embeddings.position_embedding.weight",),
-        **_pairs("patch_embed", "embeddings.patch_embedding"),
-        **_pairs("norm", "post_layernorm"),
-        **_pairs("blocks.{i}.norm1", "encoder.layers.{i}.layer_norm1"),
-        **_pairs("blocks.{i}.norm2", "encoder.layers.{i}.layer_norm2"),
-        **_joined("blocks.{i}.attention.qkv", *(f"encoder.layers.{{i}}.self_attn.{part}_proj" for part in "qkv")),
-        **_pairs("blocks.{i}.attention.out", "encoder.layers.{i}.self_attn.out_proj"),
-        **_pairs("blocks.{i}.ffn.up", "encoder.layers.{i}.mlp.fc1"),
-        **_pairs("blocks.{i}.ffn.down", "encoder.layers.{i}.mlp.fc2"),
+        **layer_keys("patch_embed", "embeddings.patch_embedding"),
+        **layer_keys("norm", "post_layernorm"),
+        **layer_keys("blocks.{i}.norm1", "encoder.layers.{i}.layer_norm1"),
+        **layer_keys("blocks.{i}.norm2", "encoder.layers.{i}.layer_norm2"),
+        **layer_keys("blocks.{i}.attention.qkv", *(f"encoder.layers.{{i}}.self_attn.{part}_proj" for part in "qkv")),
+        **layer_keys("blocks.{i}.attention.out", "encoder.layers.{i}.self_attn.out_proj"),
+        **layer_keys("blocks.{i}.ffn.up", "encoder.layers.{i}.mlp.fc1"),
+        **layer_keys("blocks.{i}.ffn.down", "encoder.layers.{i}.mlp.fc2"),
     },
     unread=(
         *("text_model.*", "logit_scale", "logit_bias"),
@@ -271,7 +261,7 @@ SIGLIP_NAFLEX_TIMM = replace(
     SIGLIP_TIMM,
     name="SigLIP 2 NaFlex in timm's layout",
     marks=("attn_pool.latent", "embeds.pos_embed", "embeds.proj.weight"),
-    tensors={**SIGLIP_TIMM.tensors, "positions": ("embeds.pos_embed",), **_pairs("patch_embed", "embeds.proj")},
+    tensors={**SIGLIP_TIMM.tensors, "positions": ("embeds.pos_embed",), **layer_keys("patch_embed", "embeds.proj")},
     prepare=unfold_tables,
     options=_NAFLEX_POSITIONS,
 )

@@ -8,8 +8,8 @@ so the first file that is not cached is preceded by a single request without ret
 import difflib
 import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,9 +58,9 @@ def parse_repository(text: str) -> Repository | None:
     return Repository(name, revision or _MAIN)
 
 
-def repositories_in(sources: Iterable[str]) -> tuple[str, ...]:
+def repositories_in(sources: Iterable[str]) -> list[Repository]:
     """The sources of a config that are repositories on the Hub."""
-    return tuple(source for source in sources if parse_repository(source))
+    return list(filter(None, map(parse_repository, sources)))
 
 
 def portable_sources(sources: Iterable[str]) -> tuple[str, ...]:
@@ -98,16 +98,9 @@ class Snapshot:
 
     def holds(self, file: str) -> bool:
         """Whether the repository has a file, without fetching it; offline, whether it is in the cache."""
-        from huggingface_hub.errors import EntryNotFoundError
-
         with self._download_errors(file):
-            if self._cached(file) is not None or self.offline():
-                return bool(self._cached(file))
-            try:
-                self._ask(file)
-            except EntryNotFoundError:
-                return False
-            return True
+            cached = self._cached(file)
+            return bool(cached) if cached is not None or self.offline() else self._ask(file)
 
     def fetch_weights(self) -> None:
         """Fetch a backbone's weight file or all its shards, and its preprocessing if it has one."""
@@ -130,8 +123,7 @@ class Snapshot:
             return None
         try:
             if cached is None and not self._answers and not self.offline():
-                with suppress(EntryNotFoundError):  # the client asks again, and remembers that the file is missing
-                    self._ask(file)
+                self._ask(file)  # where the file is missing, the client asks again, and remembers that
             path = hf_hub_download(
                 self.repository.name,
                 file,
@@ -156,18 +148,22 @@ class Snapshot:
             return True
         return False if found is not None and _COMMIT.fullmatch(revision) else None
 
-    def _ask(self, file: str) -> None:
-        """Send one small request without retries, so that a server that does not answer is noticed in seconds."""
+    def _ask(self, file: str) -> bool:
+        """Whether the repository has a file, by one small request without retries.
+
+        So a server that does not answer is noticed in seconds.
+        """
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError
 
+        url = hf_hub_url(self.repository.name, file, revision=self._revision)
+        found = True
         try:
-            url = hf_hub_url(self.repository.name, file, revision=self._revision)
             get_hf_file_metadata(url, token=self.access.token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except EntryNotFoundError:
-            self._answers = True
-            raise
+            found = False
         self._answers = True
+        return found
 
     def offline(self) -> bool:
         """Whether downloads are off, by this call or the environment."""
@@ -182,32 +178,23 @@ class Snapshot:
         try:
             if self.offline():
                 return ""
-            files = HfApi().list_repo_files(
-                self.repository.name, revision=self.repository.revision, token=self.access.token
-            )
+            repository, token = self.repository, self.access.token
+            files = HfApi().list_repo_files(repository.name, revision=repository.revision, token=token)
         except Exception:  # an error is being reported already
             return ""
         shown = ", ".join(files[:8]) or "nothing"
         return f"; it holds {shown}{', ...' if len(files) > 8 else ''}"
 
-    @contextmanager
-    def _download_errors(self, file: str) -> Iterator[None]:
-        """Turn errors of the client, of its HTTP library (which depends on its version) and of the disk into ours."""
-        started = time.monotonic()
-        try:
-            yield
-        except Exception as error:
-            raise DownloadError(self._message(error, file, time.monotonic() - started)) from error
+    def _download_errors(self, file: str) -> AbstractContextManager[None]:
+        return client_errors(DownloadError, lambda error, seconds: self._message(error, file, seconds))
 
     def _message(self, error: Exception, file: str, seconds: float) -> str:
         from huggingface_hub import constants, errors
 
-        name, server = self.repository.name, constants.ENDPOINT
+        name, server, what = self.repository.name, constants.ENDPOINT, f"{file} of {self.repository}"
         if self.offline() and isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
             cache = self.access.cache_dir or constants.HF_HUB_CACHE
-            return (
-                f"{file} of {self.repository} is not in the cache, {cache}, and {_OFFLINE}: fetch it once while online"
-            )
+            return f"{what} is not in the cache, {cache}, and {_OFFLINE}: fetch it once while online"
         if isinstance(error, errors.GatedRepoError):
             return _gated(name, error.response.status_code, f"{server}/{name}")
         if isinstance(error, errors.RepositoryNotFoundError):
@@ -219,15 +206,24 @@ class Snapshot:
         if isinstance(error, errors.HfHubHTTPError):
             status = error.response.status_code
             todo = "your token was refused: `hf auth login` again" if status in (401, 403) else "try again later"
-            return f"{server} answered {status} for {file} of {self.repository} ({summary}): {todo}"
+            return f"{server} answered {status} for {what} ({summary}): {todo}"
         if self._answers:
-            return (
-                f"{file} of {self.repository} could not be fetched whole ({summary}); no part of it is used: try again"
-            )
-        return (
-            f"{server} did not answer for {self.repository} in {seconds:.1f} s ({summary}): "
-            "check network and HF_ENDPOINT"
-        )
+            return f"{what} could not be fetched whole ({summary}); no part of it is used: try again"
+        waited = f"did not answer for {self.repository} in {seconds:.1f} s"
+        return f"{server} {waited} ({summary}): check network and HF_ENDPOINT"
+
+
+@contextmanager
+def client_errors(error_class: type[BrixelError], message: Callable[[Exception, float], str]) -> Iterator[None]:
+    """Turn errors of the client, of its HTTP library (which depends on its version) and of the disk into ours.
+
+    ``message`` makes the text from the error and the seconds until it came.
+    """
+    started = time.monotonic()
+    try:
+        yield
+    except Exception as error:
+        raise error_class(message(error, time.monotonic() - started)) from error
 
 
 def summary_of(error: Exception) -> str:

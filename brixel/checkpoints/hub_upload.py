@@ -2,11 +2,9 @@
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -15,19 +13,18 @@ from brixel.checkpoints.hub_download import (
     Access,
     Repository,
     Snapshot,
+    client_errors,
     parse_repository,
     portable_sources,
+    repositories_in,
     summary_of,
 )
-from brixel.checkpoints.model_card import CARD, LICENCE, PANEL, is_ours, model_card
+from brixel.checkpoints.model_card import CARD, LICENCE, PANEL, is_ours, model_card, read_card
 from brixel.checkpoints.model_folder import ADAPTER, BACKBONE, CONFIG, check_includable, save
 from brixel.errors import BrixelError, DownloadError, UploadError
 from brixel.feature_maps.panel import save_panel
 from brixel.model.config import BrixelConfig
 from brixel.model.student import Student
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 _FILES = (CONFIG, ADAPTER, BACKBONE, CARD, LICENCE, PANEL)  # files that brixel writes; others of a repository stay
 
@@ -60,10 +57,15 @@ def push(
 
 def check_pushable(name: str, token: str | bool | None = None) -> Repository:
     """The repository of this name; BrixelError where it is no name of one, UploadError where nobody is logged in."""
+    from huggingface_hub import constants, get_token
+
     repository = parse_repository(name) if isinstance(name, str) else None
     if repository is None or "@" in name:
         raise BrixelError(f"the repository is {name!r}; expected ORG/NAME, where ORG is your account or organisation")
-    _check_login(token)
+    if constants.HF_HUB_OFFLINE:
+        raise UploadError("HF_HUB_OFFLINE is set, so that nothing is uploaded: push without it")
+    if token is False or (token in (None, True) and get_token() is None):
+        raise UploadError("nobody is logged in: run `hf auth login` with a token that may write, or give token=")
     return repository
 
 
@@ -85,21 +87,12 @@ def publishable(config: BrixelConfig, include_backbone: bool) -> BrixelConfig:
 
 def licence_copy(config: BrixelConfig, access: Access) -> Path | None:
     """The licence file of the backbone's repository; None where there is none or it cannot be fetched."""
-    for repository in filter(None, map(parse_repository, config.backbone.sources)):
+    for repository in repositories_in(config.backbone.sources):
         with suppress(DownloadError):
             found = Snapshot(repository, access).find(LICENCE)
             if found is not None:
                 return found
     return None
-
-
-def _check_login(token: str | bool | None) -> None:
-    from huggingface_hub import constants, get_token
-
-    if constants.HF_HUB_OFFLINE:
-        raise UploadError("HF_HUB_OFFLINE is set, so that nothing is uploaded: push without it")
-    if token is False or (token in (None, True) and get_token() is None):
-        raise UploadError("nobody is logged in: run `hf auth login` with a token that may write, or give token=")
 
 
 def upload(
@@ -113,35 +106,19 @@ def upload(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, name = HfApi(token=token), repository.name
-    with _upload_errors(name):
+    with client_errors(UploadError, lambda error, seconds: f"{name} was not changed: {_reason(error, name, seconds)}"):
         api.create_repo(name, private=private, exist_ok=True)
         present = api.list_repo_files(name)
-        kept = {CARD} if CARD in present and not is_ours(_card(api, name)) else set()
-        files = sorted(path for path in folder.iterdir() if path.name in _FILES and path.name not in kept)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            CommitOperationAdd(path.name, path) for path in files
-        ]
-        if BACKBONE in present and not (folder / BACKBONE).exists():
-            operations.append(CommitOperationDelete(BACKBONE))
-        commit = api.create_commit(name, operations, commit_message=message)
+        files = {path.name: path for path in sorted(folder.iterdir()) if path.name in _FILES}
+        if CARD in present and not is_ours(read_card(Path(api.hf_hub_download(name, CARD)))):
+            files.pop(CARD, None)
+        added = [CommitOperationAdd(file, path) for file, path in files.items()]
+        deleted = [CommitOperationDelete(BACKBONE)] if BACKBONE in present and BACKBONE not in files else []
+        commit = api.create_commit(name, [*added, *deleted], commit_message=message)
     return f"{name}@{commit.oid}"
 
 
-def _card(api: "HfApi", name: str) -> str:
-    return Path(api.hf_hub_download(name, CARD)).read_text(encoding="utf-8", errors="replace")
-
-
-@contextmanager
-def _upload_errors(name: str) -> Iterator[None]:
-    """Turn errors of the client and of its HTTP library into ours."""
-    started = time.monotonic()
-    try:
-        yield
-    except Exception as error:
-        raise UploadError(_message(error, name, time.monotonic() - started)) from error
-
-
-def _message(error: Exception, name: str, seconds: float) -> str:
+def _reason(error: Exception, name: str, seconds: float) -> str:
     from huggingface_hub import constants, errors
 
     server, summary = constants.ENDPOINT, summary_of(error)
@@ -149,11 +126,9 @@ def _message(error: Exception, name: str, seconds: float) -> str:
     while cause is not None and not isinstance(cause, errors.HfHubHTTPError):  # the client wraps those of an upload
         cause = cause.__cause__
     if cause is None:
-        return f"{name} was not changed: no usable answer from {server} within {seconds:.1f} s ({summary})"
+        return f"no usable answer from {server} within {seconds:.1f} s ({summary})"
     status = cause.response.status_code
     if status in (401, 403, 404):
-        return (
-            f"{name} was not changed: {server} answered {status}, so your token may not write to "
-            f"{name.partition('/')[0]} ({summary}); see `hf auth whoami`"
-        )
-    return f"{name} was not changed: {server} answered {status} ({summary}); try again later"
+        owner = name.partition("/")[0]
+        return f"{server} answered {status}, so your token may not write to {owner} ({summary}); see `hf auth whoami`"
+    return f"{server} answered {status} ({summary}); try again later"

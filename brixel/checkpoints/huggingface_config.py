@@ -58,17 +58,27 @@ def timm_tag(folder: Path) -> str | None:
     return tag if isinstance(tag, str) else None
 
 
+# fields of ViTConfig that all of these models have, by our name
+_NAMES = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "patch_px": "patch_size",
+    "norm_eps": "layer_norm_eps",
+}
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
+    return {ours: config[theirs] for ours, theirs in _NAMES.items()}
+
+
 def _dinov3(config: dict[str, Any]) -> ViTConfig:
     _check_activation(config, "silu" if config["use_gated_mlp"] else "gelu")
     return ViTConfig(
-        width=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        patch_px=config["patch_size"],
+        **_sizes(config),
         ffn="swiglu" if config["use_gated_mlp"] else "mlp",
         ffn_width=config["intermediate_size"],
         positions="rotary",
-        norm_eps=config["layer_norm_eps"],
         registers=config["num_register_tokens"],
         qkv_bias=config["query_bias"] or config["value_bias"],
         rope_theta=_rope_theta(config),
@@ -88,19 +98,14 @@ def _rope_theta(config: dict[str, Any]) -> float:
 
 
 def _dinov2(config: dict[str, Any]) -> ViTConfig:
-    width, gated = config["hidden_size"], config["use_swiglu_ffn"]
-    hidden = int(width * config["mlp_ratio"])
+    hidden, gated = int(config["hidden_size"] * config["mlp_ratio"]), config["use_swiglu_ffn"]
     if not gated:  # a gated one uses silu whatever the configuration says
         _check_activation(config, "gelu")
     return ViTConfig(
-        width=width,
-        depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        patch_px=config["patch_size"],
+        **_sizes(config),
         ffn="swiglu" if gated else "mlp",
         ffn_width=(int(hidden * 2 / 3) + 7) // 8 * 8 if gated else hidden,
         positions="learned",
-        norm_eps=config["layer_norm_eps"],
         registers=config.get("num_register_tokens", 0),
         qkv_bias=config["qkv_bias"],
         native_grid=config["image_size"] // config["patch_size"],
@@ -126,12 +131,9 @@ def _siglip(config: dict[str, Any]) -> ViTConfig:
     naflex = config["model_type"].startswith("siglip2")
     _check_activation(vision, "gelu_pytorch_tanh")
     return siglip_config(
-        width=vision["hidden_size"],
-        depth=vision["num_hidden_layers"],
-        heads=vision["num_attention_heads"],
-        patch_px=vision["patch_size"],
+        **_sizes(vision),
+        ffn="mlp",
         ffn_width=vision["intermediate_size"],
         native_grid=math.isqrt(vision["num_patches"]) if naflex else vision["image_size"] // vision["patch_size"],
         naflex=naflex,
-        norm_eps=vision["layer_norm_eps"],
     )

@@ -69,6 +69,11 @@ class KeyMap:
         )
 
 
+def layer_keys(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
+    """The entries of a table for one layer with weight and bias, which may join several of theirs."""
+    return {f"{ours}.{part}": tuple(f"{layer}.{part}" for layer in theirs) for part in ("weight", "bias")}
+
+
 def rename(state: State, key_map: KeyMap, shapes: Mapping[str, tuple[int, ...]], *, what: str) -> State:
     """The tensors under our names, in the order of ``shapes`` (our keys to shapes), or one error with all faults.
 

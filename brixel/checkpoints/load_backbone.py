@@ -76,13 +76,13 @@ def _architecture(
     if architecture is not None:
         row = known_backbone(architecture)
         return row.vit, row.name
-    stated = normalisation(path) if path.is_dir() else {}
-    described = vit_config(path) if path.is_dir() else None
+    stated = normalisation(path)
+    described = vit_config(path)
     if described is None:
         row = _by_shapes(path, state, key_map, stated)
         return row.vit, row.name
     fields = {name: value for name, value in dataclasses.asdict(described).items() if name not in ("mean", "std")}
-    rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**fields, **stated})]
+    rows = _rows_with({**fields, **stated})
     if not rows:
         return _with_fields(described, stated), None
     row = _only_row(path, state, rows)
@@ -96,11 +96,7 @@ def _file_fields(
     fields = dict(key_map.options)
     if "rope_embed.periods" in state:
         fields["rope_rounding"] = _rope_rounding(path, state, config)
-    if isinstance(architecture, ViTConfig):
-        return {}
-    if path.is_dir():
-        fields.update(normalisation(path))
-    return fields
+    return {} if isinstance(architecture, ViTConfig) else {**fields, **normalisation(path)}
 
 
 def _rope_rounding(path: Path, state: State, config: ViTConfig) -> str:
@@ -136,7 +132,7 @@ def _by_shapes(path: Path, state: State, key_map: KeyMap, stated: Mapping[str, o
         raise CheckpointError(f"{path} ({key_map.name}) lacks {error}; fetch the file again") from error
     except (IndexError, ValueError) as error:
         raise CheckpointError(f"{path} ({key_map.name}) has tensors of unexpected dimensions ({error})") from error
-    rows = [row for row in KNOWN_BACKBONES.values() if _matches(row.vit, {**signature, **stated})]
+    rows = _rows_with({**signature, **stated})
     if not rows:
         found = ", ".join(f"{name} {value}" for name, value in signature.items())
         raise CheckpointError(f"{path} ({key_map.name}) fits no known architecture ({found}); give it as a ViTConfig")
@@ -147,7 +143,7 @@ def _only_row(path: Path, state: State, rows: list[KnownBackbone]) -> KnownBackb
     """The only one of ``rows``, or the only one with timm's tag or with the vocabulary of the text tower."""
     if len(rows) == 1:
         return rows[0]
-    tag = timm_tag(path) if path.is_dir() else None
+    tag = timm_tag(path)
     words = len(state[VOCABULARY]) if VOCABULARY in state else None
     fitting = [row for row in rows if (tag and row.timm.endswith(f".{tag}")) or (words and row.vocabulary == words)]
     if len(fitting) == 1:
@@ -158,8 +154,9 @@ def _only_row(path: Path, state: State, rows: list[KnownBackbone]) -> KnownBackb
     raise CheckpointError(f"{path} may be {names}, which differ in {difference}: say which, as its architecture")
 
 
-def _matches(config: ViTConfig, fields: Mapping[str, object]) -> bool:
-    return all(getattr(config, name) == value for name, value in fields.items())
+def _rows_with(fields: Mapping[str, object]) -> list[KnownBackbone]:
+    rows = KNOWN_BACKBONES.values()
+    return [row for row in rows if all(getattr(row.vit, name) == value for name, value in fields.items())]
 
 
 def _signature(state: State, key_map: KeyMap) -> dict[str, object]:

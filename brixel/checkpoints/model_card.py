@@ -21,9 +21,13 @@ _PAPER = "https://arxiv.org/abs/2511.05168"
 def write_card(folder: Path, text: str) -> None:
     """Write README.md into a folder, unless it holds one that its owner has changed."""
     path = folder / CARD
-    if path.is_file() and not is_ours(path.read_text(encoding="utf-8", errors="replace")):
-        return
-    write_text(path, text)
+    if not path.is_file() or is_ours(read_card(path)):
+        write_text(path, text)
+
+
+def read_card(path: Path) -> str:
+    """The text of a card, whatever its encoding."""
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def is_ours(card: str) -> bool:
@@ -66,9 +70,9 @@ def _front_matter(backbone: BackboneConfig, known: KnownBackbone | None) -> list
         lines += ["license: other", f"license_name: {known.licence}", f"license_link: {LICENCE_URLS[known.licence]}"]
     elif known:
         lines.append(f"license: {known.licence}")
-    published = [source.partition("@")[0] for source in repositories_in(backbone.sources)]
+    published = repositories_in(backbone.sources)
     if published:
-        lines += [f"base_model: {published[0]}", "base_model_relation: adapter"]
+        lines += [f"base_model: {published[0].name}", "base_model_relation: adapter"]
     return [*lines, "tags:", "- dense-features", "- feature-upsampling", "---"]
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 
 from brixel.backbones.registry import KnownBackbone, find_backbone, known_backbone
 from brixel.backbones.vit_config import ViTConfig
-from brixel.checkpoints.key_mapping import KeyMap, State, rename
+from brixel.checkpoints.key_mapping import KeyMap, State, layer_keys, rename
 from brixel.checkpoints.weight_files import read_tensors
 from brixel.errors import BrixelError, CheckpointError
 from brixel.model.adapter import EXTRACTORS
@@ -40,8 +40,7 @@ RELEASED: Mapping[str, ReleasedAdapter] = MappingProxyType(
 )
 
 _SHORT_SIDE_PX = 256  # of all files but one
-_PARTS = ("weight", "bias")
-_NORM = (*_PARTS, "running_mean", "running_var", "num_batches_tracked")
+_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _EXTRACTOR = {
     "query_norm": ("query_norm",),
     "feature_norm": ("feat_norm",),
@@ -60,10 +59,6 @@ def _conv_norm(ours: str, conv: str, norm: str) -> dict[str, tuple[str, ...]]:
     return {f"{ours}.conv.weight": (f"{conv}.weight",), **norms}
 
 
-def _layer(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
-    return {f"{ours}.{part}": tuple(f"{layer}.{part}" for layer in theirs) for part in _PARTS}
-
-
 def _extractor(index: int) -> dict[str, tuple[str, ...]]:
     """Every one of four interactions holds an extractor; the last also holds the two extra ones."""
     prefix = f"adapter.interactions.{index}.extractor"
@@ -71,17 +66,17 @@ def _extractor(index: int) -> dict[str, tuple[str, ...]]:
         prefix = f"adapter.interactions.3.extra_extractors.{index - 4}"
     entries: dict[str, tuple[str, ...]] = {}
     for ours, theirs in _EXTRACTOR.items():
-        entries |= _layer(f"adapter.extractors.{index}.{ours}", *(f"{prefix}.{layer}" for layer in theirs))
+        entries |= layer_keys(f"adapter.extractors.{index}.{ours}", *(f"{prefix}.{layer}" for layer in theirs))
     return entries
 
 
 def _trunk(index: int) -> dict[str, tuple[str, ...]]:
     ours, theirs = f"head.trunk.{index}", f"head.trunk.{index}.block"
     return {
-        **_layer(f"{ours}.norm", f"{theirs}.0.ln"),
-        **_layer(f"{ours}.depthwise", f"{theirs}.1"),
-        **_layer(f"{ours}.pointwise1", f"{theirs}.3"),
-        **_layer(f"{ours}.pointwise2", f"{theirs}.5"),
+        **layer_keys(f"{ours}.norm", f"{theirs}.0.ln"),
+        **layer_keys(f"{ours}.depthwise", f"{theirs}.1"),
+        **layer_keys(f"{ours}.pointwise1", f"{theirs}.3"),
+        **layer_keys(f"{ours}.pointwise2", f"{theirs}.5"),
     }
 
 
@@ -104,16 +99,16 @@ RELEASE = KeyMap(
         **_conv_norm("adapter.prior.stem.1", "adapter.spm.stem.3", "adapter.spm.stem.4"),
         **_conv_norm("adapter.prior.stem.2", "adapter.spm.stem.6", "adapter.spm.stem.7"),
         **_conv_norm("adapter.prior.down", "adapter.spm.conv2.0", "adapter.spm.conv2.1"),
-        **_layer("adapter.query", "adapter.spm.fc2"),
+        **layer_keys("adapter.query", "adapter.spm.fc2"),
         "adapter.level": ("adapter.level_embed",),
         **{key: names for index in range(EXTRACTORS) for key, names in _extractor(index).items()},
-        **_layer("head.fusion.fine", "adapter.spm.fc1"),
-        **_layer("head.fusion.norm", "adapter.norm1"),
-        **_layer("head.fusion.align", "head.align_in"),
+        **layer_keys("head.fusion.fine", "adapter.spm.fc1"),
+        **layer_keys("head.fusion.norm", "adapter.norm1"),
+        **layer_keys("head.fusion.align", "head.align_in"),
         **{key: names for index in range(TRUNK_BLOCKS) for key, names in _trunk(index).items()},
-        **_layer("head.mix", "head.mix"),
-        **_layer("head.norm", "head.head_norm.ln"),
-        **_layer("head.out", "head.out_conv"),
+        **layer_keys("head.mix", "head.mix"),
+        **layer_keys("head.norm", "head.head_norm.ln"),
+        **layer_keys("head.out", "head.out_conv"),
     },
     dropped=(
         "adapter.up.*",
@@ -139,17 +134,16 @@ def choose_release(
     """
     if release is not None:
         check_names([release], RELEASED, "unknown file of the release")
-    row = RELEASED.get(release or "")
-    if row is None and backbone is None:
-        raise BrixelError(f"no backbone and no release: say which file this is, release= one of {', '.join(RELEASED)}")
-    if row is not None:
+        row = RELEASED[release]
         backbone = row.backbone if backbone is None else backbone
         architecture = row.backbone if architecture is None else architecture
-    assert backbone is not None
+        short_side_px = short_side_px or row.short_side_px
+    if backbone is None:
+        raise BrixelError(f"no backbone and no release: say which file this is, release= one of {', '.join(RELEASED)}")
     known = find_backbone(architecture if isinstance(architecture, str) else str(backbone))
     if known is not None:
         _check_width(path, known)
-    return backbone, architecture, short_side_px or (row.short_side_px if row else _SHORT_SIDE_PX)
+    return backbone, architecture, short_side_px or _SHORT_SIDE_PX
 
 
 def _check_width(path: Path, known: KnownBackbone) -> None:

@@ -30,7 +30,7 @@ def read_backbone(
     if architecture is None and files.bundled:
         architecture = files.bundled.name
     with files.reading():
-        if architecture is None and files.path.is_dir():
+        if architecture is None:
             vit_config(files.path)  # refuses other architectures before their weights are fetched
         files.fetch_weights()
         loaded = load_backbone(files.path, architecture=architecture, dtype=dtype, fields=fields)

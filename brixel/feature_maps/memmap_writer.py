@@ -55,15 +55,9 @@ def make_map_file(
         _reserve(unfinished, cells.nbytes + cells.offset)
         meta = fill(torch.from_numpy(cells))
         cells.flush()
-        fields = {
-            "image_hw": image_hw,
-            "stride": stride,
-            "meta": dict(meta),
-            "shape": shape,
-            "dtype": dtype_name(dtype),
-        }
         del cells
-        write_sidecar(path, fields)
+        geometry = {"image_hw": image_hw, "stride": stride, "meta": dict(meta)}
+        write_sidecar(path, {**geometry, "shape": shape, "dtype": dtype_name(dtype)})
     return FeatureMap.load(path)
 
 

@@ -33,12 +33,7 @@ _UPRIGHT = {  # EXIF orientation -> the transposition that undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
+_SIDEWAYS = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]
 _FILTERS_LOCK = threading.Lock()
 
 _BAND_PX = 256  # rows that are converted at a time

@@ -63,7 +63,7 @@ def plan_patch_grid(image_hw: tuple[int, int], patch_px: int, short_side_px: int
         BrixelError: `short_side_px` is something else.
         ImageError: The image would be enlarged and is longer than `MOST_ENLARGED` short sides.
     """
-    resized_hw = _resized(image_hw, _check_short_side(short_side_px))
+    resized_hw = _resized(image_hw, short_side_px)
     short_px, long_px = min(image_hw), max(image_hw)
     if max(resized_hw) > long_px > MOST_ENLARGED * short_px:
         raise ImageError(
@@ -75,21 +75,14 @@ def plan_patch_grid(image_hw: tuple[int, int], patch_px: int, short_side_px: int
     return PatchGrid(image_hw, resized_hw, padded_hw, patch_px)
 
 
-def _check_short_side(short_side_px: int | str) -> int | None:
-    """The short side in pixels, or None to keep the image's size."""
+def _resized(image_hw: tuple[int, int], short_side_px: int | str) -> tuple[int, int]:
     if short_side_px == NATIVE:
-        return None
+        return image_hw
     if isinstance(short_side_px, bool) or not isinstance(short_side_px, int) or short_side_px <= 0:
         raise BrixelError(
             f"short_side_px is {short_side_px!r}; expected a whole number of pixels above zero, such as 512, "
             f"or {NATIVE!r} to keep the image's own size"
         )
-    return short_side_px
-
-
-def _resized(image_hw: tuple[int, int], short_side_px: int | None) -> tuple[int, int]:
-    if short_side_px is None:
-        return image_hw
     height_px, width_px = image_hw
     short_px, long_px = min(image_hw), max(image_hw)
     long_side_px = (2 * long_px * short_side_px + short_px) // (2 * short_px)  # to the nearest, a half up
