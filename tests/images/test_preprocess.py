@@ -91,6 +91,7 @@ def test_an_image_that_cannot_be_used(model, tmp_path):
         model.prepare(tmp_path / "some.png")
 
 
+@pytest.mark.slow
 def test_errors_name_a_line_and_an_image_that_does_not_fit_into_memory(model, image_path, tmp_path):
     Image.new("RGB", (1000, 1)).save(tmp_path / "line.png")
     line, found = model.stream_all([tmp_path / "line.png", image_path])

@@ -22,7 +22,8 @@ def images():
     return [chance.integers(0, 255, (*size, 3), dtype=np.uint8) for size in sizes]
 
 
-@pytest.mark.parametrize("spare_mib", [0, *(pytest.param(mib, marks=pytest.mark.slow) for mib in (2, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("spare_mib", [0, 2, 8])
 def test_the_limit_holds_over_a_stream_of_mixed_sizes(tiny, images, spare_mib):
     expected = [tiny.extract(image, short_side_px="native").features for image in images]
     sizes = ((96, 128), (128, 96))
@@ -48,7 +49,7 @@ def test_a_batch_is_smaller_where_not_all_its_maps_fit(tiny, images):
         assert torch.equal(feature_map.features, tiny.extract(image, short_side_px="native").features)
 
 
-@pytest.mark.parametrize("batch_size", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("batch_size", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3))])
 def test_an_image_that_nothing_fits_does_not_end_the_stream(tiny, images, monkeypatch, batch_size):
     """Nor do those that share its batch fail with it."""
     mixed = [images[0], np.full((96, 128, 3), 255, np.uint8), images[2], images[1]]

@@ -203,6 +203,7 @@ def compiled_equals_eager(backend: str, *grids: tuple[int, int]) -> None:
             torch.testing.assert_close(compiled(pixels), student(pixels), rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_parts_compile_without_graph_breaks() -> None:
     """A quick check of the patterns of einops; the slow tests below compile the whole student."""
     torch.compiler.reset()

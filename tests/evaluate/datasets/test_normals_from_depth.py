@@ -69,6 +69,7 @@ def test_a_ball_has_the_normals_of_a_ball():
     assert (found[2][known] < 0).all()
 
 
+@pytest.mark.slow
 def test_what_files_round_is_averaged_away():
     """As NAVI's files: whole numbers, 655 per metre of 1 / depth; a difference of neighbouring pixels sees little."""
     inverse, normals = ball(1000, 1240, 1000.0, 0.2)
