@@ -19,14 +19,9 @@ from brixel.errors import BrixelError, MemoryLimitError
 from brixel.extraction.background_writer import BackgroundWriter
 from brixel.extraction.distributed import ProcessShare
 from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile
-from brixel.extraction.pending_images import (
-    ExtractionSummary,
-    check_none_exists,
-    count_finished_elsewhere,
-    pending_images,
-)
+from brixel.extraction.pending_images import ExtractionSummary, count_finished_elsewhere, pending_images
 from brixel.extraction.progress import ProgressBar
-from brixel.extraction.writers import FileWriter, ShardWriter, convert
+from brixel.extraction.writers import FileWriter, MapWriter, ShardWriter, convert
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.utils.devices import dtype_name
 from brixel.utils.memory import parse_bytes
@@ -89,22 +84,21 @@ def extract_files(
     options = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
     with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _finish_on_interrupt() as interrupted:
         if shard_bytes is None:
-            writer: FileWriter | ShardWriter = FileWriter(folder, ending)
+            writer: MapWriter = FileWriter(folder, ending)
         else:
             writer = ShardWriter(folder, shard_bytes, share.rank, manifest.written)
-        pending = pending_images(images, share, manifest, writer, summary)
+        pending = pending_images(images, manifest, writer, summary)
         if isinstance(writer, FileWriter) and manifest.is_new and not manifest.written and not overwrite:
-            check_none_exists([writer.path(source.relative_path) for _, source in pending])
+            _check_none_exists([writer.path(source.relative_path) for _, source in pending])
         manifest.begin()
         done = summary.skipped + count_finished_elsewhere(images, manifest, share)
         with (
-            ProgressBar(len(images), done, manifest.path, share) as bar,
+            ProgressBar(len(images), done, manifest) as bar,
             _disk_errors_explained(folder),
             BackgroundWriter[int](summary.add_written, depth=_MAX_WAITING_WRITES) as background,
         ):
-            run = _Run(model, options, writer, manifest, summary, bar, background, interrupted)
-            too_large = run.extract_stream(pending, save_dtype, batch_size=batch_size, workers=workers)
-            run.extract_to_disk(too_large)
+            run = _Run(model, options, save_dtype, writer, manifest, summary, bar, background, interrupted)
+            run.extract_to_disk(run.extract_stream(pending, batch_size=batch_size, workers=workers))
             run.submit(writer.finish)
         if interrupted():
             raise KeyboardInterrupt
@@ -117,7 +111,8 @@ class _Run:
 
     model: BrixelFeatures
     options: Mapping[str, Any]
-    writer: FileWriter | ShardWriter
+    save_dtype: torch.dtype | None
+    writer: MapWriter
     manifest: Manifest
     summary: ExtractionSummary
     bar: ProgressBar
@@ -125,31 +120,26 @@ class _Run:
     interrupted: Callable[[], bool]
 
     def extract_stream(
-        self,
-        pending: Sequence[tuple[Path, SourceImage]],
-        save_dtype: torch.dtype | None,
-        *,
-        batch_size: int,
-        workers: int,
+        self, pending: Sequence[tuple[Path, SourceImage]], *, batch_size: int, workers: int
     ) -> list[tuple[Path, SourceImage]]:
         """Extract images and submit their maps; returns those too large for memory that a `.npy` file can take."""
         images, too_large = (image for image, _ in pending), []
-        to_disk = (
-            isinstance(self.writer, FileWriter)
-            and self.writer.supports_memmap
-            and save_dtype in (None, self.model.dtype)
-        )
+        to_disk = self.writer.supports_memmap and self.save_dtype in (None, self.model.dtype)
         results = self.model.stream_all(images, batch_size=batch_size, workers=workers, **self.options)
         for (image, source), result in zip(pending, results, strict=False):
-            converted = _converted(result, save_dtype, image)
-            if to_disk and isinstance(converted, MemoryLimitError):
+            if to_disk and isinstance(result, MemoryLimitError):
                 too_large.append((image, source))
                 continue
-            self.bar.add(1)
-            if isinstance(converted, Exception):
-                self.summary.add_failure(image, converted)
+            self.bar.add()
+            if isinstance(result, FeatureMap):
+                try:
+                    result = convert(result, self.save_dtype, image=image.name)
+                except BrixelError as error:
+                    result = error
+            if isinstance(result, Exception):
+                self.summary.add_failure(image, result)
             else:
-                self.submit(partial(self.writer.add, source, converted))
+                self.submit(partial(self.writer.add, source, result))
             if self.interrupted():
                 break
         return too_large
@@ -166,7 +156,7 @@ class _Run:
                 self.summary.add_failure(image, error)
             else:
                 self.submit(partial(self.writer.sync, source))
-            self.bar.add(1)
+            self.bar.add()
 
     def submit(self, write: Callable[[], WrittenFile | None]) -> None:
         """Write in the background, and list the file that results in the manifest."""
@@ -179,16 +169,6 @@ class _Run:
             return len(written.images)
 
         self.background.submit(write_and_list)
-
-
-def _converted(result: FeatureMap | Exception, save_dtype: torch.dtype | None, image: Path) -> FeatureMap | Exception:
-    """The map in the dtype to save, or the error that took its place."""
-    if isinstance(result, Exception):
-        return result
-    try:
-        return convert(result, save_dtype, image=image.name)
-    except BrixelError as error:
-        return error
 
 
 def _split_memory(
@@ -210,6 +190,16 @@ def _check_options(ending: str, shard_bytes: int | None, save_dtype: torch.dtype
         raise BrixelError(f"shards of {shard_bytes} bytes as {ending}: expected a positive size, and safetensors")
     if ending == ".npy" and save_dtype == torch.bfloat16:
         raise BrixelError("npy does not support bfloat16: write safetensors, or save as float16 or float32")
+
+
+def _check_none_exists(paths: Sequence[Path]) -> None:
+    """Raise BrixelError where a first run would write over a file."""
+    existing = next((path for path in paths if path.exists()), None)
+    if existing is not None:
+        raise BrixelError(
+            f"{existing} exists and is in no manifest, so it may not be a map: give another output folder, "
+            "or --overwrite"
+        )
 
 
 def _settings(

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -63,7 +62,7 @@ class Manifest:
     def __init__(
         self, folder: Path, settings: Mapping[str, str], share: ProcessShare, *, overwrite: bool = False
     ) -> None:
-        self.path = folder / _NAME.format(share.rank)
+        self.share, self.path = share, folder / _NAME.format(share.rank)
         self._settings = dict(settings)
         with contextlib.ExitStack() as stack:
             try:
@@ -97,9 +96,7 @@ class Manifest:
     def __enter__(self) -> "Manifest":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
@@ -128,11 +125,17 @@ def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> l
     written: list[WrittenFile] = []
     for path in manifest_paths(folder):
         lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off
-        with _damage_explained(path):
+        try:
             records = [json.loads(line) for line in lines]
             if records:
                 _check_header(path, records[0], settings)
             written += [_parse(record) for record in records[1:]]
+        except BrixelError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedFileError(
+                f"{path} is damaged or no manifest of brixel ({error}); --overwrite extracts everything again"
+            ) from error
     return sorted(written, key=lambda file: file.listed_s)
 
 
@@ -152,22 +155,8 @@ def _record(written: WrittenFile) -> dict[str, Any]:
         {"picture": image.relative_path, "bytes": image.size_bytes, "mtime_ns": image.mtime_ns}
         for image in written.images
     ]
-    return {
-        **{"file": written.file, "bytes": written.size_bytes, "sha256": written.sha256},
-        **{"pictures": images, "at": written.listed_s},
-    }
-
-
-@contextlib.contextmanager
-def _damage_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, BrixelError):
-            raise
-        raise DamagedFileError(
-            f"{path} is damaged or no manifest of brixel ({error}); --overwrite extracts everything again"
-        ) from error
+    file = {"file": written.file, "bytes": written.size_bytes, "sha256": written.sha256}
+    return {**file, "pictures": images, "at": written.listed_s}
 
 
 def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str] | None) -> None:

@@ -39,11 +39,7 @@ class ExtractionSummary:
 
 
 def pending_images(
-    images: Sequence[tuple[Path, Path]],
-    share: ProcessShare,
-    manifest: Manifest,
-    writer: MapWriter,
-    summary: ExtractionSummary,
+    images: Sequence[tuple[Path, Path]], manifest: Manifest, writer: MapWriter, summary: ExtractionSummary
 ) -> list[tuple[Path, SourceImage]]:
     """The images of this process that are left to do, as they are now; ``summary`` gets its others."""
     folder, entries = manifest.path.parent, latest_by_image(manifest.written)
@@ -51,7 +47,7 @@ def pending_images(
     pending, changed = [], 0
     for image, path in images:
         relative_path = path.as_posix()
-        if not share.contains(relative_path):
+        if not manifest.share.contains(relative_path):
             continue
         try:
             stat = image.stat()
@@ -76,16 +72,6 @@ def count_finished_elsewhere(images: Sequence[tuple[Path, Path]], manifest: Mani
     entries = latest_by_image(manifest.written)
     names = (path.as_posix() for _, path in images)
     return sum(name in entries and not share.contains(name) for name in names)
-
-
-def check_none_exists(paths: Sequence[Path]) -> None:
-    """Raise BrixelError where a first run would write over a file."""
-    existing = next((path for path in paths if path.exists()), None)
-    if existing is not None:
-        raise BrixelError(
-            f"{existing} exists and is in no manifest, so it may not be a map: give another output folder, "
-            "or --overwrite"
-        )
 
 
 def _is_in_place(folder: Path, written: WrittenFile) -> bool:

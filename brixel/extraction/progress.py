@@ -2,12 +2,10 @@
 
 import time
 from pathlib import Path
-from types import TracebackType
 
 from tqdm import tqdm
 
-from brixel.extraction.distributed import ProcessShare
-from brixel.extraction.manifest import manifest_paths
+from brixel.extraction.manifest import Manifest, manifest_paths
 
 _EVERY_S = 5.0
 
@@ -15,16 +13,17 @@ _EVERY_S = 5.0
 class ProgressBar:
     """Counts the images of this process, and those of the others by what is appended to their manifests."""
 
-    def __init__(self, total: int, done: int, own_manifest: Path, share: ProcessShare) -> None:
-        self._own_manifest, self._share = own_manifest, share
+    def __init__(self, total: int, done: int, manifest: Manifest) -> None:
+        self._own_manifest, share = manifest.path, manifest.share
         self._bar = tqdm(total=total, initial=done, unit="image", disable=None if share.rank == 0 else True)
+        self._has_others = share.processes > 1 and not self._bar.disable
         self._read_bytes = {path: path.stat().st_size for path in self._other_manifests()}
         self._next_s = time.monotonic() + _EVERY_S
 
-    def add(self, count: int) -> None:
-        """Advance the bar by images that are finished in this process."""
-        self._bar.update(count)
-        if self._share.processes > 1 and not self._bar.disable and time.monotonic() > self._next_s:
+    def add(self) -> None:
+        """Advance the bar by an image that is finished in this process."""
+        self._bar.update()
+        if self._has_others and time.monotonic() > self._next_s:
             self._bar.update(self._count_others())
             self._next_s = time.monotonic() + _EVERY_S
 
@@ -44,9 +43,7 @@ class ProgressBar:
     def __enter__(self) -> "ProgressBar":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._share.processes > 1 and not self._bar.disable:
+    def __exit__(self, *_: object) -> None:
+        if self._has_others:
             self._bar.update(self._count_others())
         self._bar.close()

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -18,19 +17,6 @@ from brixel.utils.atomic_files import atomic_path
 
 _MAX_NAME_BYTES = 255
 SHARD_KEY = "maps"  # in a shard's metadata: JSON of what the file of a single map holds besides its features
-
-
-class MapWriter(Protocol):
-    """Takes maps in order and returns each file once it is safely on disk."""
-
-    def check_name(self, relative_path: str) -> None:
-        """Raise BrixelError for an image whose map cannot be written under its name."""
-
-    def add(self, source: SourceImage, feature_map: FeatureMap) -> WrittenFile | None:
-        """Take a map. Returns the file that was written, or None where the maps wait for more."""
-
-    def finish(self) -> WrittenFile | None:
-        """Write the maps that wait."""
 
 
 class FileWriter:
@@ -75,6 +61,8 @@ class FileWriter:
 class ShardWriter:
     """Safetensors files of up to ``limit_bytes`` of maps, keyed by relative path; a larger map gets its own file."""
 
+    supports_memmap = False
+
     def __init__(self, folder: Path, limit_bytes: int, rank: int, written: Iterable[WrittenFile] = ()) -> None:
         self._folder, self._limit_bytes, self._rank = folder, limit_bytes, rank
         # numbers go on after the last shard that is listed: one that was not listed is written over
@@ -92,14 +80,14 @@ class ShardWriter:
 
     def add(self, source: SourceImage, feature_map: FeatureMap) -> WrittenFile | None:
         """Take a map; if the shard would exceed its limit with it, the shard is written first."""
-        full = bool(self._waiting) and self._waiting_bytes + feature_map.features.nbytes > self._limit_bytes
-        written = self.finish() if full else None
+        size_bytes = feature_map.features.nbytes
+        written = self.finish() if self._waiting_bytes + size_bytes > self._limit_bytes else None
         self._waiting.append((source, feature_map))
-        self._waiting_bytes += feature_map.features.nbytes
+        self._waiting_bytes += size_bytes
         return written
 
     def finish(self) -> WrittenFile | None:
-        """Write the shard."""
+        """Write the shard, unless it is empty."""
         if not self._waiting:
             return None
         path = self._folder / f"maps-{self._rank}-{self._number:05d}.safetensors"
@@ -114,6 +102,10 @@ class ShardWriter:
         self._number += 1
         self._waiting, self._waiting_bytes = [], 0
         return written
+
+
+MapWriter = FileWriter | ShardWriter
+"""Takes maps in order; ``add`` and ``finish`` return a file once it is safely on disk."""
 
 
 def convert(feature_map: FeatureMap, dtype: torch.dtype | None, **meta: str) -> FeatureMap:
@@ -131,13 +123,11 @@ def file_size(path: Path) -> int:
 
 def checksum(path: Path) -> tuple[int, str]:
     """Bytes and sha256 of a file of maps, with the JSON file of a `.npy`."""
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     for part in _files_of_map(path):
         with open(part, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-                size += len(block)
-    return size, digest.hexdigest()
+            hashlib.file_digest(file, lambda: digest)
+    return file_size(path), digest.hexdigest()
 
 
 def _files_of_map(path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ def check_map_path(path: str | os.PathLike[str]) -> Path:
     """The path of a map that is written while it is computed. Raises BrixelError where that cannot be."""
     target = Path(path)
     if target.suffix != ".npy":
-        raise BrixelError(f"{target} ends in {target.suffix!r}; a map is written as it is made to *.npy alone")
+        raise BrixelError(f"{target} ends in {target.suffix!r}; a map is written while it is computed only as .npy")
     check_writable(target)
     return target
 

@@ -72,18 +72,13 @@ def run_batches(
                 _run(forward, groups.pop(image.pixels.shape))
         yield from _finished(queue)
         while queue and len(queue) >= min(most, max_in_flight()):  # the oldest waits no longer for its batch to fill
-            _run(forward, groups.pop(_shape(queue[0])))
+            _run(forward, groups.pop(next(iter(groups))))
             yield from _finished(queue)
     for group in groups.values():
         _run(forward, group)
         yield from _finished(queue)
     if failure is not None:
         raise failure
-
-
-def _shape(image: QueuedImage[Tag]) -> torch.Size:
-    assert image.pixels is not None
-    return image.pixels.shape
 
 
 def _finished(queue: deque[QueuedImage[Tag]]) -> Iterator[tuple[Result | None, Tag]]:

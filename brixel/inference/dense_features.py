@@ -14,8 +14,8 @@ from brixel.images.load import ImageInput
 from brixel.images.patch_grid import NATIVE, plan_patch_grid
 from brixel.images.preprocess import ImagePlacement, Preprocessor
 from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host
-from brixel.inference.memory.planner import Job, Plan
-from brixel.inference.stream import FeatureStream, prepare_image, tiles_meta
+from brixel.inference.memory.planner import Job, Plan, Planner
+from brixel.inference.stream import FeatureStream, prepare_image, raise_errors
 from brixel.model.config import BrixelConfig
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE, Upsampler
@@ -94,15 +94,15 @@ class DenseFeatures(Student):
             MemoryLimitError: The image does not fit into the limit.
             BrixelError: An argument is out of range, or ``out`` cannot be written.
         """
-        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
-        preprocessor = self.preparation(short_side_px)
         if out is None:
-            return next(FeatureStream(forward, preprocessor).maps([image]))
-        path = check_map_path(out)
+            maps = self.stream([image], short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles, workers=0)
+            return next(maps)
+        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
+        preprocessor, path = self.preparation(short_side_px), check_map_path(out)
         pixels, placement = preprocessor(image, lambda padded_hw: forward.check(padded_hw, to_file=True))
 
         def fill(cells: Tensor) -> Mapping[str, str]:
-            return {**placement.meta, **tiles_meta(forward.fill(pixels[None], cells))}
+            return {**placement.meta, **forward.fill(pixels[None], cells)}
 
         geometry = placement.geometry
         shape, stride = (self.embed_dim, *geometry.map_hw(UPSCALE)), geometry.map_stride(UPSCALE)
@@ -138,7 +138,15 @@ class DenseFeatures(Student):
             MemoryLimitError: An image does not fit into the limit; raised likewise.
             BrixelError: An argument is out of range.
         """
-        return self._stream(memory_limit, tiles, short_side_px, batch_size, workers).maps(images)
+        results = self.stream_all(
+            images,
+            batch_size=batch_size,
+            short_side_px=short_side_px,
+            memory_limit=memory_limit,
+            tiles=tiles,
+            workers=workers,
+        )
+        return raise_errors(results)
 
     def stream_all(
         self,
@@ -166,7 +174,9 @@ class DenseFeatures(Student):
         Raises:
             BrixelError: An argument is out of range.
         """
-        return self._stream(memory_limit, tiles, short_side_px, batch_size, workers).maps_or_errors(images)
+        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles, batch=batch_size)
+        stream = FeatureStream(forward, self.preparation(short_side_px), batch_size=batch_size, workers=workers)
+        return stream.maps_or_errors(images)
 
     def prepare(self, image: ImageInput, *, short_side_px: int | str | None = None) -> tuple[Tensor, ImagePlacement]:
         """Make an image ready for a loop of your own.
@@ -229,8 +239,7 @@ class DenseFeatures(Student):
             BrixelError: An argument is out of range.
         """
         geometry = plan_patch_grid(image_hw, self.patch_px, self.preparation(short_side_px).short_side_px)
-        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
-        return forward.plan(Job(batch, geometry.padded_hw, to_file))
+        return Planner(self, memory_limit, tiles).plan(Job(batch, geometry.padded_hw, to_file))
 
     def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
         """Compute the frozen backbone's own map of one image, which brixel starts from.
@@ -249,17 +258,6 @@ class DenseFeatures(Student):
         with evaluation_mode(self), torch.no_grad():
             features = to_host(self.backbone_features(pixels[None].to(self.device, self.dtype))[0])
         return placement.feature_map(features, in_place=True)
-
-    def _stream(
-        self,
-        memory_limit: int | str | None,
-        tiles: str,
-        short_side_px: int | str | None,
-        batch_size: int,
-        workers: int,
-    ) -> FeatureStream:
-        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles, batch=batch_size)
-        return FeatureStream(forward, self.preparation(short_side_px), batch_size=batch_size, workers=workers)
 
     def _meta(self) -> Mapping[str, str]:
         """What makes the maps, kept in their files."""

@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
@@ -13,6 +13,10 @@ from brixel.images.preprocess import ImagePlacement, Preprocessor
 from brixel.inference.batching import Result, run_batches
 from brixel.inference.memory.limited_forward import MemoryLimitedForward, is_out_of_memory
 from brixel.inference.prefetch import prefetch
+from brixel.utils.fields import Rule, check_field, whole_number
+
+_POSITIVE = Rule("a positive whole number", whole_number(1).convert)
+_ZERO_OR_POSITIVE = Rule("zero or a positive whole number", whole_number().convert)
 
 
 class FeatureStream:
@@ -29,22 +33,12 @@ class FeatureStream:
     """
 
     def __init__(
-        self, forward: MemoryLimitedForward, preprocessor: Preprocessor, *, batch_size: int = 1, workers: int = 0
+        self, forward: MemoryLimitedForward, preprocessor: Preprocessor, *, batch_size: int, workers: int
     ) -> None:
-        _check_whole("batch_size", batch_size, 1)
-        _check_whole("workers", workers, 0)
         self._forward = forward
         self._preprocessor = preprocessor
-        self._batch_size = batch_size
-        self._workers = workers
-
-    def maps(self, images: Iterable[ImageInput]) -> Iterator[FeatureMap]:
-        """The map of every image; the error of one that has none is raised in its turn."""
-        for result in self.maps_or_errors(images):
-            if isinstance(result, Exception):
-                raise result
-            yield result
-            del result  # not held while the next is computed
+        self._batch_size = check_field("batch_size", batch_size, _POSITIVE)
+        self._workers = check_field("workers", workers, _ZERO_OR_POSITIVE)
 
     def maps_or_errors(self, images: Iterable[ImageInput]) -> Iterator[FeatureMap | Exception]:
         """The map of every image, or its error where it cannot be used or does not fit."""
@@ -88,8 +82,16 @@ class FeatureStream:
         if features is None or isinstance(placement, Exception):
             assert isinstance(placement, Exception)
             return placement
-        meta = tiles_meta(self._forward.tiles_of(features))
-        return placement.feature_map(features, meta=meta, in_place=True)
+        return placement.feature_map(features, meta=self._forward.meta(features), in_place=True)
+
+
+def raise_errors(results: Iterable[FeatureMap | Exception]) -> Iterator[FeatureMap]:
+    """The maps; an error in the place of one is raised in its turn."""
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+        yield result
+        del result  # not held while the next is computed
 
 
 def prepare_image(
@@ -114,11 +116,6 @@ def prepare_image(
     )
 
 
-def tiles_meta(note: str) -> Mapping[str, str]:
-    """What a map's meta says of tiles; nothing where there were none."""
-    return {"tiles": note} if note else {}
-
-
 def _in_memory(image: ImageInput) -> bool:
     """Whether an image is no file: its owner may fill the same array again, or seek to another frame."""
     return not isinstance(image, (str, os.PathLike))
@@ -126,9 +123,3 @@ def _in_memory(image: ImageInput) -> bool:
 
 def _pixel_bytes(prepared: tuple[Tensor | None, object]) -> int:
     return 0 if prepared[0] is None else prepared[0].nbytes
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        expected = "a positive whole number" if least else "zero or a positive whole number"
-        raise BrixelError(f"{name} is {value!r}; expected {expected}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from torch import nn
 
 from brixel.errors import BrixelError
 from brixel.train.config import TrainConfig, differences, given_settings, make_config
-from brixel.train.optim import WeightAverage
 from brixel.utils.atomic_files import atomic_path
 
 FORMAT_VERSION = 1
+
+Parts = Mapping[str, nn.Module | torch.optim.Optimizer]
+"""What a run changes, by its name in the file."""
 
 
 @dataclass
@@ -26,22 +29,13 @@ class TrainingState:
     processes: int = 1  # with another number, the rest of the run would read other batches
 
 
-def save_state(
-    path: Path,
-    config: TrainConfig,
-    state: TrainingState,
-    module: nn.Module,
-    average: WeightAverage,
-    optimizer: torch.optim.Optimizer,
-) -> None:
+def save_state(path: Path, config: TrainConfig, state: TrainingState, parts: Parts) -> None:
     """Write what the rest of a run depends on. Random states are not part of it: they follow from seed and step."""
     content = {
         "format_version": FORMAT_VERSION,
         "config": given_settings(config),
         "progress": dataclasses.asdict(state),
-        "module": module.state_dict(),
-        "average": average.module.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        **{name: part.state_dict() for name, part in parts.items()},
     }
     try:
         with atomic_path(path) as temporary:
@@ -52,16 +46,8 @@ def save_state(
         ) from error
 
 
-def load_state(
-    path: Path,
-    config: TrainConfig,
-    module: nn.Module,
-    average: WeightAverage,
-    optimizer: torch.optim.Optimizer,
-    *,
-    processes: int = 1,
-) -> TrainingState:
-    """Load a saved run into module, average and optimiser. BrixelError if settings that affect the result differ."""
+def load_state(path: Path, config: TrainConfig, parts: Parts, *, processes: int) -> TrainingState:
+    """Load a saved run into its parts. BrixelError if settings that affect the result differ."""
     content = _read(path)
     state = TrainingState(**content["progress"])
     changed = differences(config, make_config(content["config"]))
@@ -72,9 +58,8 @@ def load_state(
             f"{path.parent} holds a run with other settings ({'; '.join(changed)}): "
             "use the settings that it was started with, or another output folder"
         )
-    module.load_state_dict(content["module"])
-    average.module.load_state_dict(content["average"])
-    optimizer.load_state_dict(content["optimizer"])
+    for name, part in parts.items():
+        part.load_state_dict(content[name])
     return state
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -29,10 +29,6 @@ INCIDENTAL = frozenset({"out", "workers", "log_every", "save_every", "device", "
 _FOLDERS = "a folder or a list of folders; '.' is the current one"
 
 
-def _required(rule: Rule, description: str) -> Any:
-    return dataclasses.field(metadata={"rule": rule, "help": description})
-
-
 def _setting(default: Any, rule: Rule, description: str) -> Any:
     return dataclasses.field(default=default, metadata={"rule": rule, "help": description})
 
@@ -41,11 +37,11 @@ def _setting(default: Any, rule: Rule, description: str) -> Any:
 class TrainConfig:
     """Settings of a training run."""
 
-    backbone: str = _required(text(), "frozen backbone: a folder, a weight file, or ORG/NAME on the Hub")
-    images: tuple[str, ...] = _required(
-        several(text(), _FOLDERS, least=1), "folders of training images, with subfolders"
+    backbone: str = _setting(MISSING, text(), "frozen backbone: a folder, a weight file, or ORG/NAME on the Hub")
+    images: tuple[str, ...] = _setting(
+        MISSING, several(text(), _FOLDERS, least=1), "folders of training images, with subfolders"
     )
-    out: str = _required(text(), "output folder; an interrupted run resumes from it")
+    out: str = _setting(MISSING, text(), "output folder; an interrupted run resumes from it")
     val: tuple[str, ...] = _setting((), several(text(), _FOLDERS), "folders of images to validate on")
     architecture: str | None = _setting(
         None, optional(text(empty=True)), "architecture of the backbone, where its files leave it open"

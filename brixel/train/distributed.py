@@ -91,9 +91,7 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
+        return _differentiable_sum(gradient)
 
 
 def _differentiable_sum(value: Tensor) -> Tensor:
@@ -113,13 +111,11 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         centred = x - mean[:, None, None]
         variance = _differentiable_sum(centred.square().sum((0, 2, 3))) / count  # C
         with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
             assert self.momentum is not None
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            running_mean, running_var, batches = self.buffers()
+            batches += 1
+            running_mean.lerp_(mean, self.momentum)
+            running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         scale = torch.rsqrt(variance + self.eps) * self.weight
         return centred * scale[:, None, None] + self.bias[:, None, None]
 

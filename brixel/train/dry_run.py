@@ -44,7 +44,6 @@ def _plan(trainer: Trainer, config: TrainConfig, context: DistributedContext) ->
         step_times_s.append(time.perf_counter() - start_s)
     step_s = statistics.median(step_times_s)
 
-    images_per_step = config.batch_size * config.accumulate * context.world_size
     epoch_crops = config.cache or len(dataset)
     live_s = 0.0 if config.cache else teacher_s * config.batch_size * config.accumulate  # of the teacher, in a step
     cache_bytes = config.cache * 2 * (maps[0].numel() + pixels[0].numel())
@@ -55,14 +54,14 @@ def _plan(trainer: Trainer, config: TrainConfig, context: DistributedContext) ->
     peak = peak_bytes(context.device)
     trained = sum(parameter.numel() for parameter in trainer.module.parameters() if parameter.requires_grad)
     teacher_px = teacher_side_px(config, vit.patch_px)
-    epochs = f"{epoch_crops} crops {config.steps * images_per_step / epoch_crops:.1f} times"
+    epochs = f"{epoch_crops} crops {config.steps * trainer.images_per_step / epoch_crops:.1f} times"
     return {
         "images": f"{len(dataset)} to train on, {min(val_images, config.val_images)} to validate with",
         "crops": f"{teacher_px} px for the teacher, {teacher_px // UPSCALE} px for the student",
         "maps": f"{tuple(maps.shape[1:])}, from blocks {', '.join(map(str, trainer.model.blocks))}",
         "trained": f"{trained / 1e6:.2f} M parameters, loss L1 + {config.edge:g} edge + {config.spectral:g} spectral",
         "fit": f"blend of four maps, to {fit_crops * context.world_size} crops" + (f": {fit_s:.0f} s" if fit_s else ""),
-        "steps": f"{config.steps} of {images_per_step} images: {epochs}",
+        "steps": f"{config.steps} of {trainer.images_per_step} images: {epochs}",
         "device": f"{context.world_size} x {context.device}",
         "teacher": f"{teacher_s:.2f} s a crop" + (f"; cached once: {_gib(cache_bytes)}" if config.cache else ""),
         "step": f"{step_s:.2f} s" + ("" if config.cache else f", and {live_s:.2f} s for the teacher"),

@@ -53,7 +53,9 @@ def fit_blend(
     gram, cross = torch.zeros(start.shape[1], start.shape[1]).double(), torch.zeros(start.shape).double().mT
     for pixels, teacher in micro_batches:
         maps = block_maps(pixels)
-        _check_shape(teacher, maps[-1])
+        expected = (*maps[-1].shape[:2], *(UPSCALE * cells for cells in maps[-1].shape[2:]))
+        if teacher.shape != expected:
+            raise BrixelError(f"the teacher's maps have shape {tuple(teacher.shape)}; expected {expected}")
         inputs = F.pad(rearrange(torch.cat(list(maps), dim=1), "b d h w -> (b h w) d"), (0, 1), value=1.0)  # N M
         targets = rearrange(F.avg_pool2d(teacher.float(), UPSCALE), "b d h w -> (b h w) d")  # N D
         if inputs.device.type == "mps":  # has no float64
@@ -68,9 +70,3 @@ def fit_blend(
     solution = torch.linalg.solve(gram + pull * torch.eye(len(gram)).double(), cross + pull * start.mT).mT  # D M
     blend.weight.copy_(solution[:, :-1])
     blend.bias.copy_(solution[:, -1])
-
-
-def _check_shape(teacher: Tensor, low: Tensor) -> None:
-    expected = (*low.shape[:2], UPSCALE * low.shape[2], UPSCALE * low.shape[3])
-    if teacher.shape != expected:
-        raise BrixelError(f"the teacher's maps have shape {tuple(teacher.shape)}; expected {expected}")

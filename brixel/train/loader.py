@@ -63,9 +63,10 @@ class TrainingData:
         self.skipped: set[str] = set()  # paths of images that could not be used so far
         dataset = crop_dataset(config, config.images, backbone.vit, random=True)
         self.image_count = len(dataset)
-        self.source: CropDataset | TeacherCache = dataset
+        self.source: CropDataset | ShuffledCache = dataset
         if config.cache:
-            self.source = self._cached(dataset, config.cache, Path(config.cache_dir or Path(config.out) / "cache"))
+            cache = self._cached(dataset, config.cache, Path(config.cache_dir or Path(config.out) / "cache"))
+            self.source = ShuffledCache(cache, config.seed)
         self.held_out: TeacherCache | None = None
         if config.val and config.val_images:
             dataset = crop_dataset(config, config.val, backbone.vit, random=False)
@@ -74,9 +75,7 @@ class TrainingData:
     def micro_batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels (B, 3, S, S) and teacher maps (B, D, 4h, 4w) on the device, ``config.accumulate`` pairs per step."""
         config, device = self.config, self.context.device
-        dataset: Dataset[Any] = self.source
-        if isinstance(self.source, TeacherCache):
-            dataset = ShuffledCache(self.source, config.seed)
+        is_live = isinstance(self.source, CropDataset)  # the teacher runs now, its maps are not in a cache
         sampler = PositionSampler(
             start_step=start_step,
             steps=config.steps - start_step,
@@ -85,16 +84,16 @@ class TrainingData:
             world_size=self.context.world_size,
         )
         loader: DataLoader[Any] = DataLoader(
-            dataset,
+            self.source,
             batch_size=config.batch_size,
             sampler=sampler,
             num_workers=config.workers,
-            collate_fn=collate if isinstance(dataset, CropDataset) else None,
+            collate_fn=collate if is_live else None,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # the default is to draw from the global one
         )
         for batch in loader:
-            if isinstance(dataset, CropDataset):
+            if is_live:
                 self.skipped.update(batch.skipped)
                 with torch.no_grad():
                     maps = self.teacher(batch.teacher.to(device, non_blocking=True)).to(device)
@@ -114,13 +113,9 @@ class TrainingData:
                     teacher=self.teacher,
                     teacher_id=self.teacher_id,
                     workers=self.config.workers,
-                    progress=lambda done, _: _advance(bar, done),
+                    progress=lambda done, _: bar.update(done - bar.n),
                 )
         barrier(self.context)
         cache = TeacherCache(folder)
         self.skipped.update(cache.skipped)
         return cache
-
-
-def _advance(bar: "tqdm[Any]", done: int) -> None:
-    bar.update(done - bar.n)

@@ -1,5 +1,6 @@
-"""A run's progress as images: a curve of its metrics, a panel of the student's maps beside the teacher's."""
+"""A run's progress: its metrics as JSON lines and as a curve, and panels of the student's and the teacher's maps."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,30 @@ from brixel.evaluate.plots import save_plot, training_figure
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.panel import build_panel, image_tile, map_tiles, save_panel, tile_size
 from brixel.train.teacher_cache import TeacherCache
+from brixel.utils.atomic_files import write_text
 
 _PANEL_ROWS = 3
+
+
+class Metrics:
+    """A file with one JSON object per line. Opening it drops the lines of steps after ``done_steps``."""
+
+    def __init__(self, path: Path, done_steps: int) -> None:
+        self.path = path
+        records = [record for record in self.records() if record["step"] <= done_steps]
+        write_text(path, "".join(f"{json.dumps(record)}\n" for record in records))
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append a record, which must have a ``step``."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(record)}\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records, without a last line that was cut off."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def draw_curve(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 HEADER, DONE, TEACHER, STUDENT = "header.json", "done.json", "teacher.bin", "student.bin"
 # of the teacher's features; the student's pixels are always float16, as bfloat16 is coarser than their 8 bits
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
 _NOTHING_DONE: dict[str, Any] = {"crops": 0, "skipped": []}
 
 
@@ -72,7 +73,7 @@ class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
         batch_size: int = 1,
         dtype: torch.dtype = torch.float16,
         workers: int = 0,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int], object] = lambda done, count: None,
     ) -> "TeacherCache":
         """Open the cache in ``folder``, after building the part of it that is missing.
 
@@ -86,22 +87,16 @@ class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
         done, skipped = _crops_done(folder, fingerprint)
         if done == count:
             return cls(folder)
-        generator = torch.Generator()  # the default is to draw from the global one
+        positions, generator = range(done, count), torch.Generator()  # the default is to draw from the global one
         for batch in DataLoader(
-            dataset,
-            batch_size,
-            sampler=range(done, count),
-            num_workers=workers,
-            collate_fn=collate,
-            generator=generator,
+            dataset, batch_size, sampler=positions, num_workers=workers, collate_fn=collate, generator=generator
         ):
             with torch.no_grad():
                 features = _check_features(teacher(batch.teacher), batch, done, dtype)
             skipped = list(dict.fromkeys([*skipped, *batch.skipped]))
             _append(folder, fingerprint, features, batch.student.to(torch.float16), done, skipped)
             done += len(features)
-            if progress is not None:
-                progress(done, count)
+            progress(done, count)
         return cls(folder)
 
 

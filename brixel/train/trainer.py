@@ -25,12 +25,12 @@ from brixel.checkpoints.model_folder import ADAPTER
 from brixel.checkpoints.weight_files import read_tensors
 from brixel.errors import BrixelError
 from brixel.model.losses import total_loss
-from brixel.train.checkpoint import TrainingState, load_state, save_state
+from brixel.train.checkpoint import Parts, TrainingState, load_state, save_state
 from brixel.train.config import TrainConfig, write_settings
 from brixel.train.distributed import DistributedContext, all_reduce_mean, barrier, distributed_context, sync_batch_norm
 from brixel.train.fit_blend import fit_blend, is_fresh, micro_batches_to_fit
 from brixel.train.loader import Teacher, TrainingData
-from brixel.train.metrics_log import Metrics
+from brixel.train.monitoring import Metrics
 from brixel.train.optim import WeightAverage, learning_rate, make_optimizer
 from brixel.train.setup import prepare_model
 from brixel.train.validation import Validator
@@ -86,6 +86,7 @@ class Trainer:
         self.average = WeightAverage(self.module, config.ema)
         self.averaged_model = BrixelFeatures(self.model.backbone, self.average.module, self.model.config)
         self.optimizer = make_optimizer(config, self.module)
+        self.parts: Parts = {"module": self.module, "average": self.average.module, "optimizer": self.optimizer}
         self.state = TrainingState(processes=context.world_size)
         self.images_per_step = config.batch_size * config.accumulate * context.world_size
         self.buffers_before: list[Tensor] = []  # the running statistics before this step
@@ -99,7 +100,7 @@ class Trainer:
         if not resumed:
             self._fit_blend(data)
         metrics = Metrics(self.out / METRICS, self.state.step) if self.context.is_main else None
-        validator = Validator(self.config, self.averaged_model, data, self.context)
+        validator = Validator(self.averaged_model, data)
         wrapped = self._wrap()
         micro_batches = data.micro_batches(self.state.step)
         start_s, image_count = time.perf_counter(), 0
@@ -124,9 +125,7 @@ class Trainer:
         path = self.out / STATE
         resumed = path.exists()
         if resumed:
-            self.state = load_state(
-                path, self.config, self.module, self.average, self.optimizer, processes=self.context.world_size
-            )
+            self.state = load_state(path, self.config, self.parts, processes=self.context.world_size)
         barrier(self.context)
         if self.context.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -245,4 +244,4 @@ class Trainer:
 
     def _save_state(self) -> None:
         if self.context.is_main:
-            save_state(self.out / STATE, self.config, self.state, self.module, self.average, self.optimizer)
+            save_state(self.out / STATE, self.config, self.state, self.parts)

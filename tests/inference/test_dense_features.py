@@ -38,7 +38,7 @@ def test_a_map_in_half_precision_goes_to_a_file_as_float32(waves, tmp_path):
     assert torch.equal(made.features, half.extract(waves, short_side_px=64).features.float())
 
 
-@pytest.mark.parametrize(("name", "message"), [("map.safetensors", "to \\*.npy alone"), ("no/map.npy", "not exist")])
+@pytest.mark.parametrize(("name", "message"), [("map.safetensors", "only as .npy"), ("no/map.npy", "not exist")])
 def test_where_a_map_cannot_be_made(tiny, waves, tmp_path, name, message):
     with pytest.raises(BrixelError, match=message):
         tiny.extract(waves, out=tmp_path / name)

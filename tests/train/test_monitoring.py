@@ -13,8 +13,7 @@ from PIL import Image
 from brixel import BrixelError
 from brixel.evaluate.fidelity import BASELINES, l1_and_cosine
 from brixel.feature_maps.panel import HEIGHT_PX, LABEL_PX, MARGIN_PX
-from brixel.train.metrics_log import Metrics
-from brixel.train.monitoring import draw_crops, draw_curve
+from brixel.train.monitoring import Metrics, draw_crops, draw_curve
 from brixel.train.validation import baselines
 
 # ---------------------------------------------------------------- metrics

@@ -25,7 +25,7 @@ from torch import Tensor
 from brixel.backbones.vit import ViT
 from brixel.inference.memory.chunked_vit import block_maps_in_chunks
 from brixel.inference.memory.row_chunks import Ranges, resize_rows, row_ranges, source_rows
-from brixel.model.adapter import EXTRACTORS, HEADS, PRIOR_CHANNELS, Adapter, Extractor, map_of, resize, tokens_of
+from brixel.model.adapter import HEADS, PRIOR_CHANNELS, Adapter, Extractor, map_of, resize, tokens_of
 from brixel.model.deformable_attention import empty_table, inner_rows
 from brixel.model.head import DOWN_TAPS, SMOOTH_TAPS, Fusion, Head, fused_variance, stencil, without_autocast
 from brixel.model.student import Student
@@ -81,10 +81,9 @@ def dense_map_in_chunks(student: Student, pixels: Tensor, out: Tensor, chunks: C
     columns = 2 * grid_hw[1]  # of the query grid
     base = _base(adapter, maps, rows)
     last = maps[-1]
-    tables: list[Tensor | None] = []
+    tables: list[Tensor] = []  # of the maps before the last, whose tables are made when they are needed
     while len(maps) > 1:
         tables.append(_table(extractors[len(tables)], maps.pop(0), rows))
-    tables += [None] * (EXTRACTORS - len(tables))  # of the last map, made when they are needed
     maps.clear()
 
     # 2. pixels to prior and queries
@@ -92,9 +91,9 @@ def dense_map_in_chunks(student: Student, pixels: Tensor, out: Tensor, chunks: C
     del pixels
 
     # 3. the refiner
-    for index, extractor in enumerate(extractors):
-        table, tables[index] = tables[index], None
-        _extract(extractor, queries, _table(extractor, last, rows) if table is None else table, columns, rows)
+    for extractor in extractors:
+        table = tables.pop(0) if tables else _table(extractor, last, rows)
+        _extract(extractor, queries, table, columns, rows)
         del table
     del last
 

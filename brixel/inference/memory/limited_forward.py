@@ -1,7 +1,9 @@
 """Dense maps of images within a memory limit: planned before they run, and computed in less where that still fails."""
 
+import functools
 import gc
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from brixel.errors import MemoryLimitError
 from brixel.inference.memory.allocation_tracker import copy_with
 from brixel.inference.memory.budget import MemoryBudget
-from brixel.inference.memory.planner import HOST, Choice, Job, Plan, Planner, pixel_bytes
+from brixel.inference.memory.planner import HOST, Job, Planner, pixel_bytes
 from brixel.inference.memory.strategies import Strategy
 from brixel.model.student import Student
 from brixel.utils.eval_mode import evaluation_mode
@@ -47,26 +49,25 @@ class MemoryLimitedForward:
         self._student = student
         self._planner = Planner(student, limit, tiles)
         self.budget = MemoryBudget(self._planner, batch)
-        self._on_host: Student | None = None
-        self._notes = WeakTensorKeyDictionary()
+        self._metas = WeakTensorKeyDictionary()
         self._warned: set[str] = set()
 
     def __call__(self, pixels: Tensor) -> list[Tensor]:
         """Compute the maps (D, 4h, 4w) of ``pixels`` (B, 3, H, W), both on the CPU. Raises MemoryLimitError."""
         job = Job(pixels.shape[0], (pixels.shape[2], pixels.shape[3]))
-        maps, note = self._run(job, pixels, None)
+        maps, meta = self._run(job, pixels, None)
         for dense in maps:
-            self._notes[dense] = note
+            self._metas[dense] = meta
         return maps
 
-    def fill(self, pixels: Tensor, out: Tensor) -> str:
-        """Write the map of one image (1, 3, H, W) to ``out`` (D, Hf, Wf), which takes no memory; a note of tiles."""
+    def fill(self, pixels: Tensor, out: Tensor) -> Mapping[str, str]:
+        """Write the map of one image (1, 3, H, W) to ``out`` (D, Hf, Wf), which takes no memory; the map's meta."""
         job = Job(1, (pixels.shape[2], pixels.shape[3]), to_file=True)
         return self._run(job, pixels, out)[1]
 
-    def tiles_of(self, features: Tensor) -> str:
-        """A note of the tiles that a map was computed in; empty where there were none."""
-        return str(self._notes.get(features, ""))
+    def meta(self, features: Tensor) -> Mapping[str, str]:
+        """What the meta of a map that this computed says of tiles; empty where there were none."""
+        return dict(self._metas[features])
 
     def check(self, padded_hw: tuple[int, int], *, to_file: bool = False) -> None:
         """Raise MemoryLimitError where an image of that size cannot be computed, before its pixels exist."""
@@ -75,44 +76,35 @@ class MemoryLimitedForward:
         check_host(padded_hw, job.map_bytes(self._student))
         self.budget.add_image(job)
 
-    def plan(self, job: Job) -> Plan:
-        """How a job will be computed."""
-        return self._planner.plan(job)
-
-    def _run(self, job: Job, pixels: Tensor, out: Tensor | None) -> tuple[list[Tensor], str]:
-        """The maps of a job (``out`` alone if it is given), and a note of tiles."""
+    def _run(self, job: Job, pixels: Tensor, out: Tensor | None) -> tuple[list[Tensor], dict[str, str]]:
+        """The maps of a job (``out`` alone if it is given), and their meta."""
+        patch_px = self._student.backbone.patch_px
         while True:
-            choice = self._planner.choose(job)
-            note = self._note(job, choice.strategy)
-            self._warn(job, choice, note)
+            strategy, on_host = choice = self._planner.choose(job)
+            meta = {} if strategy.exact else {"tiles": strategy.describe(job.grid_hw(self._student), patch_px)}
+            self._warn(job, on_host, meta)
             with evaluation_mode(self._student):
-                maps = _attempt(self._host() if choice.on_host else self._student, choice.strategy, pixels, out)
+                maps = _attempt(self._host if on_host else self._student, strategy, pixels, out)
             if maps is not None:
-                return maps, note
+                return maps, meta
             self._planner.take_less(job, choice)
 
+    @functools.cached_property
     def _host(self) -> Student:
         """A copy of the model on the CPU."""
-        if self._on_host is None:
-            self._on_host = copy_with(self._student, Tensor.cpu).eval()
-        return self._on_host
+        return copy_with(self._student, Tensor.cpu).eval()
 
-    def _note(self, job: Job, strategy: Strategy) -> str:
-        if strategy.exact:
-            return ""
-        return strategy.describe(job.grid_hw(self._student), self._student.backbone.patch_px)
-
-    def _warn(self, job: Job, choice: Choice, note: str) -> None:
+    def _warn(self, job: Job, on_host: bool, meta: Mapping[str, str]) -> None:
         """Say once that maps are approximate, and once that the CPU computes them."""
-        if note and "tiles" not in self._warned:
+        if "tiles" in meta and "tiles" not in self._warned:
             self._warned.add("tiles")
             _LOG.warning(
                 "an image of %dx%d px is computed in tiles, %s, blended where they overlap: an approximation, since "
                 "tiles do not attend to one another; tiles='never' refuses it",
                 *job.padded_hw,
-                note,
+                meta["tiles"],
             )
-        if choice.on_host and "cpu" not in self._warned:
+        if on_host and "cpu" not in self._warned:
             self._warned.add("cpu")
             device = self._planner.device
             _LOG.warning("%s has too little memory for %dx%d px: the CPU computes them", device, *job.padded_hw)

@@ -94,13 +94,6 @@ def pixel_bytes(padded_hw: tuple[int, int]) -> int:
     return 3 * 4 * padded_hw[0] * padded_hw[1]
 
 
-def check_tiles(tiles: str) -> TileMode:
-    """Return the argument; raise BrixelError where it is none of the three."""
-    if tiles not in get_args(TileMode):
-        raise BrixelError(f"tiles is {tiles!r}; expected 'auto' (where nothing exact fits), 'never' or 'always'")
-    return tiles  # type: ignore[return-value]
-
-
 # ---------------------------------------------------------------- prediction
 
 
@@ -217,7 +210,8 @@ def choose_strategy(
         if found is not None:
             return found
     least = min(peak(strategies[-1]) for strategies in kinds)
-    raise MemoryLimitError(_refusal(student, job, limit_bytes, tiles, least, device))
+    largest = _largest(student, job, limit_bytes, tiles, device)
+    raise MemoryLimitError(_refusal(job, limit_bytes, tiles, least, largest))
 
 
 def _first_that_fits(strategies: list[Strategy], fits: Callable[[Strategy], bool]) -> Strategy | None:
@@ -233,11 +227,8 @@ def _first_that_fits(strategies: list[Strategy], fits: Callable[[Strategy], bool
     return strategies[high]
 
 
-def _refusal(
-    student: Student, job: Job, limit_bytes: int, tiles: TileMode, least: int, device: torch.device | None
-) -> str:
+def _refusal(job: Job, limit_bytes: int, tiles: TileMode, least: int, largest: tuple[int, int] | None) -> str:
     height, width = job.padded_hw
-    largest = _largest(student, job, limit_bytes, tiles, device)
     fitting = f"the largest image of this shape that fits has {largest[0]}x{largest[1]}" if largest else "no image fits"
     advice = ["allow more memory", "ask for a smaller short_side_px"]
     advice += ["allow tiles"] if tiles == "never" else []
@@ -257,8 +248,6 @@ def _largest(
     For an image longer than `_SIZE_STEPS` patches, to within one part in so many.
     """
     patch_px, grid_hw = student.backbone.patch_px, job.grid_hw(student)
-    if limit_bytes <= storage_bytes(student):
-        return None
     longest = max(grid_hw)
 
     def sized(patches: int) -> tuple[int, int]:
@@ -299,10 +288,12 @@ class Planner:
     """
 
     def __init__(self, student: Student, limit: int | str | None, tiles: str) -> None:
+        if tiles not in get_args(TileMode):
+            raise BrixelError(f"tiles is {tiles!r}; expected 'auto' (where nothing exact fits), 'never' or 'always'")
+        self._tiles: TileMode = tiles  # type: ignore[assignment]
         self.student = student
         self.weight_bytes = storage_bytes(student)
         self.lock = threading.RLock()  # images are checked by the threads that decode them
-        self._tiles = check_tiles(tiles)
         self._is_limit_given = limit is not None
         self.limit_bytes = self._free(self.device) if limit is None else parse_bytes(limit)
         self._choices: dict[Job, Choice] = {}
@@ -321,8 +312,7 @@ class Planner:
                 self._choices[job] = self._choose(job)
             strategy, on_host = self._choices[job]
             while self._pixels_at_once(strategy, job) >= self._too_much.get(strategy.name, math.inf):
-                smaller = self._smaller(strategy, job)
-                if smaller is None:
+                if (smaller := self._smaller(strategy, job)) is None:
                     break
                 strategy = smaller
             self._choices[job] = Choice(strategy, on_host)
