@@ -604,9 +604,9 @@ def photograph(height: int, width: int) -> Image.Image:
     ("image_hw", "short_side_px", "orientation", "reduction"),
     [
         ((1200, 1600), 96, 1, 4),
-        ((1200, 1600), 96, 6, 4),
-        ((1200, 1600), 96, 3, 4),
-        ((1201, 1603), 96, 1, 4),
+        pytest.param((1200, 1600), 96, 6, 4, marks=pytest.mark.slow),
+        pytest.param((1200, 1600), 96, 3, 4, marks=pytest.mark.slow),
+        pytest.param((1201, 1603), 96, 1, 4, marks=pytest.mark.slow),
         ((1202, 1602), 96, 8, 2),  # what is rounded up would come to lie at the left or top
         ((1201, 1603), 96, 3, 1),
         ((1007, 763), 64, 1, 2),

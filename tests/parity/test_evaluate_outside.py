@@ -247,6 +247,7 @@ def test_a_linear_probe_is_least_squares():
     assert np.abs(found.numpy() - expected).max() < 0.01
 
 
+@pytest.mark.slow
 def test_segmentation_reaches_what_logistic_regression_reaches(tmp_path):
     """Colours of four classes that overlap; a cell is a pixel of the mask, so that both see the same examples."""
     numbers = np.random.default_rng(8)

@@ -33,6 +33,7 @@ def shallow(monkeypatch):
     monkeypatch.setattr(scaling, "peak_bytes_of", lambda *_: 3 * 2**20)
 
 
+@pytest.mark.slow
 def test_operations_grow_as_tokens_do(counted):
     rows = {(row["student_px"], row["variant"]): row for row in counted.rows}
     assert rows[128, LARGE]["gflop"] == pytest.approx(rows[512, BACKBONE]["gflop"])  # the same image
@@ -45,6 +46,7 @@ def test_operations_grow_as_tokens_do(counted):
     assert rows[128, BACKBONE]["gflop"] < rows[128, STUDENT]["gflop"] < rows[128, LARGE]["gflop"]
 
 
+@pytest.mark.slow
 def test_parameters_are_counted_by_part(counted):
     rows = {row["variant"]: row for row in counted.rows}
     assert rows[BACKBONE]["parameters"] == rows[LARGE]["parameters"] == (21_601_152 - 384) / 1e6  # no mask token
@@ -57,6 +59,7 @@ def test_parameters_are_counted_by_part(counted):
     assert f"GFLOP of the upsampler: {added:.2f} at 128 px, " in note
 
 
+@pytest.mark.slow
 def test_teachers_beyond_the_limit_are_left_out(counted):
     assert [row["variant"] for row in counted.rows if row["student_px"] == 2048] == [BACKBONE, STUDENT]
 
@@ -95,6 +98,7 @@ def test_every_variant_is_timed_and_the_recipe_says_how(shallow):
     assert f"1 threads; torch {torch.__version__}" in report.recipe
 
 
+@pytest.mark.slow
 def test_the_command_times_every_batch_size(shallow, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(timing, "seconds_of", lambda call, device: 0.5)
     sizes = ["--image-px", "33", "--batch-size", "1", "4", "--rounds", "2", "--device", "cpu"]
