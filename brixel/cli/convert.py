@@ -16,14 +16,12 @@ def add(commands: Any) -> None:
     text = "convert an adapter file of the BRIXEL authors to a model"
     parser = command(commands, "convert", _convert, text, "brixel convert adapter.pth --release vitb16-256 -o model")
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the authors' file, a .pth")
-    parser.add_argument(
-        "--release", choices=tuple(RELEASED), help="which of the released files it is; implies backbone and short side"
-    )
+    text = "which of the released files it is; implies backbone and short side"
+    parser.add_argument("--release", choices=tuple(RELEASED), help=text)
     add_flag(parser, "--backbone", usual="the one that --release implies")
     add_flag(parser, "--architecture")
-    parser.add_argument(
-        "--blocks", type=_blocks, help="the four blocks that feed the adapter, from 0, as 3,6,9,11; default: by depth"
-    )
+    text = "the four blocks that feed the adapter, from 0, as 3,6,9,11"
+    add_flag(parser, "--blocks", type=_blocks, help=text, usual="by depth")
     add_flag(parser, "--short-side-px", type=positive, usual="as --release implies, or 256")
     deprecated(parser, "--short-side", "--short-side-px")
     add_flag(parser, "--dtype", default="float32")

@@ -30,23 +30,13 @@ def add(commands: Any) -> None:
     parser = command(commands, "extract", _extract, text, "brixel extract photos -o maps")
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="images, and folders of images")
     add_output(parser, required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--format",
-        choices=("safetensors", "npy"),
-        default="safetensors",
-        help="file format; default: %(default)s",
-    )
-    parser.add_argument(
-        "--shard-size",
-        type=byte_count,
-        metavar="SIZE",
-        help="write many maps per file, into files of this size, such as 1GiB; default: one map per file",
-    )
+    add_flag(parser, "--format", choices=("safetensors", "npy"), default="safetensors", help="file format")
+    text = "write many maps per file, into files of this size, such as 1GiB"
+    add_flag(parser, "--shard-size", type=byte_count, metavar="SIZE", help=text, usual="one map per file")
     deprecated(parser, "--shard-gib", "--shard-size", type=_gibibytes)
-    parser.add_argument(
-        "--save-dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="dtype of the maps that are written; default: that of the model",
+    dtypes = ("float32", "float16", "bfloat16")
+    add_flag(
+        parser, "--save-dtype", choices=dtypes, help="dtype of the maps that are written", usual="that of the model"
     )
     add_flag(parser, "--batch-size", default=1)
     add_flag(parser, "--workers", default=2)

@@ -16,9 +16,8 @@ def add(commands: Any) -> None:
     parser = command(commands, "show", _show, text, "brixel show photo.jpg --teacher -o panel.png")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files; default: a scene that brixel contains")
     add_output(parser, default=Path("panel.png"), metavar="IMAGE")
-    parser.add_argument(
-        "--teacher", action="store_true", help="also the backbone's map of the image at four times the size"
-    )
+    text = "also the backbone's map of the image at four times the size"
+    parser.add_argument("--teacher", action="store_true", help=text)
     add_model_options(parser)
     add_short_side(parser)
     add_memory_options(parser)
