@@ -192,13 +192,10 @@ def _throughput(options: argparse.Namespace) -> Report:
     with tempfile.TemporaryDirectory() as folder, torch_threads(options.threads):
         if options.images is None:
             draw_images(Path(folder), options.count, options.size)
-        models = [_random_or_tiny(name).to(device, dtype) for name in options.architectures]
+        tiny = functools.partial(BrixelFeatures.from_pretrained, device="cpu")
+        models = [(tiny() if name == TINY else random_model(name)).to(device, dtype) for name in options.architectures]
         sizes = {"rounds": options.rounds, "batch_size": options.batch_size, "workers": options.workers}
         return throughput(models, options.images or Path(folder), **sizes)
-
-
-def _random_or_tiny(name: str) -> BrixelFeatures:
-    return BrixelFeatures.from_pretrained(device="cpu") if name == TINY else random_model(name)
 
 
 def _memory(options: argparse.Namespace) -> Report:
@@ -214,8 +211,8 @@ def _memory(options: argparse.Namespace) -> Report:
 def _panel(options: argparse.Namespace) -> int:
     images = [path for path, _ in find_images(options.images)]
     check_panel_path(options.output, images)
-    point = None if options.point is None else tuple(options.point)
-    panel = panel_of(sources_of(load(options), options.sources), images, options.teacher_px, point)
+    point_yx = options.point and tuple(options.point)
+    panel = panel_of(sources_of(load(options), options.sources), images, options.teacher_px, point_yx)
     save_panel(panel, options.output)
     print(options.output)
     return 0

@@ -7,10 +7,9 @@ from typing import Any
 
 from brixel.cli.options import (
     add_flag,
-    add_memory_options,
+    add_map_options,
     add_model_options,
     add_output,
-    add_short_side,
     byte_count,
     command,
     deprecated,
@@ -33,7 +32,7 @@ def add(commands: Any) -> None:
     add_flag(parser, "--format", choices=("safetensors", "npy"), default="safetensors", help="file format")
     text = "write many maps per file, into files of this size, such as 1GiB"
     add_flag(parser, "--shard-size", type=byte_count, metavar="SIZE", help=text, usual="one map per file")
-    deprecated(parser, "--shard-gib", "--shard-size", type=_gibibytes)
+    deprecated(parser, "--shard-gib", "--shard-size", type=lambda text: byte_count(f"{text}GiB"))
     dtypes = ("float32", "float16", "bfloat16")
     add_flag(
         parser, "--save-dtype", choices=dtypes, help="dtype of the maps that are written", usual="that of the model"
@@ -43,8 +42,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="compute every map again")
     parser.add_argument("--verify", action="store_true", help="only compare the files in FOLDER with its manifest")
     add_model_options(parser)
-    add_short_side(parser)
-    add_memory_options(parser)
+    add_map_options(parser)
 
 
 def _extract(options: argparse.Namespace) -> int:
@@ -85,7 +83,3 @@ def _verify(folder: Path) -> int:
     else:
         print("every file matches the manifest")
     return 1 if problems else 0
-
-
-def _gibibytes(text: str) -> int:
-    return byte_count(f"{text}GiB")

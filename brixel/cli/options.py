@@ -207,15 +207,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_device_options(parser)
 
 
-def add_short_side(parser: argparse.ArgumentParser, usual: str = "as the adapter was trained") -> None:
-    """The size that images are resized to."""
+def add_map_options(parser: argparse.ArgumentParser, usual: str = "as the adapter was trained") -> None:
+    """The size that images are resized to, how much memory may be used, and whether maps may be blended from tiles."""
     note = f"{NATIVE} keeps the size of an image"
     add_flag(parser, "--short-side-px", type=pixels_or_native, note=note, usual=usual)
     deprecated(parser, "--short-side", "--short-side-px")
-
-
-def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """How much memory may be used, and whether maps may be blended from tiles."""
     add_flag(parser, "--memory-limit", usual="what is free, less a tenth")
     add_flag(parser, "--tiles", default="auto")
 

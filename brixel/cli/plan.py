@@ -6,9 +6,8 @@ from typing import Any
 
 from brixel.cli.options import (
     add_flag,
-    add_memory_options,
+    add_map_options,
     add_model_options,
-    add_short_side,
     command,
     height_by_width,
     load,
@@ -23,11 +22,10 @@ def add(commands: Any) -> None:
     text = "predict how an image would be computed in a memory limit"
     one = command(commands, "plan", _plan, text, "brixel plan 4096x4096 --memory-limit 4GiB")
     one.add_argument("size", type=height_by_width, metavar="HEIGHTxWIDTH", help="size of the image in pixels")
-    add_short_side(one, "native")
     add_flag(one, "--batch-size", default=1)
     one.add_argument("--to-file", action="store_true", help="write the map to a file, not to memory")
     add_model_options(one)
-    add_memory_options(one)
+    add_map_options(one, "native")
     add_flag(one, "--json")
 
 

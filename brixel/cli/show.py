@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from brixel.cli.options import add_memory_options, add_model_options, add_output, add_short_side, command, load
+from brixel.cli.options import add_map_options, add_model_options, add_output, command, load
 from brixel.feature_maps.panel import check_panel_path, save_panel
 from brixel.images.find_images import SCENE
 from brixel.inference.comparison_panel import comparison_panel
@@ -19,8 +19,7 @@ def add(commands: Any) -> None:
     text = "also the backbone's map of the image at four times the size"
     parser.add_argument("--teacher", action="store_true", help=text)
     add_model_options(parser)
-    add_short_side(parser)
-    add_memory_options(parser)
+    add_map_options(parser)
 
 
 def _show(options: argparse.Namespace) -> int:

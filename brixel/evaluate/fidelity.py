@@ -18,14 +18,21 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.feature_cache import centre_crop
-from brixel.evaluate.feature_sources import INTERPOLATED, STUDENT, TEACHER, FeatureSource, features_by_name, sources_of
+from brixel.evaluate.feature_sources import (
+    BASE,
+    INTERPOLATED,
+    STUDENT,
+    TEACHER,
+    FeatureSource,
+    features_by_name,
+    sources_of,
+)
 from brixel.evaluate.report import Report
 from brixel.images.crops import DOWNSAMPLING, check_teacher_px
 from brixel.model.losses import edge_loss, principal_directions, spectral_loss
 from brixel.utils.devices import describe_machine
 
 BASELINES = ("bilinear", "bicubic")
-BASE = "bilinear"  # other sources are compared with it
 EDGE_SHARE = 0.1  # of an image's cells: those with the teacher's strongest gradients
 _DIRECTIONS = 8  # the teacher's first principal directions, along which edges are found, per image
 
@@ -154,8 +161,7 @@ def _at_size(
 
 def _row(model: str, side: int, source: FeatureSource, found: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     own, base = found[source.name], found.get(BASE)
-    row: dict[str, Any] = {"model": model, "image_px": side // DOWNSAMPLING, "teacher_px": side}
-    row["source"] = source.name
+    row = {"model": model, "image_px": side // DOWNSAMPLING, "teacher_px": side, "source": source.name}
     for key, values in own.items():
         row[key], row[f"{key}_interval"] = float(values.mean()), interval(values)
     if base is not None and source.name != BASE:

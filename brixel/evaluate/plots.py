@@ -6,9 +6,11 @@ Without matplotlib, work goes on without plots: see :func:`save_plot`.
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from brixel.errors import BrixelError
 from brixel.evaluate.feature_sources import STUDENT, TEACHER
@@ -116,7 +118,7 @@ def cost_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             if row["architecture"] == name and row.get(key):  # rows of several batch sizes are one point
                 lines.setdefault(row["variant"], {})[int(row["output_cells"].partition(" ")[0])] = float(row[key])
         for (variant, points), colour in zip(lines.items(), (GREY, RED, BLUE), strict=False):
-            axis.plot(*_columns(sorted(points.items())), "o-", color=colour, label=variant)
+            axis.plot(*zip(*sorted(points.items()), strict=True), "o-", color=colour, label=variant)
         axis.set(title=f"{name}: {label}", xscale="log", yscale="log", xlabel="cells along a side of the map")
         cells = sorted({cell for points in lines.values() for cell in points})
         axis.set_xticks(cells, list(map(str, cells)))
@@ -148,16 +150,10 @@ def training_figure(records: Sequence[Mapping[str, Any]]) -> "Figure | None":
     for axis, names in zip(axes, diagrams, strict=True):
         for name in names:
             style = "o-" if len(lines[name]) < 40 else "-"
-            axis.plot(*_columns(lines[name]), style, color=colours[name], markersize=4, label=name)
+            axis.plot(*np.reshape(lines[name], (-1, 2)).T, style, color=colours[name], markersize=4, label=name)
         axis.set(xlim=(0, last), xlabel="step")
         axis.legend()
     return figure
-
-
-def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """The x and the y of points."""
-    pairs = list(points)
-    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def _figure(

@@ -120,17 +120,12 @@ def _within(
     if strategy not in measured:
         measured[strategy] = measure_peak(student, strategy, job)
     (peak, seconds), predicted = measured[strategy], predict_peak(student, strategy, job, _HOST)
-    row = {
-        "strategy": _describe(strategy, job.grid_hw(student), student.backbone.patch_px),
-        "kind": strategy.name,
-        "predicted_bytes": predicted,
+    text = strategy.describe(job.grid_hw(student), student.backbone.patch_px)
+    return {
+        **{"strategy": text if strategy.exact else f"tiles, {text}", "kind": strategy.name},
+        **{"predicted_bytes": predicted, "measured_bytes": peak},
+        **{"share": peak / predicted, "seconds": seconds},
     }
-    return row | {"measured_bytes": peak, "share": peak / predicted, "seconds": seconds}
-
-
-def _describe(strategy: Strategy, grid_hw: tuple[int, int], patch_px: int) -> str:
-    text = strategy.describe(grid_hw, patch_px)
-    return text if strategy.exact else f"tiles, {text}"
 
 
 def measure_peak(student: Student, strategy: Strategy, job: Job) -> tuple[int, float]:

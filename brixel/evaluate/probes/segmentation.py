@@ -18,27 +18,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from brixel.errors import BrixelError
+from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.datasets.labelled import ImageDataset, centre_square
 from brixel.evaluate.feature_cache import Features, features_of
-from brixel.evaluate.feature_sources import TEACHER, FeatureSource, check_source_names, cost_of
-from brixel.evaluate.metrics import (
-    boundary_intersection_union,
-    confusion,
-    intersection_union,
-    iou_terms,
-    mean_iou,
-    pixel_accuracy,
-)
+from brixel.evaluate.feature_sources import BASE, TEACHER, FeatureSource, check_source_names, cost_of
 from brixel.evaluate.probes.training import Cells, Probe, ProbeSettings, items_of, linear_readout, train_probe
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
-from brixel.images.crops import DOWNSAMPLING
 from brixel.utils.devices import describe_machine
 
 CELLS = 256  # of each image, the same positions in all
 POINTS = 4  # labels are read at so many points along each side of a cell
 LINEAR = ProbeSettings()
-BASE = "bilinear"  # other sources are compared with it
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ def segment(
         for cells in items_of(examples, images).split(settings.batch_size):
             found = readout(examples.inputs(cells.tolist())).argmax(1).flatten()  # B
             counts.index_add_(0, found, shares_of_cells[cells].double())
-        return float(mean_iou(intersection_union(counts.T)))
+        return float(metrics.mean_iou(metrics.intersection_union(counts.T)))
 
     probe = train_probe(lambda width: linear_readout(width, classes), examples, loss, score, settings)
     return _evaluate(probe, evaluated, val, within_px)
@@ -105,11 +96,11 @@ def _evaluate(probe: Probe, features: Features, val: ImageDataset, within_px: in
     for index in tqdm(range(len(val.samples)), f"images, {features.source.name}", disable=None):
         labels = centre_square(val.target(index))
         predicted = _predict(probe.readout, features[index], labels)
-        counts = confusion(predicted, labels, classes)
+        counts = metrics.confusion(predicted, labels, classes)
         total += counts
-        areas.append(intersection_union(counts))
-        strips.append(boundary_intersection_union(predicted, labels, classes, within_px))
-    accuracy = pixel_accuracy(total)
+        areas.append(metrics.intersection_union(counts))
+        strips.append(metrics.boundary_intersection_union(predicted, labels, classes, within_px))
+    accuracy = metrics.pixel_accuracy(total)
     return SegmentationResult(torch.stack(areas), torch.stack(strips), accuracy, probe.learning_rate, probe.scores)
 
 
@@ -167,7 +158,7 @@ def segmentation(
             for source in sources
         }
         for source in sources:
-            row = {"model": model, "image_px": side * source.scale // DOWNSAMPLING, "source": source.name}
+            row = source.row(model, side)
             rows.append({**row, **_row(source.name, results, val.classes), **cost_of(source, side)})
     columns = {
         **SOURCE_COLUMNS,
@@ -194,8 +185,8 @@ def _row(name: str, results: dict[str, SegmentationResult], classes: Sequence[st
     row["scores_held_out"] = {f"{rate:g}": score for rate, score in own.scores.items()}
     for key, value_key, field in (("miou", "miou", "areas"), ("boundary", "boundary_iou", "strips")):
         ours: Tensor = getattr(own, field)
-        row[value_key] = value = float(mean_iou(ours.sum(0)))
-        row[f"{key}_interval"] = interval(iou_terms(ours))
+        row[value_key] = value = float(metrics.mean_iou(ours.sum(0)))
+        row[f"{key}_interval"] = interval(metrics.iou_terms(ours))
         if base is None or name == BASE:
             continue
         theirs: Tensor = getattr(base, field)
@@ -203,7 +194,7 @@ def _row(name: str, results: dict[str, SegmentationResult], classes: Sequence[st
         if name != TEACHER and teacher is not None:
             best: Tensor = getattr(teacher, field)
             if _gain(best, theirs)[0] > 0:  # otherwise there may be no gap
-                low, high = (float(mean_iou(areas.sum(0))) for areas in (theirs, best))
+                low, high = (float(metrics.mean_iou(areas.sum(0))) for areas in (theirs, best))
                 row[f"{key}_gap"] = (value - low) / (high - low)
     pairs = zip(classes, *own.areas.sum(0).double(), strict=True)
     row["iou_by_class"] = {title: float(both / either) if either else None for title, both, either in pairs}
@@ -212,4 +203,4 @@ def _row(name: str, results: dict[str, SegmentationResult], classes: Sequence[st
 
 def _gain(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """The interval of the difference in mean IoU, of areas (N, 2, K) on the same images."""
-    return interval(iou_terms(ours) - iou_terms(theirs))
+    return interval(metrics.iou_terms(ours) - metrics.iou_terms(theirs))

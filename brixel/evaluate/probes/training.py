@@ -12,7 +12,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -102,8 +101,8 @@ class Standardised(nn.Module):
 def linear_readout(width: int, outputs: int) -> nn.Module:
     """One 1x1 convolution, initialised with zeros."""
     layer = nn.Conv2d(width, outputs, 1)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -116,16 +115,6 @@ def convolutional_readout(width: int, outputs: int, hidden: int = 32) -> nn.Sequ
         nn.GELU(),
         nn.Conv2d(hidden, outputs, 3, padding=1, padding_mode="replicate"),
     )
-
-
-class Examples(Protocol):
-    """What a readout is trained on: ``per_image`` examples of each of ``images`` images, numbered consecutively."""
-
-    images: int
-    per_image: int
-
-    def inputs(self, items: Sequence[int]) -> Tensor:
-        """Features of examples by number, (B, D, h, w), float32."""
 
 
 class Cells:
@@ -164,6 +153,10 @@ class Maps:
         return self._features.batch(items)
 
 
+Examples = Cells | Maps
+"""What a readout is trained on: ``per_image`` examples of each of ``images`` images, numbered consecutively."""
+
+
 def train_probe(
     new: Callable[[int], nn.Module], examples: Examples, loss: Loss, score: Score, settings: ProbeSettings
 ) -> Probe:
@@ -178,8 +171,7 @@ def train_probe(
     held = min(count - 1, max(1, round(settings.held_out * count)))
     chosen, rest = sorted(order[:held]), sorted(order[held:])
     readouts = fit_readouts(new, examples, rest, loss, settings.learning_rates, settings)
-    pairs = zip(settings.learning_rates, readouts, strict=True)
-    scores = {rate: score(readout, chosen) for rate, readout in pairs}
+    scores = {rate: score(readout, chosen) for rate, readout in zip(settings.learning_rates, readouts, strict=True)}
     best = max(scores, key=lambda rate: scores[rate])
     return Probe(fit_readouts(new, examples, range(count), loss, [best], settings)[0], best, scores)
 
