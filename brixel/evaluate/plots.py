@@ -160,12 +160,10 @@ def _figure(
     count: int, *, columns: int = 2, size_in: tuple[float, float] = (5.6, 4.0)
 ) -> tuple["Figure", Sequence["Axes"]]:
     """A figure of ``count`` empty diagrams with a grid, each ``size_in`` inches wide and high."""
-    agg = import_extra("matplotlib.backends.backend_agg", extra="plots", purpose="plots")
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure_class = import_extra("matplotlib.figure", extra="plots", purpose="plots").Figure
     figure = figure_class(figsize=(size_in[0] * columns, size_in[1] * rows), layout="constrained")
-    agg.FigureCanvasAgg(figure)
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -65,8 +65,18 @@ class ImageDataset:
 
     def target(self, index: int) -> Tensor:
         """The target of an image. Raises BrixelError where its aspect is not the image's."""
-        target = self.read(self.samples[index].target)
-        check_aspect(self.samples[index], target.shape[-2:])
+        sample = self.samples[index]
+        target = self.read(sample.target)
+        with open_image_file(str(sample.image)) as file:
+            upright = jpeg_hw(file, str(sample.image))
+            width, height = file.size
+        possible = [upright] if upright else [(height, width), (width, height)]  # only JPEG says so before decoding
+        if not any(_same_aspect(image_hw, target.shape[-2:]) for image_hw in possible):
+            image_px, target_px = (" x ".join(map(str, size)) for size in (possible[0], target.shape[-2:]))
+            raise BrixelError(
+                f"{sample.image} has {image_px} px upright, {sample.target} has {target_px}: different aspects, so "
+                "they cannot belong together; rotate or crop one like the other"
+            )
         return target
 
 
@@ -95,7 +105,7 @@ def read_numbers(path: Path) -> Tensor:
         return torch.from_numpy(np.asarray(image).astype(np.int64))
 
 
-def plain(folder: Path, split: str = "") -> ImageDataset:
+def plain(folder: Path, split: str) -> ImageDataset:
     """`images/` and `masks/NAME.png` in ``folder/split``: numbers are classes from 0, 255 means none.
 
     `classes.json` in the same folder or its parent lists the names; without it, the masks say how many there are.
@@ -209,20 +219,6 @@ def check_samples(samples: Sequence[Sample], what: str, where: str) -> None:
     missing = [path for sample in samples for path in (sample.image, sample.target) if not path.exists()]
     if missing:
         raise BrixelError(f"{len(missing)} files of {what} are missing, the first {missing[0]}; source: {where}")
-
-
-def check_aspect(sample: Sample, target_hw: Sequence[int]) -> None:
-    """Raise BrixelError where an image, upright, and its target have different aspects, within a pixel."""
-    with open_image_file(str(sample.image)) as file:
-        upright = jpeg_hw(file, str(sample.image))
-        width, height = file.size
-    possible = [upright] if upright else [(height, width), (width, height)]  # only JPEG says so before decoding
-    if not any(_same_aspect(image_hw, target_hw) for image_hw in possible):
-        image, target = (" x ".join(map(str, size)) for size in (possible[0], target_hw))
-        raise BrixelError(
-            f"{sample.image} has {image} px upright, {sample.target} has {target}: different aspects, so they cannot "
-            "belong together; rotate or crop one like the other"
-        )
 
 
 def _same_aspect(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:

@@ -192,8 +192,7 @@ def fit_readouts(
         torch.manual_seed(settings.seed)
         initial = new(len(scale.mean))
     readouts = [copy.deepcopy(initial) for _ in learning_rates]
-    pairs = zip(readouts, learning_rates, strict=True)
-    groups = [{"params": readout.parameters(), "lr": rate} for readout, rate in pairs]
+    groups = [{"params": own.parameters(), "lr": rate} for own, rate in zip(readouts, learning_rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
