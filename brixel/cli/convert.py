@@ -7,7 +7,7 @@ from typing import Any
 from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.hub_upload import check_pushable
 from brixel.checkpoints.release_adapters import RELEASED
-from brixel.cli.options import add_flag, add_output, command, deprecated, positive
+from brixel.cli.options import add_flag, add_output, command, deprecated, given, positive
 from brixel.errors import BrixelError
 
 
@@ -45,16 +45,8 @@ def _convert(options: argparse.Namespace) -> int:
         raise BrixelError("--architecture goes with --backbone")
     if options.push is not None:
         check_pushable(options.push)
-    model = BrixelFeatures.from_release(
-        options.adapter,
-        options.backbone,
-        release=options.release,
-        architecture=options.architecture,
-        blocks=options.blocks,
-        short_side_px=options.short_side_px,
-        device="cpu",
-        dtype=options.dtype,
-    )
+    settings = given(options, "release", "architecture", "blocks", "short_side_px", "dtype")
+    model = BrixelFeatures.from_release(options.adapter, options.backbone, device="cpu", **settings)
     model.save_pretrained(options.output, include_backbone=options.include_backbone)
     print(options.output)
     if options.push is not None:

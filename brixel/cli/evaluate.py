@@ -17,6 +17,7 @@ from brixel.cli.options import (
     add_model_options,
     add_output,
     command,
+    given,
     height_by_width,
     load,
     positive,
@@ -167,23 +168,16 @@ def _report(make: Callable[[argparse.Namespace], Report], options: argparse.Name
 
 
 def _run(options: argparse.Namespace) -> Report:
-    given = {name: value for name, value in vars(options).items() if name in FIELDS}
-    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    return Task(**given | lists).run(load(options))
+    settings = given(options, *(name for name in FIELDS if name in options))
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    return Task(**settings | lists).run(load(options))
 
 
 def _cost(options: argparse.Namespace) -> Report:
     if options.output is not None:
         plots_available()  # a warning is of use before the work
-    return cost(
-        options.architectures,
-        options.image_px,
-        batch_sizes=options.batch_size,
-        rounds=options.rounds,
-        threads=options.threads,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    settings = given(options, "rounds", "threads", "device", "dtype")
+    return cost(options.architectures, options.image_px, batch_sizes=options.batch_size, **settings)
 
 
 def _throughput(options: argparse.Namespace) -> Report:
@@ -194,8 +188,8 @@ def _throughput(options: argparse.Namespace) -> Report:
             draw_images(Path(folder), options.count, options.size)
         tiny = functools.partial(BrixelFeatures.from_pretrained, device="cpu")
         models = [(tiny() if name == TINY else random_model(name)).to(device, dtype) for name in options.architectures]
-        sizes = {"rounds": options.rounds, "batch_size": options.batch_size, "workers": options.workers}
-        return throughput(models, options.images or Path(folder), **sizes)
+        settings = given(options, "rounds", "batch_size", "workers")
+        return throughput(models, options.images or Path(folder), **settings)
 
 
 def _memory(options: argparse.Namespace) -> Report:

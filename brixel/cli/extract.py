@@ -13,6 +13,7 @@ from brixel.cli.options import (
     byte_count,
     command,
     deprecated,
+    given,
     load,
 )
 from brixel.errors import BrixelError
@@ -61,12 +62,7 @@ def _extract(options: argparse.Namespace) -> int:
         ending=f".{options.format}",
         shard_bytes=options.shard_size,
         save_dtype=None if options.save_dtype is None else DTYPES[options.save_dtype],
-        overwrite=options.overwrite,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        short_side_px=options.short_side_px,
-        memory_limit=options.memory_limit,
-        tiles=options.tiles,
+        **given(options, "overwrite", "batch_size", "workers", "short_side_px", "memory_limit", "tiles"),
     )
     share = ProcessShare.from_environment()
     process = f"process {share.rank} of {share.processes}: " if share.processes > 1 else ""

@@ -236,9 +236,14 @@ class _Deprecated(argparse.Action):
 # ------------------------------------------------------------------------------------------------ the model
 
 
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The values of options by name: arguments of a function that calls them the same."""
+    return {name: getattr(options, name) for name in names}
+
+
 def load(options: argparse.Namespace) -> BrixelFeatures:
     """The model that the options name; the bundled one where they name none."""
-    where = {"device": options.device, "dtype": options.dtype}
+    where = given(options, "device", "dtype")
     if options.architecture is not None and (options.model is not None or options.backbone is None):
         raise BrixelError("--architecture goes with --backbone, without --model: a saved model knows its architecture")
     if options.model is not None:

@@ -9,6 +9,7 @@ from brixel.cli.options import (
     add_map_options,
     add_model_options,
     command,
+    given,
     height_by_width,
     load,
     print_json,
@@ -33,10 +34,8 @@ def _plan(options: argparse.Namespace) -> int:
     plan = load(options).plan(
         options.size,
         batch=options.batch_size,
-        memory_limit=options.memory_limit,
-        tiles=options.tiles,
         short_side_px=NATIVE if options.short_side_px is None else options.short_side_px,
-        to_file=options.to_file,
+        **given(options, "memory_limit", "tiles", "to_file"),
     )
     facts = dataclasses.asdict(plan)
     if options.json:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from brixel.cli.options import add_map_options, add_model_options, add_output, command, load
+from brixel.cli.options import add_map_options, add_model_options, add_output, command, given, load
 from brixel.feature_maps.panel import check_panel_path, save_panel
 from brixel.images.find_images import SCENE
 from brixel.inference.comparison_panel import comparison_panel
@@ -25,14 +25,8 @@ def add(commands: Any) -> None:
 def _show(options: argparse.Namespace) -> int:
     images = options.images or [SCENE]
     check_panel_path(options.output, images)
-    panel = comparison_panel(
-        load(options),
-        images,
-        short_side_px=options.short_side_px,
-        teacher=options.teacher,
-        memory_limit=options.memory_limit,
-        tiles=options.tiles,
-    )
+    settings = given(options, "short_side_px", "teacher", "memory_limit", "tiles")
+    panel = comparison_panel(load(options), images, **settings)
     save_panel(panel, options.output)
     print(options.output)
     return 0

@@ -95,21 +95,16 @@ def _evaluate(probe: Probe, features: Features, val: ImageDataset, within_px: in
     areas, strips = [], []
     for index in tqdm(range(len(val.samples)), f"images, {features.source.name}", disable=None):
         labels = centre_square(val.target(index))
-        predicted = _predict(probe.readout, features[index], labels)
+        with torch.no_grad():
+            logits = probe.readout(features[index][None]).contiguous(memory_format=torch.channels_last)  # 1 K h w
+            logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
+            predicted = logits[0].permute(1, 2, 0).argmax(-1)  # H H; classes last in memory: several times as fast
         counts = metrics.confusion(predicted, labels, classes)
         total += counts
         areas.append(metrics.intersection_union(counts))
         strips.append(metrics.boundary_intersection_union(predicted, labels, classes, within_px))
     accuracy = metrics.pixel_accuracy(total)
     return SegmentationResult(torch.stack(areas), torch.stack(strips), accuracy, probe.learning_rate, probe.scores)
-
-
-def _predict(readout: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
-    """The class of every pixel of an image's mask, (H, H)."""
-    with torch.no_grad():
-        logits = readout(features[None]).contiguous(memory_format=torch.channels_last)  # 1 K h w
-        logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
-        return logits[0].permute(1, 2, 0).argmax(-1)  # classes last, also in memory: several times as fast
 
 
 def cell_shares(labels: Tensor, classes: int, grid_hw: Sequence[int]) -> Tensor:

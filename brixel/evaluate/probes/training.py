@@ -133,8 +133,7 @@ class Cells:
         check_memory(2 * math.prod(shape), f"cells of {self.images} images", "take fewer images (--limit)")
         rows = torch.empty(shape, dtype=torch.float16)
         for index in tqdm(range(self.images), f"cells, {features.source.name}", disable=None):
-            cells = rearrange(features[index] if index else first, "d h w -> (h w) d")
-            rows[index] = cells[self.chosen]
+            rows[index] = rearrange(features[index] if index else first, "d h w -> (h w) d")[self.chosen]
         self._rows = rows.flatten(0, 1)  # images*n D
 
     def inputs(self, items: Sequence[int]) -> Tensor:
