@@ -50,6 +50,7 @@ def _convert(options: argparse.Namespace) -> int:
     model.save_pretrained(options.output, include_backbone=options.include_backbone)
     print(options.output)
     if options.push is not None:
-        private = True if options.private else None
-        print(model.push_to_hub(options.push, include_backbone=options.include_backbone, private=private))
+        print(
+            model.push_to_hub(options.push, include_backbone=options.include_backbone, private=options.private or None)
+        )
     return 0

@@ -120,10 +120,8 @@ def check_source_names(sources: Sequence[FeatureSource]) -> None:
 def features_by_name(sources: Sequence[FeatureSource], crops: Tensor) -> dict[str, Tensor]:
     """Dense maps (B, D, h, w) of crops (B, 3, T, T) by source; maps that several sources interpolate are shared."""
     check_source_names(sources)
-    raw: dict[object, Tensor] = {}
-    for source in sources:
-        if source.key not in raw:
-            raw[source.key] = source.raw(crops)
+    distinct = {source.key: source for source in sources}
+    raw = {key: source.raw(crops) for key, source in distinct.items()}
     return {source.name: source.finish(raw[source.key]) for source in sources}
 
 

@@ -46,11 +46,7 @@ def l1_and_cosine(maps: Tensor, teacher: Tensor) -> dict[str, float]:
 
 def interpolated(backbone: Callable[[Tensor], Tensor], mode: str, grid_hw: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """A function from pixels to the backbone's own map, interpolated to the teacher's grid: the baseline."""
-
-    def predict(pixels: Tensor) -> Tensor:
-        return F.interpolate(backbone(pixels), size=tuple(grid_hw), mode=mode, align_corners=False)
-
-    return predict
+    return lambda pixels: F.interpolate(backbone(pixels), size=tuple(grid_hw), mode=mode, align_corners=False)
 
 
 def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -72,8 +72,7 @@ def _measure(
     """Seconds of every round by what was done, in turn; the number of images; sizes of the first, in words."""
     found = find_images([images])
     paths = [path for path, _ in found]
-    prepare = model.preparation()
-    prepared = [prepare(path) for path in paths]
+    prepared = list(map(model.preparation(), paths))
     pixels = [tensor for tensor, _ in prepared]
     batches = [torch.stack(pixels[start : start + batch_size]) for start in range(0, len(pixels), batch_size)]
 

@@ -82,9 +82,8 @@ def navi(root: Path, split: str) -> ImageDataset:
 def navi_normals(root: Path, split: str) -> ImageDataset:
     """Normals from NAVI's depth and the focal lengths in `OBJECT/SCENE/annotations.json`; see `normals_from_depth`."""
     data = navi(root, split)
-    cameras: dict[Path, float] = {}
-    for scene in sorted({sample.target.parents[1] for sample in data.samples}):
-        cameras |= _navi_cameras(scene)
+    scenes = sorted({sample.target.parents[1] for sample in data.samples})
+    cameras = {path: focal for scene in scenes for path, focal in _navi_cameras(scene).items()}
     if missing := [sample.target for sample in data.samples if sample.target not in cameras]:
         listed = missing[0].parents[1] / "annotations.json"
         raise BrixelError(f"{listed} lacks the focal length of {missing[0].stem}; source: {_NAVI}")

@@ -77,8 +77,7 @@ def probe_depth_normals(
         with torch.no_grad():
             output = probe.readout(evaluated[index][None])
             output = F.interpolate(output, size=target.shape[-2:], mode="bilinear", align_corners=False)[0]
-        errors = depth_errors(output.exp(), target) if kind == "depth" else normal_errors(angles(output, target))
-        found.append(errors)
+        found.append(depth_errors(output.exp(), target) if kind == "depth" else normal_errors(angles(output, target)))
     return probe, found
 
 

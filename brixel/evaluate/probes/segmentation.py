@@ -18,11 +18,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from brixel.errors import BrixelError
-from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.datasets.labelled import ImageDataset, centre_square
 from brixel.evaluate.feature_cache import Features, features_of
 from brixel.evaluate.feature_sources import BASE, TEACHER, FeatureSource, check_source_names, cost_of
+from brixel.evaluate.metrics import (
+    boundary_intersection_union,
+    confusion,
+    intersection_union,
+    iou_terms,
+    mean_iou,
+    pixel_accuracy,
+)
 from brixel.evaluate.probes.training import Cells, Probe, ProbeSettings, items_of, linear_readout, train_probe
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
 from brixel.utils.devices import describe_machine
@@ -74,7 +81,7 @@ def segment(
         for cells in items_of(examples, images).split(settings.batch_size):
             found = readout(examples.inputs(cells.tolist())).argmax(1).flatten()  # B
             counts.index_add_(0, found, shares_of_cells[cells].double())
-        return float(metrics.mean_iou(metrics.intersection_union(counts.T)))
+        return float(mean_iou(intersection_union(counts.T)))
 
     probe = train_probe(lambda width: linear_readout(width, classes), examples, loss, score, settings)
     return _evaluate(probe, evaluated, val, within_px)
@@ -99,11 +106,11 @@ def _evaluate(probe: Probe, features: Features, val: ImageDataset, within_px: in
             logits = probe.readout(features[index][None]).contiguous(memory_format=torch.channels_last)  # 1 K h w
             logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
             predicted = logits[0].permute(1, 2, 0).argmax(-1)  # H H; classes last in memory: several times as fast
-        counts = metrics.confusion(predicted, labels, classes)
+        counts = confusion(predicted, labels, classes)
         total += counts
-        areas.append(metrics.intersection_union(counts))
-        strips.append(metrics.boundary_intersection_union(predicted, labels, classes, within_px))
-    accuracy = metrics.pixel_accuracy(total)
+        areas.append(intersection_union(counts))
+        strips.append(boundary_intersection_union(predicted, labels, classes, within_px))
+    accuracy = pixel_accuracy(total)
     return SegmentationResult(torch.stack(areas), torch.stack(strips), accuracy, probe.learning_rate, probe.scores)
 
 
@@ -175,22 +182,18 @@ def segmentation(
 
 
 def _row(name: str, results: dict[str, SegmentationResult], classes: Sequence[str]) -> dict[str, Any]:
-    own, base, teacher = results[name], results.get(BASE), results.get(TEACHER)
+    own = results[name]
     row: dict[str, Any] = {"accuracy": own.accuracy, "learning_rate": own.learning_rate}
     row["scores_held_out"] = {f"{rate:g}": score for rate, score in own.scores.items()}
     for key, value_key, field in (("miou", "miou", "areas"), ("boundary", "boundary_iou", "strips")):
-        ours: Tensor = getattr(own, field)
-        row[value_key] = value = float(metrics.mean_iou(ours.sum(0)))
-        row[f"{key}_interval"] = interval(metrics.iou_terms(ours))
-        if base is None or name == BASE:
+        areas: dict[str, Tensor] = {source: getattr(result, field) for source, result in results.items()}
+        means = {source: float(mean_iou(of_source.sum(0))) for source, of_source in areas.items()}
+        row[value_key], row[f"{key}_interval"] = means[name], interval(iou_terms(areas[name]))
+        if BASE not in areas or name == BASE:
             continue
-        theirs: Tensor = getattr(base, field)
-        row[f"{key}_gain"] = _gain(ours, theirs)
-        if name != TEACHER and teacher is not None:
-            best: Tensor = getattr(teacher, field)
-            if _gain(best, theirs)[0] > 0:  # otherwise there may be no gap
-                low, high = (float(metrics.mean_iou(areas.sum(0))) for areas in (theirs, best))
-                row[f"{key}_gap"] = (value - low) / (high - low)
+        row[f"{key}_gain"] = _gain(areas[name], areas[BASE])
+        if name != TEACHER and TEACHER in areas and _gain(areas[TEACHER], areas[BASE])[0] > 0:  # else maybe no gap
+            row[f"{key}_gap"] = (means[name] - means[BASE]) / (means[TEACHER] - means[BASE])
     pairs = zip(classes, *own.areas.sum(0).double(), strict=True)
     row["iou_by_class"] = {title: float(both / either) if either else None for title, both, either in pairs}
     return row
@@ -198,4 +201,4 @@ def _row(name: str, results: dict[str, SegmentationResult], classes: Sequence[st
 
 def _gain(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     """The interval of the difference in mean IoU, of areas (N, 2, K) on the same images."""
-    return interval(metrics.iou_terms(ours) - metrics.iou_terms(theirs))
+    return interval(iou_terms(ours) - iou_terms(theirs))
