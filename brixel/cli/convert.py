@@ -7,7 +7,7 @@ from typing import Any
 from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.hub_upload import check_pushable
 from brixel.checkpoints.release_adapters import RELEASED
-from brixel.cli.options import add_flag, add_output, command, deprecated, positive
+from brixel.cli.options import add_flag, add_output, command, deprecated, given, positive
 from brixel.errors import BrixelError
 
 
@@ -16,14 +16,12 @@ def add(commands: Any) -> None:
     text = "convert an adapter file of the BRIXEL authors to a model"
     parser = command(commands, "convert", _convert, text, "brixel convert adapter.pth --release vitb16-256 -o model")
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the authors' file, a .pth")
-    parser.add_argument(
-        "--release", choices=tuple(RELEASED), help="which of the released files it is; implies backbone and short side"
-    )
+    text = "which of the released files it is; implies backbone and short side"
+    parser.add_argument("--release", choices=tuple(RELEASED), help=text)
     add_flag(parser, "--backbone", usual="the one that --release implies")
     add_flag(parser, "--architecture")
-    parser.add_argument(
-        "--blocks", type=_blocks, help="the four blocks that feed the adapter, from 0, as 3,6,9,11; default: by depth"
-    )
+    text = "the four blocks that feed the adapter, from 0, as 3,6,9,11"
+    add_flag(parser, "--blocks", type=_blocks, help=text, usual="by depth")
     add_flag(parser, "--short-side-px", type=positive, usual="as --release implies, or 256")
     deprecated(parser, "--short-side", "--short-side-px")
     add_flag(parser, "--dtype", default="float32")
@@ -47,19 +45,12 @@ def _convert(options: argparse.Namespace) -> int:
         raise BrixelError("--architecture goes with --backbone")
     if options.push is not None:
         check_pushable(options.push)
-    model = BrixelFeatures.from_release(
-        options.adapter,
-        options.backbone,
-        release=options.release,
-        architecture=options.architecture,
-        blocks=options.blocks,
-        short_side_px=options.short_side_px,
-        device="cpu",
-        dtype=options.dtype,
-    )
+    settings = given(options, "release", "architecture", "blocks", "short_side_px", "dtype")
+    model = BrixelFeatures.from_release(options.adapter, options.backbone, device="cpu", **settings)
     model.save_pretrained(options.output, include_backbone=options.include_backbone)
     print(options.output)
     if options.push is not None:
-        private = True if options.private else None
-        print(model.push_to_hub(options.push, include_backbone=options.include_backbone, private=private))
+        print(
+            model.push_to_hub(options.push, include_backbone=options.include_backbone, private=options.private or None)
+        )
     return 0

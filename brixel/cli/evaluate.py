@@ -4,17 +4,20 @@ import argparse
 import functools
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.cli.options import (
     add_device_options,
+    add_flag,
     add_model_options,
+    add_output,
     command,
+    given,
     height_by_width,
     load,
     positive,
@@ -27,35 +30,34 @@ from brixel.evaluate.cost.throughput import draw_images
 from brixel.evaluate.cost.timing import random_model, torch_threads
 from brixel.evaluate.datasets.depth_normals import DEPTH_LAYOUTS, NORMALS_LAYOUTS
 from brixel.evaluate.datasets.labelled import LAYOUTS
-from brixel.evaluate.feature_sources import SOURCES
 from brixel.evaluate.plots import cost_figure, plots_available, save_plot
-from brixel.evaluate.report import check_markdown, write_report
+from brixel.evaluate.report import Report, check_markdown, write_report
 from brixel.evaluate.tasks import BOUNDARY_PX, COMPARED, DEFAULT_SOURCES, FIELDS, Task
 from brixel.feature_maps.panel import check_panel_path, save_panel
 from brixel.images.find_images import find_images
-from brixel.inference.memory.planner import TileMode
 from brixel.utils.devices import choose_device, choose_dtype
 from brixel.utils.memory import parse_bytes
 
 TINY = "brixel-tiny"
-_REPORT_HELP = "write the report here, and its results as JSON to the same name with .json"
-_TEACHER_HELP = "of the teacher's square image; the student's has a quarter of the side"
-_THREADS_HELP = "threads of torch; default: its own choice"
+_TASKS: Mapping[str, tuple[str, Iterable[str]]] = {  # by kind: what it measures, and the layouts of its data sets
+    "fidelity": ("similarity to the backbone's map of the large image", ()),
+    "segmentation": ("semantic segmentation by a linear probe on frozen features", LAYOUTS),
+    "depth": ("depth in metres by a small convolutional readout on frozen features", DEPTH_LAYOUTS),
+    "normals": ("surface normals by a small convolutional readout on frozen features", NORMALS_LAYOUTS),
+    "matching": ("points of an image found in a warp of it by their features", ()),
+}
+_TEACHER_PX: Mapping[str, Any] = {
+    **{"type": positive, "required": True, "metavar": "PX"},
+    "help": "side of the teacher's crops, four times the student's; in pixels",
+}
 
 
 def add(commands: Any) -> None:
     """Add the command to the parser's, with a command of its own for everything that can be evaluated."""
     parser = commands.add_parser("evaluate", help="how good a model is, and what it costs")
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
-    _add_images(_add_task(kinds, "fidelity", "similarity to the backbone's map of the large image"))
-    one = _add_task(kinds, "segmentation", "semantic segmentation by a linear probe on frozen features")
-    _add_data(one, tuple(LAYOUTS))
-    _add_number(one, "--boundary-px", BOUNDARY_PX, "PX", "width of the strips along outlines for the boundary IoU")
-    one = _add_task(kinds, "depth", "depth in metres by a small convolutional readout on frozen features")
-    _add_data(one, tuple(DEPTH_LAYOUTS))
-    one = _add_task(kinds, "normals", "surface normals by a small convolutional readout on frozen features")
-    _add_data(one, tuple(NORMALS_LAYOUTS))
-    _add_images(_add_task(kinds, "matching", "points of an image found in a warp of it by their features"))
+    for kind, (text, layouts) in _TASKS.items():
+        _add_task(kinds, kind, text, tuple(layouts))
     _add_cost(kinds)
     _add_throughput(kinds)
     _add_memory(kinds)
@@ -63,140 +65,89 @@ def add(commands: Any) -> None:
     _add_suite(kinds)
 
 
-def _add_task(kinds: Any, kind: str, text: str) -> argparse.ArgumentParser:
-    one = command(kinds, kind, _run, text)
+def _add_task(kinds: Any, kind: str, text: str, layouts: tuple[str, ...]) -> None:
+    one = _add_report(kinds, kind, _run, text)
     one.set_defaults(kind=kind)
-    one.add_argument(
-        "--teacher-px", nargs="+", type=positive, required=True, metavar="PX", help=f"sides {_TEACHER_HELP}"
-    )
-    _add_sources(one, DEFAULT_SOURCES[kind])
-    one.add_argument("-o", "--output", type=Path, metavar="MD", help=_REPORT_HELP)
+    if layouts:
+        add_flag(one, "--data", type=Path, required=True, metavar="DIR", help="the data set's folder, as unpacked")
+        add_flag(one, "--layout", choices=layouts, default="plain", help="the data set's layout")
+        add_flag(one, "--train", default="train", metavar="SPLIT", help="split that is trained on")
+        add_flag(one, "--val", default="val", metavar="SPLIT", help="split that is reported")
+        add_flag(one, "--cache", type=Path, metavar="DIR", help="keep features here, for later runs", usual="in memory")
+        add_flag(one, "--steps", type=positive, metavar="N", help="steps of training", usual="by the kind of probe")
+        add_flag(one, "--limit", type=positive, metavar="N", help="use only the first N images of each split")
+    else:
+        text = "images, and folders of them"
+        add_flag(one, "--images", nargs="+", type=Path, required=True, metavar="PATH", help=text)
+    if kind == "segmentation":
+        text = "width of the strips along outlines for the boundary IoU"
+        add_flag(one, "--boundary-px", type=positive, default=BOUNDARY_PX, metavar="PX", help=text)
+    one.add_argument("--teacher-px", nargs="+", **_TEACHER_PX)
+    add_flag(one, "--sources", default=DEFAULT_SOURCES[kind])
     add_model_options(one)
+
+
+def _add_report(kinds: Any, name: str, make: Callable[[argparse.Namespace], Report], text: str) -> Any:
+    """Add a command that prints the report that ``make`` makes, and writes it where ``--output`` says."""
+    one = command(kinds, name, functools.partial(_report, make), text)
+    add_output(one, metavar="MD", note="the report as Markdown; its results go to the same name with .json")
     return one
 
 
-def _add_sources(one: argparse.ArgumentParser, default: tuple[str, ...]) -> None:
-    text = f"what is compared, of {', '.join(SOURCES)}; default: {' '.join(default)}"
-    one.add_argument("--sources", nargs="+", choices=SOURCES, default=default, metavar="SOURCE", help=text)
-
-
-def _add_number(one: argparse.ArgumentParser, flag: str, default: int, metavar: str, text: str) -> None:
-    one.add_argument(flag, type=positive, default=default, metavar=metavar, help=f"{text}; default: %(default)s")
-
-
-def _add_images(one: argparse.ArgumentParser) -> None:
-    one.add_argument(
-        "--images", nargs="+", type=Path, required=True, metavar="PATH", help="images, and folders of them"
-    )
-
-
-def _add_data(one: argparse.ArgumentParser, layouts: tuple[str, ...]) -> None:
-    one.add_argument("--data", type=Path, required=True, metavar="DIR", help="the data set's folder, as unpacked")
-    one.add_argument("--layout", choices=layouts, default="plain", help="the data set's layout; default: %(default)s")
-    one.add_argument("--train", default="train", metavar="SPLIT", help="split that is trained on; default: %(default)s")
-    one.add_argument("--val", default="val", metavar="SPLIT", help="split that is reported; default: %(default)s")
-    one.add_argument("--cache", type=Path, metavar="DIR", help="keep features here, for later runs; default: in memory")
-    one.add_argument("--steps", type=positive, metavar="N", help="steps of training; default: by the kind of probe")
-    one.add_argument("--limit", type=positive, metavar="N", help="use only the first N images of each split")
-
-
-def _add_architectures(one: argparse.ArgumentParser, default: tuple[str, ...], text: str = "") -> None:
-    text = f"known backbones, with random weights{text}; default: {' '.join(default)}"
-    one.add_argument("--architectures", nargs="+", default=default, metavar="NAME", help=text)
-
-
 def _add_cost(kinds: Any) -> None:
-    one = command(kinds, "cost", _cost, "parameters, operations, time and memory by size of image; random weights")
-    _add_architectures(one, ("dinov3-vits16",))
-    one.add_argument(
-        "--image-px",
-        nargs="+",
-        type=positive,
-        default=[256],
-        metavar="PX",
-        help="sides of the student's image; default: 256",
-    )
-    one.add_argument(
-        "--batch-size", nargs="+", type=positive, default=[1], metavar="N", help="images per call; default: 1"
-    )
-    one.add_argument(
-        "--rounds", type=whole, default=10, metavar="N", help="timed calls, 0 to only count; default: %(default)s"
-    )
-    one.add_argument("--threads", type=positive, metavar="N", help=_THREADS_HELP)
-    one.add_argument("-o", "--output", type=Path, metavar="MD", help=f"{_REPORT_HELP}, and a plot with .png")
+    one = _add_report(kinds, "cost", _cost, "parameters, operations, time and memory by size of image; random weights")
+    add_flag(one, "--architectures", default=("dinov3-vits16",))
+    add_flag(one, "--image-px", default=(256,), note="of the student's image")
+    add_flag(one, "--batch-size", nargs="+", default=(1,))
+    add_flag(one, "--rounds", type=whole, default=10, note="0 to only count")
+    add_flag(one, "--threads")
     add_device_options(one)
 
 
 def _add_throughput(kinds: Any) -> None:
-    one = command(kinds, "throughput", _throughput, "images per second from files to files, and of the bare model")
-    _add_architectures(one, (TINY,), f", and {TINY} with its own")
-    one.add_argument("--images", type=Path, metavar="DIR", help="a folder of images; default: drawings of --size")
-    one.add_argument(
-        "--size",
-        type=height_by_width,
-        default=(480, 640),
-        metavar="HEIGHTxWIDTH",
-        help="of the drawings in pixels; default: 480x640",
+    text = "images per second from files to files, and of the bare model"
+    one = _add_report(kinds, "throughput", _throughput, text)
+    add_flag(one, "--architectures", default=(TINY,), note=f"{TINY} with its own")
+    add_flag(one, "--images", type=Path, metavar="DIR", help="a folder of images", usual="drawings of --size")
+    text = "size of the drawings in pixels"
+    add_flag(
+        one, "--size", type=height_by_width, default=(480, 640), metavar="HEIGHTxWIDTH", help=text, usual="480x640"
     )
-    _add_number(one, "--count", 48, "N", "number of drawings")
-    _add_number(one, "--rounds", 7, "N", "timed passes over all images")
-    _add_number(one, "--batch-size", 1, "N", "images per call of the model")
-    one.add_argument("--workers", type=whole, default=2, metavar="N", help="threads that decode; default: %(default)s")
-    one.add_argument("--threads", type=positive, metavar="N", help=_THREADS_HELP)
-    one.add_argument("-o", "--output", type=Path, metavar="MD", help=_REPORT_HELP)
+    add_flag(one, "--count", type=positive, default=48, metavar="N", help="number of drawings")
+    add_flag(one, "--rounds", default=7)
+    add_flag(one, "--batch-size", default=1)
+    add_flag(one, "--workers", default=2)
+    add_flag(one, "--threads")
     add_device_options(one)
 
 
 def _add_memory(kinds: Any) -> None:
-    one = command(kinds, "memory", _memory, "memory needed by size of image on the CPU, predicted or measured")
-    _add_architectures(one, ARCHITECTURES)
-    sides = " ".join(map(str, SIDES))
-    one.add_argument(
-        "--image-px", nargs="+", type=positive, default=SIDES, metavar="PX", help=f"sides of images; default: {sides}"
-    )
-    one.add_argument(
-        "--measure",
-        nargs="+",
-        default=(),
-        type=_name_and_side,
-        metavar="NAME=PX",
-        help="also compute images up to this side and measure, such as dinov3-vits16=512",
-    )
-    one.add_argument(
-        "--limits",
-        nargs="+",
-        default=(),
-        metavar="AMOUNT",
-        help="instead, compute images within these limits and measure, such as 100MiB 4GiB",
-    )
-    one.add_argument("--dtype", default="float32", help="with --limits, of weights and maps; default: %(default)s")
-    one.add_argument(
-        "--tiles", choices=get_args(TileMode), default="auto", help="with --limits, use of tiles; default: %(default)s"
-    )
-    one.add_argument("-o", "--output", type=Path, metavar="MD", help=_REPORT_HELP)
+    one = _add_report(kinds, "memory", _memory, "memory needed by size of image on the CPU, predicted or measured")
+    add_flag(one, "--architectures", default=ARCHITECTURES)
+    add_flag(one, "--image-px", default=SIDES)
+    text = "also compute images up to this side and measure, such as dinov3-vits16=512"
+    add_flag(one, "--measure", nargs="+", default=(), type=_name_and_side, metavar="NAME=PX", help=text)
+    text = "instead, compute images within these limits and measure, such as 100MiB 4GiB"
+    add_flag(one, "--limits", nargs="+", default=(), metavar="AMOUNT", help=text)
+    add_flag(one, "--dtype", default="float32", note="with --limits")
+    add_flag(one, "--tiles", default="auto", note="with --limits")
 
 
 def _add_panel(kinds: Any) -> None:
     one = command(kinds, "panel", _panel, "an image of the maps of several sources, side by side")
     one.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images, and folders of them")
-    one.add_argument("--teacher-px", type=positive, required=True, metavar="PX", help=f"side {_TEACHER_HELP}")
-    _add_sources(one, COMPARED)
-    one.add_argument(
-        "--point",
-        nargs=2,
-        type=float,
-        metavar=("ROW", "COLUMN"),
-        help="also show the similarity of all cells to the one at this pixel of the teacher's image",
-    )
-    one.add_argument("-o", "--output", type=Path, default=Path("panel.png"), help="default: %(default)s")
+    one.add_argument("--teacher-px", **_TEACHER_PX)
+    add_flag(one, "--sources", default=COMPARED)
+    text = "also show the similarity of all cells to the one at this pixel of the teacher's image"
+    add_flag(one, "--point", nargs=2, type=float, metavar=("ROW", "COLUMN"), help=text)
+    add_output(one, default=Path("panel.png"), metavar="IMAGE")
     add_model_options(one)
 
 
 def _add_suite(kinds: Any) -> None:
     one = command(kinds, "suite", _suite, "models, tasks and data of a file as one report; continues where it stopped")
     one.add_argument("suite", type=Path, metavar="TOML", help="such as examples/suite_paper.toml")
-    text = "folder for report.md with its plots, and report.json"
-    one.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help=text)
+    add_output(one, required=True, metavar="DIR", note="report.md with its plots, and report.json")
     add_device_options(one)
 
 
@@ -207,73 +158,55 @@ def _name_and_side(text: str) -> tuple[str, int]:
     return name, positive(side)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _report(make: Callable[[argparse.Namespace], Report], options: argparse.Namespace) -> int:
     check_markdown(options.output)
-    given: dict[str, Any] = {name: value for name, value in vars(options).items() if name in FIELDS}
-    given.update({name: tuple(value) for name, value in given.items() if isinstance(value, list)})
-    task = Task(**given)
-    write_report(task.run(load(options)), options.command, options.output)
-    return 0
-
-
-def _cost(options: argparse.Namespace) -> int:
-    check_markdown(options.output)
-    if options.output is not None:
-        plots_available()  # a warning is of use before the work
-    report = cost(
-        options.architectures,
-        options.image_px,
-        batch_sizes=options.batch_size,
-        rounds=options.rounds,
-        threads=options.threads,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    report = make(options)
     write_report(report, options.command, options.output)
-    if options.output is not None:
+    if options.output is not None and report.task == "cost":
         save_plot(functools.partial(cost_figure, report.rows), options.output.with_suffix(".png"))
     return 0
 
 
-def _throughput(options: argparse.Namespace) -> int:
-    check_markdown(options.output)
+def _run(options: argparse.Namespace) -> Report:
+    settings = given(options, *(name for name in FIELDS if name in options))
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    return Task(**settings | lists).run(load(options))
+
+
+def _cost(options: argparse.Namespace) -> Report:
+    if options.output is not None:
+        plots_available()  # a warning is of use before the work
+    settings = given(options, "rounds", "threads", "device", "dtype")
+    return cost(options.architectures, options.image_px, batch_sizes=options.batch_size, **settings)
+
+
+def _throughput(options: argparse.Namespace) -> Report:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     with tempfile.TemporaryDirectory() as folder, torch_threads(options.threads):
         if options.images is None:
             draw_images(Path(folder), options.count, options.size)
-        models = [_random_or_tiny(name).to(device, dtype) for name in options.architectures]
-        sizes = {"rounds": options.rounds, "batch_size": options.batch_size, "workers": options.workers}
-        report = throughput(models, options.images or Path(folder), **sizes)
-    write_report(report, options.command, options.output)
-    return 0
+        tiny = functools.partial(BrixelFeatures.from_pretrained, device="cpu")
+        models = [(tiny() if name == TINY else random_model(name)).to(device, dtype) for name in options.architectures]
+        settings = given(options, "rounds", "batch_size", "workers")
+        return throughput(models, options.images or Path(folder), **settings)
 
 
-def _random_or_tiny(name: str) -> BrixelFeatures:
-    return BrixelFeatures.from_pretrained(device="cpu") if name == TINY else random_model(name)
-
-
-def _memory(options: argparse.Namespace) -> int:
-    check_markdown(options.output)
+def _memory(options: argparse.Namespace) -> Report:
     if not options.limits:
-        report = memory_table(options.architectures, options.image_px, measured=dict(options.measure))
-    elif options.measure:
+        return memory_table(options.architectures, options.image_px, measured=dict(options.measure))
+    if options.measure:
         raise BrixelError("--measure goes without --limits, with which every image is measured")
-    else:
-        limits, dtype = (
-            [parse_bytes(limit) for limit in options.limits],
-            choose_dtype(options.dtype, torch.device("cpu")),
-        )
-        report = limit_table(options.architectures, options.image_px, limits, dtype=dtype, tiles=options.tiles)
-    write_report(report, options.command, options.output)
-    return 0
+    limits = [parse_bytes(limit) for limit in options.limits]
+    dtype = choose_dtype(options.dtype, torch.device("cpu"))
+    return limit_table(options.architectures, options.image_px, limits, dtype=dtype, tiles=options.tiles)
 
 
 def _panel(options: argparse.Namespace) -> int:
     images = [path for path, _ in find_images(options.images)]
     check_panel_path(options.output, images)
-    point = None if options.point is None else (options.point[0], options.point[1])
-    panel = panel_of(sources_of(load(options), options.sources), images, options.teacher_px, point)
+    point_yx = options.point and tuple(options.point)
+    panel = panel_of(sources_of(load(options), options.sources), images, options.teacher_px, point_yx)
     save_panel(panel, options.output)
     print(options.output)
     return 0

@@ -7,13 +7,13 @@ from typing import Any
 
 from brixel.cli.options import (
     add_flag,
-    add_memory_options,
+    add_map_options,
     add_model_options,
     add_output,
-    add_short_side,
     byte_count,
     command,
     deprecated,
+    given,
     load,
 )
 from brixel.errors import BrixelError
@@ -30,31 +30,20 @@ def add(commands: Any) -> None:
     parser = command(commands, "extract", _extract, text, "brixel extract photos -o maps")
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="images, and folders of images")
     add_output(parser, required=True, metavar="FOLDER")
-    parser.add_argument(
-        "--format",
-        choices=("safetensors", "npy"),
-        default="safetensors",
-        help="file format; default: %(default)s",
-    )
-    parser.add_argument(
-        "--shard-size",
-        type=byte_count,
-        metavar="SIZE",
-        help="write many maps per file, into files of this size, such as 1GiB; default: one map per file",
-    )
-    deprecated(parser, "--shard-gib", "--shard-size", type=_gibibytes)
-    parser.add_argument(
-        "--save-dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="dtype of the maps that are written; default: that of the model",
+    add_flag(parser, "--format", choices=("safetensors", "npy"), default="safetensors", help="file format")
+    text = "write many maps per file, into files of this size, such as 1GiB"
+    add_flag(parser, "--shard-size", type=byte_count, metavar="SIZE", help=text, usual="one map per file")
+    deprecated(parser, "--shard-gib", "--shard-size", type=lambda text: byte_count(f"{text}GiB"))
+    dtypes = ("float32", "float16", "bfloat16")
+    add_flag(
+        parser, "--save-dtype", choices=dtypes, help="dtype of the maps that are written", usual="that of the model"
     )
     add_flag(parser, "--batch-size", default=1)
     add_flag(parser, "--workers", default=2)
     parser.add_argument("--overwrite", action="store_true", help="compute every map again")
     parser.add_argument("--verify", action="store_true", help="only compare the files in FOLDER with its manifest")
     add_model_options(parser)
-    add_short_side(parser)
-    add_memory_options(parser)
+    add_map_options(parser)
 
 
 def _extract(options: argparse.Namespace) -> int:
@@ -73,12 +62,7 @@ def _extract(options: argparse.Namespace) -> int:
         ending=f".{options.format}",
         shard_bytes=options.shard_size,
         save_dtype=None if options.save_dtype is None else DTYPES[options.save_dtype],
-        overwrite=options.overwrite,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        short_side_px=options.short_side_px,
-        memory_limit=options.memory_limit,
-        tiles=options.tiles,
+        **given(options, "overwrite", "batch_size", "workers", "short_side_px", "memory_limit", "tiles"),
     )
     share = ProcessShare.from_environment()
     process = f"process {share.rank} of {share.processes}: " if share.processes > 1 else ""
@@ -95,7 +79,3 @@ def _verify(folder: Path) -> int:
     else:
         print("every file matches the manifest")
     return 1 if problems else 0
-
-
-def _gibibytes(text: str) -> int:
-    return byte_count(f"{text}GiB")

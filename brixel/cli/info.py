@@ -1,21 +1,24 @@
 """`brixel info` and `brixel models`: facts about a saved model and about the known ones. No weights are read."""
 
 import argparse
+import difflib
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from brixel.backbones.registry import KnownBackbone, list_models
+from brixel.backbones.registry import find_backbone, list_models
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig
 from brixel.brixel_features import PathLike
 from brixel.checkpoints.hub_download import portable_sources
-from brixel.checkpoints.locate_files import ModelFiles, locate
+from brixel.checkpoints.locate_files import BUNDLED, ModelFiles, locate
 from brixel.checkpoints.model_folder import ADAPTER, BACKBONE, CONFIG, read_config
 from brixel.checkpoints.release_adapters import RELEASED
 from brixel.checkpoints.weight_files import shapes_of
 from brixel.cli.options import MODEL_HELP, add_flag, command, print_json, print_table
+from brixel.errors import BrixelError
 from brixel.model.upsampler import UPSCALE, Upsampler
 
 
@@ -72,23 +75,22 @@ def model_facts(name_or_path: PathLike) -> dict[str, Any]:
 
 def known_models() -> list[dict[str, Any]]:
     """The facts of every model that is known by name, as plain values."""
-    return [_known_model(row) for row in list_models()]
-
-
-def _known_model(row: KnownBackbone) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "aliases": list(row.aliases),
-        "parameters": _parameters(shapes_of(lambda: ViT(row.vit))),
-        "patch_px": row.vit.patch_px,
-        "width": row.vit.width,
-        "depth": row.vit.depth,
-        "licence": row.licence,
-        "gated": row.gated,
-        "adapter": row.adapter,
-        "released_adapters": [name for name, adapter in RELEASED.items() if adapter.backbone == row.name],
-        "sources": list(row.sources),
-    }
+    return [
+        {
+            "name": row.name,
+            "aliases": list(row.aliases),
+            "parameters": _parameters(shapes_of(functools.partial(ViT, row.vit))),
+            "patch_px": row.vit.patch_px,
+            "width": row.vit.width,
+            "depth": row.vit.depth,
+            "licence": row.licence,
+            "gated": row.gated,
+            "adapter": row.adapter,
+            "released_adapters": [name for name, adapter in RELEASED.items() if adapter.backbone == row.name],
+            "sources": list(row.sources),
+        }
+        for row in list_models()
+    ]
 
 
 def _where(files: ModelFiles, file: str) -> str | None:
@@ -112,7 +114,23 @@ def _parameters(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+def _check_name(name: str) -> None:
+    """Raise BrixelError for the name of a backbone, and for one that is close to a known name."""
+    if name == BUNDLED or Path(name).exists():
+        return
+    if backbone := find_backbone(name):
+        raise BrixelError(
+            f"{name!r} is a backbone, not a model with an adapter: `brixel models` lists its facts; to use it, call "
+            f"`brixel show IMAGE --backbone {backbone.name}`"
+        )
+    names = [name for row in list_models() for name in (row.name, *row.aliases)]
+    close = difflib.get_close_matches(name, names, n=1)
+    if close and "/" not in name:  # another repository on the Hub may have the name of a known one
+        raise BrixelError(f"unknown model {name!r}; did you mean {close[0]!r}?")
+
+
 def _info(options: argparse.Namespace) -> int:
+    _check_name(options.model)
     facts = model_facts(options.model)
     if options.json:
         print_json(facts)
@@ -129,7 +147,7 @@ def _models(options: argparse.Namespace) -> int:
     if options.json:
         print_json(models)
         return 0
-    names = ("name", "parameters", "patch", "width", "licence", "gated", "adapter", "sources")
+    names = ("name", "also", "parameters", "patch", "width", "licence", "gated", "adapter", "sources")
     rows = [names, *map(_row, models)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -141,6 +159,7 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     released = ", ".join(model["released_adapters"])
     return (
         model["name"],
+        min(model["aliases"], key=len, default="-"),
         f"{model['parameters'] / 1e6:.2f} M",
         f"{model['patch_px']} px",
         str(model["width"]),

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, get_args
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError, did_you_mean
+from brixel.evaluate.feature_sources import SOURCES
 from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.planner import TileMode
 from brixel.utils.memory import format_bytes, parse_bytes
@@ -151,6 +152,14 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "--batch-size": {"metavar": "N", "type": positive, "help": "images per batch"},
     "--workers": {"metavar": "N", "type": whole, "help": "background workers that read and decode images"},
     "--output": {"type": Path, "help": "file or folder to write"},
+    "--sources": {
+        **{"nargs": "+", "choices": SOURCES, "metavar": "SOURCE"},
+        "help": f"feature sources to compare, of {', '.join(SOURCES)}",
+    },
+    "--architectures": {"nargs": "+", "metavar": "NAME", "help": "known backbones, with random weights"},
+    "--image-px": {"nargs": "+", "type": positive, "metavar": "PX", "help": "sides of the square images in pixels"},
+    "--rounds": {"type": positive, "metavar": "N", "help": "timed rounds"},
+    "--threads": {"type": positive, "metavar": "N", "help": "threads of torch; default: its own choice"},
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
 }
 """Flags that have one meaning in every command, and their description."""
@@ -159,20 +168,24 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
 def add_flag(
     parser: argparse.ArgumentParser, flag: str, *names: str, note: str = "", usual: str = "", **settings: Any
 ) -> None:
-    """Add a flag of :data:`SHARED`.
+    """Add a flag, with its default in the description.
 
     Args:
         parser: The parser of the command.
-        flag: A key of :data:`SHARED`.
+        flag: The flag; settings of :data:`SHARED` need not be given.
         names: Further names of the flag, such as "-o".
         note: What the command adds to the description.
         usual: The default in words; the default value where empty.
-        settings: Other arguments of ``add_argument``.
+        settings: Arguments of ``add_argument``.
     """
-    if settings.get("default") is not None:
+    settings = {**SHARED.get(flag, {}), **settings}
+    default = settings.get("default")
+    if isinstance(default, tuple):
+        usual = usual or " ".join(map(str, default))
+    elif default is not None:
         usual = usual or "%(default)s"
-    settings["help"] = "; ".join(filter(None, (SHARED[flag]["help"], note, f"default: {usual}" if usual else "")))
-    parser.add_argument(*names, flag, **{**SHARED[flag], **settings})
+    settings["help"] = "; ".join(filter(None, (settings["help"], note, f"default: {usual}" if usual else "")))
+    parser.add_argument(*names, flag, **settings)
 
 
 def add_output(parser: argparse.ArgumentParser, **settings: Any) -> None:
@@ -194,15 +207,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_device_options(parser)
 
 
-def add_short_side(parser: argparse.ArgumentParser, usual: str = "as the adapter was trained") -> None:
-    """The size that images are resized to."""
+def add_map_options(parser: argparse.ArgumentParser, usual: str = "as the adapter was trained") -> None:
+    """The size that images are resized to, how much memory may be used, and whether maps may be blended from tiles."""
     note = f"{NATIVE} keeps the size of an image"
     add_flag(parser, "--short-side-px", type=pixels_or_native, note=note, usual=usual)
     deprecated(parser, "--short-side", "--short-side-px")
-
-
-def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """How much memory may be used, and whether maps may be blended from tiles."""
     add_flag(parser, "--memory-limit", usual="what is free, less a tenth")
     add_flag(parser, "--tiles", default="auto")
 
@@ -210,19 +219,15 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
 def deprecated(parser: argparse.ArgumentParser, old: str, new: str, **settings: Any) -> None:
     """Keep an old name of a flag: it sets the new flag, with a DeprecationWarning, and is in no help text."""
     current = parser._option_string_actions[new]
-    settings = {"type": current.type, "dest": current.dest, **settings}
-    parser.add_argument(old, action=_Deprecated, new=new, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **settings)
+    settings = {"type": current.type, "dest": current.dest, "default": argparse.SUPPRESS, **settings}
+    parser.add_argument(old, action=_Deprecated, const=new, help=argparse.SUPPRESS, **settings)
 
 
 class _Deprecated(argparse.Action):
-    def __init__(self, *args: Any, new: str, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.new = new
-
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
     ) -> None:
-        text = f"{option_string} is deprecated; use {self.new}"
+        text = f"{option_string} is deprecated; use {self.const}"
         # Python's default filters show this category for the module "__main__" alone
         warnings.warn_explicit(text, DeprecationWarning, "brixel", 0, module="__main__")
         setattr(namespace, self.dest, values)
@@ -231,9 +236,14 @@ class _Deprecated(argparse.Action):
 # ------------------------------------------------------------------------------------------------ the model
 
 
+def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The values of options by name: arguments of a function that calls them the same."""
+    return {name: getattr(options, name) for name in names}
+
+
 def load(options: argparse.Namespace) -> BrixelFeatures:
     """The model that the options name; the bundled one where they name none."""
-    where = {"device": options.device, "dtype": options.dtype}
+    where = given(options, "device", "dtype")
     if options.architecture is not None and (options.model is not None or options.backbone is None):
         raise BrixelError("--architecture goes with --backbone, without --model: a saved model knows its architecture")
     if options.model is not None:

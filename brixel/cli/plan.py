@@ -6,10 +6,10 @@ from typing import Any
 
 from brixel.cli.options import (
     add_flag,
-    add_memory_options,
+    add_map_options,
     add_model_options,
-    add_short_side,
     command,
+    given,
     height_by_width,
     load,
     print_json,
@@ -23,11 +23,10 @@ def add(commands: Any) -> None:
     text = "predict how an image would be computed in a memory limit"
     one = command(commands, "plan", _plan, text, "brixel plan 4096x4096 --memory-limit 4GiB")
     one.add_argument("size", type=height_by_width, metavar="HEIGHTxWIDTH", help="size of the image in pixels")
-    add_short_side(one, "native")
     add_flag(one, "--batch-size", default=1)
     one.add_argument("--to-file", action="store_true", help="write the map to a file, not to memory")
     add_model_options(one)
-    add_memory_options(one)
+    add_map_options(one, "native")
     add_flag(one, "--json")
 
 
@@ -35,10 +34,8 @@ def _plan(options: argparse.Namespace) -> int:
     plan = load(options).plan(
         options.size,
         batch=options.batch_size,
-        memory_limit=options.memory_limit,
-        tiles=options.tiles,
         short_side_px=NATIVE if options.short_side_px is None else options.short_side_px,
-        to_file=options.to_file,
+        **given(options, "memory_limit", "tiles", "to_file"),
     )
     facts = dataclasses.asdict(plan)
     if options.json:

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from brixel.cli.options import SHARED, command, print_table
+from brixel.cli.options import SHARED, add_flag, command, print_table
 from brixel.errors import BrixelError
 from brixel.train.config import PRESETS, fields, make_config, read_settings
 from brixel.train.dry_run import plan
@@ -22,9 +22,7 @@ def add(commands: Any) -> None:
     text = "distil an adapter for a backbone; a second run continues where the first stopped"
     parser = command(commands, "train", _train, text, example)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML; flags override them")
-    parser.add_argument(
-        "--preset", choices=tuple(PRESETS), default="default", help="defaults of the settings; default: %(default)s"
-    )
+    add_flag(parser, "--preset", choices=tuple(PRESETS), default="default", help="defaults of the settings")
     parser.add_argument("--dry-run", action="store_true", help="print sizes, times and memory of the run, and stop")
     for field, kind in fields():
         _add_setting(parser, field, kind)

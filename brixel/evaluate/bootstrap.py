@@ -15,17 +15,12 @@ def interval(images: Tensor, statistic: Callable[[Tensor], Tensor] | None = None
     ``statistic``: from the sums of rows over each sample, (DRAWS, ...), to values (DRAWS,); None for the mean of rows
     that are numbers. To compare two methods, subtract inside it: both are then evaluated on the same samples.
     """
-    sums = _counts(len(images)) @ images.double().reshape(len(images), -1)
+    generator = torch.Generator().manual_seed(_SEED)
+    drawn = torch.randint(len(images), (DRAWS, len(images)), generator=generator)
+    counts = torch.zeros(drawn.shape, dtype=torch.float64)  # how often each image is in each sample
+    counts.scatter_add_(1, drawn, torch.ones_like(counts))
+    sums = counts @ images.double().reshape(len(images), -1)
     sums = sums.reshape(DRAWS, *images.shape[1:])  # DRAWS ...
     values = sums / len(images) if statistic is None else statistic(sums)
     low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return low, high
-
-
-def _counts(images: int) -> Tensor:
-    """How often each image is in each sample: (DRAWS, N), float64, rows that sum to N."""
-    generator = torch.Generator().manual_seed(_SEED)
-    drawn = torch.randint(images, (DRAWS, images), generator=generator)
-    return torch.zeros(DRAWS, images, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(drawn.shape, dtype=torch.float64)
-    )

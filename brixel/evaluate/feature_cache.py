@@ -67,7 +67,9 @@ def features_of(
     disk or memory is too small for all (at the first map), or float16 cannot hold a feature; ImageError as usual.
     """
     if cache is not None and source.identity:
-        return Features(source, _on_disk(source, images, teacher_px, _folder(source, teacher_px, cache)))
+        folder = cache / _hash(f"{source.identity} scale {source.scale} at {teacher_px} px".encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        return Features(source, _on_disk(source, images, teacher_px, folder))
     kept = _in_memory(source, images[:keep], teacher_px)
     return Features(source, [*kept, *(partial(_compute, source, image, teacher_px) for image in images[len(kept) :])])
 
@@ -120,12 +122,6 @@ def _read(kept: Tensor | Path | Callable[[], Tensor]) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     return torch.from_numpy(np.load(kept)) if isinstance(kept, Path) else kept()
-
-
-def _folder(source: FeatureSource, teacher_px: int, cache: Path) -> Path:
-    folder = cache / _hash(f"{source.identity} scale {source.scale} at {teacher_px} px".encode())
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _hash(content: bytes) -> str:

@@ -9,6 +9,7 @@ Shapes: B batch, D channels, h x w cells; T the crop's side and S = T / 4 the sm
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from brixel.utils.eval_mode import evaluation_mode
 from brixel.utils.fields import check_field, check_names, one_of, optional
 
 STUDENT, TEACHER = "student", "teacher"
+BASE = "bilinear"  # other sources are compared with it
 INTERPOLATED = ("nearest", "bilinear", "bicubic")
 SOURCES = (*INTERPOLATED, STUDENT, TEACHER)
 
@@ -82,6 +84,10 @@ class FeatureSource:
         """
         return self.finish(self.raw(crops))
 
+    def row(self, model: str, teacher_px: int) -> dict[str, Any]:
+        """The start of a report's row: ``SOURCE_COLUMNS``."""
+        return {"model": model, "image_px": teacher_px * self.scale // DOWNSAMPLING, "source": self.name}
+
     def raw(self, crops: Tensor) -> Tensor:
         """Maps before interpolation, which are what is kept: crops (B, 3, T, T) -> (B, D, h, w), float32 on the CPU."""
         check_teacher_px(crops.shape[-1], self.patch_px)
@@ -114,10 +120,8 @@ def check_source_names(sources: Sequence[FeatureSource]) -> None:
 def features_by_name(sources: Sequence[FeatureSource], crops: Tensor) -> dict[str, Tensor]:
     """Dense maps (B, D, h, w) of crops (B, 3, T, T) by source; maps that several sources interpolate are shared."""
     check_source_names(sources)
-    raw: dict[object, Tensor] = {}
-    for source in sources:
-        if source.key not in raw:
-            raw[source.key] = source.raw(crops)
+    distinct = {source.key: source for source in sources}
+    raw = {key: source.raw(crops) for key, source in distinct.items()}
     return {source.name: source.finish(raw[source.key]) for source in sources}
 
 
@@ -150,17 +154,9 @@ def _source(model: BrixelFeatures, name: str) -> FeatureSource:
         with evaluation_mode(model):
             return call(pixels.to(model.device, model.dtype))
 
-    return FeatureSource(
-        name,
-        maps,
-        model.patch_px,
-        vit.mean,
-        vit.std,
-        scale=DOWNSAMPLING if name == TEACHER else 1,
-        resize=name if name in INTERPOLATED else None,
-        identity=identity,
-        device=str(model.device),
-    )
+    scale = DOWNSAMPLING if name == TEACHER else 1
+    resize = name if name in INTERPOLATED else None
+    return FeatureSource(name, maps, model.patch_px, vit.mean, vit.std, scale, resize, identity, str(model.device))
 
 
 def cost_of(source: FeatureSource, teacher_px: int, rounds: int = 5) -> dict[str, float]:

@@ -18,14 +18,21 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.feature_cache import centre_crop
-from brixel.evaluate.feature_sources import INTERPOLATED, STUDENT, TEACHER, FeatureSource, features_by_name, sources_of
+from brixel.evaluate.feature_sources import (
+    BASE,
+    INTERPOLATED,
+    STUDENT,
+    TEACHER,
+    FeatureSource,
+    features_by_name,
+    sources_of,
+)
 from brixel.evaluate.report import Report
 from brixel.images.crops import DOWNSAMPLING, check_teacher_px
 from brixel.model.losses import edge_loss, principal_directions, spectral_loss
 from brixel.utils.devices import describe_machine
 
 BASELINES = ("bilinear", "bicubic")
-BASE = "bilinear"  # other sources are compared with it
 EDGE_SHARE = 0.1  # of an image's cells: those with the teacher's strongest gradients
 _DIRECTIONS = 8  # the teacher's first principal directions, along which edges are found, per image
 
@@ -39,11 +46,7 @@ def l1_and_cosine(maps: Tensor, teacher: Tensor) -> dict[str, float]:
 
 def interpolated(backbone: Callable[[Tensor], Tensor], mode: str, grid_hw: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """A function from pixels to the backbone's own map, interpolated to the teacher's grid: the baseline."""
-
-    def predict(pixels: Tensor) -> Tensor:
-        return F.interpolate(backbone(pixels), size=tuple(grid_hw), mode=mode, align_corners=False)
-
-    return predict
+    return lambda pixels: F.interpolate(backbone(pixels), size=tuple(grid_hw), mode=mode, align_corners=False)
 
 
 def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -154,8 +157,7 @@ def _at_size(
 
 def _row(model: str, side: int, source: FeatureSource, found: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     own, base = found[source.name], found.get(BASE)
-    row: dict[str, Any] = {"model": model, "image_px": side // DOWNSAMPLING, "teacher_px": side}
-    row["source"] = source.name
+    row = {"model": model, "image_px": side // DOWNSAMPLING, "teacher_px": side, "source": source.name}
     for key, values in own.items():
         row[key], row[f"{key}_interval"] = float(values.mean()), interval(values)
     if base is not None and source.name != BASE:

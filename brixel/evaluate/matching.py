@@ -18,16 +18,14 @@ from tqdm import tqdm
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.feature_cache import centre_crop
-from brixel.evaluate.feature_sources import FeatureSource, features_by_name
+from brixel.evaluate.feature_sources import BASE, FeatureSource, features_by_name
 from brixel.evaluate.metrics import pck
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
-from brixel.images.crops import DOWNSAMPLING
 from brixel.utils.devices import describe_machine
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1)  # of the view's side
 WARPS = 2  # of each image
 POINTS = 256  # of each warp
-BASE = "bilinear"
 _REACH = 0.25  # how far into the image, of its side, a corner of the second view lies at most
 
 
@@ -131,7 +129,7 @@ def _row(model: str, side: int, source: FeatureSource, found: dict[str, Tensor])
     limits = torch.tensor(THRESHOLDS)
     by_image = {name: torch.stack([pck(row, limits) for row in rows]) for name, rows in found.items()}
     own, base = by_image[source.name], by_image.get(BASE)  # images, thresholds
-    row: dict[str, Any] = {"model": model, "image_px": side * source.scale // DOWNSAMPLING, "source": source.name}
+    row = source.row(model, side)
     for index, limit in enumerate(THRESHOLDS):
         row[f"pck_{limit:g}"] = float(own[:, index].mean())
         row[f"pck_{limit:g}_interval"] = interval(own[:, index])

@@ -57,12 +57,8 @@ def panel_of(
         rows.append([image_tile(crop.clamp(0, 1).numpy(), size_hw, title), *map_tiles(maps, size_hw)])
         if point_yx is not None:
             marked = image_tile(_marked(crop, point_yx).numpy(), size_hw, "similarity to this point")
-            rows.append(
-                [
-                    marked,
-                    *(cells_tile(one_map, _greys(one_map, point_yx), size_hw, name) for name, one_map in maps.items()),
-                ]
-            )
+            greys = {name: _greys(one_map, point_yx) for name, one_map in maps.items()}
+            rows.append([marked, *(cells_tile(maps[name], greys[name], size_hw, name) for name in maps)])
     return build_panel(rows)
 
 

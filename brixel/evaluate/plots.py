@@ -6,9 +6,11 @@ Without matplotlib, work goes on without plots: see :func:`save_plot`.
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from brixel.errors import BrixelError
 from brixel.evaluate.feature_sources import STUDENT, TEACHER
@@ -116,7 +118,7 @@ def cost_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
             if row["architecture"] == name and row.get(key):  # rows of several batch sizes are one point
                 lines.setdefault(row["variant"], {})[int(row["output_cells"].partition(" ")[0])] = float(row[key])
         for (variant, points), colour in zip(lines.items(), (GREY, RED, BLUE), strict=False):
-            axis.plot(*_columns(sorted(points.items())), "o-", color=colour, label=variant)
+            axis.plot(*zip(*sorted(points.items()), strict=True), "o-", color=colour, label=variant)
         axis.set(title=f"{name}: {label}", xscale="log", yscale="log", xlabel="cells along a side of the map")
         cells = sorted({cell for points in lines.values() for cell in points})
         axis.set_xticks(cells, list(map(str, cells)))
@@ -148,28 +150,20 @@ def training_figure(records: Sequence[Mapping[str, Any]]) -> "Figure | None":
     for axis, names in zip(axes, diagrams, strict=True):
         for name in names:
             style = "o-" if len(lines[name]) < 40 else "-"
-            axis.plot(*_columns(lines[name]), style, color=colours[name], markersize=4, label=name)
+            axis.plot(*np.reshape(lines[name], (-1, 2)).T, style, color=colours[name], markersize=4, label=name)
         axis.set(xlim=(0, last), xlabel="step")
         axis.legend()
     return figure
-
-
-def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """The x and the y of points."""
-    pairs = list(points)
-    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def _figure(
     count: int, *, columns: int = 2, size_in: tuple[float, float] = (5.6, 4.0)
 ) -> tuple["Figure", Sequence["Axes"]]:
     """A figure of ``count`` empty diagrams with a grid, each ``size_in`` inches wide and high."""
-    agg = import_extra("matplotlib.backends.backend_agg", extra="plots", purpose="plots")
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figure_class = import_extra("matplotlib.figure", extra="plots", purpose="plots").Figure
     figure = figure_class(figsize=(size_in[0] * columns, size_in[1] * rows), layout="constrained")
-    agg.FigureCanvasAgg(figure)
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
     for axis in axes:
         axis.grid(alpha=0.3)

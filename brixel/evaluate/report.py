@@ -92,13 +92,11 @@ def shown(value: Any, form: str) -> str:
 
 def check_markdown(path: Path | None) -> None:
     """Raise BrixelError where no report can be written to ``path``; called before the work is done."""
-    if path is None:
-        return
-    if path.suffix != ".md":
-        raise BrixelError(
-            f"{path}: expected a name that ends in .md; the same results go to {path.with_suffix('.json')}"
-        )
-    check_folder(path)
+    if path is not None:
+        if path.suffix != ".md":
+            json_path = path.with_suffix(".json")
+            raise BrixelError(f"{path}: expected a name that ends in .md; the same results go to {json_path}")
+        check_folder(path)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,7 +11,7 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
 from brixel.evaluate.datasets.depth_normals import read_measured
 from brixel.evaluate.datasets.labelled import ImageDataset, read_labelled
-from brixel.evaluate.feature_sources import INTERPOLATED, SOURCES, STUDENT, TEACHER, FeatureSource, sources_of
+from brixel.evaluate.feature_sources import BASE, INTERPOLATED, SOURCES, STUDENT, TEACHER, FeatureSource, sources_of
 from brixel.evaluate.fidelity import fidelity
 from brixel.evaluate.matching import matching
 from brixel.evaluate.probes.depth_normals import CONVOLUTIONAL, depth_normals
@@ -21,13 +21,10 @@ from brixel.images.crops import check_teacher_px
 from brixel.images.find_images import find_images
 from brixel.utils.fields import check_names
 
-COMPARED = ("bilinear", STUDENT, TEACHER)
-DEFAULT_SOURCES = {
-    **{"fidelity": (*INTERPOLATED, STUDENT), "matching": COMPARED},
-    **{"segmentation": COMPARED, "depth": COMPARED, "normals": COMPARED},
-}
-KINDS = tuple(DEFAULT_SOURCES)
+COMPARED = (BASE, STUDENT, TEACHER)
 PROBES = ("segmentation", "depth", "normals")
+DEFAULT_SOURCES = {"fidelity": (*INTERPOLATED, STUDENT), **dict.fromkeys(("matching", *PROBES), COMPARED)}
+KINDS = tuple(DEFAULT_SOURCES)
 BOUNDARY_PX = 8
 
 

@@ -54,6 +54,30 @@ def test_models_as_json_has_plain_values(run, capsys):
     assert round(row["parameters"] / 1e6, 1) == 85.7
 
 
+def test_models_as_text_has_the_short_names(run, capsys):
+    assert run("models") == 0
+    lines = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert (lines["name"], lines["dinov2-vits14"], lines["brixel-tiny"]) == ("also", "dinov2-small", "-")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("brixel-tny", "unknown model 'brixel-tny'; did you mean 'brixel-tiny'?"),
+        ("dinov2-smal", "unknown model 'dinov2-smal'; did you mean 'dinov2-small'?"),
+        ("dinov2-vits14", "'dinov2-vits14' is a backbone, not a model with an adapter: "),
+        ("dinov2-small", "call `brixel show IMAGE --backbone dinov2-vits14`"),
+        ("facebook/dinov2-small", "'facebook/dinov2-small' is a backbone"),
+        ("./dinov2-small", "no model at './dinov2-small': expected a path on disk"),
+        ("nowhere", "no model at 'nowhere': expected a path on disk"),
+    ],
+)
+def test_info_of_another_name_says_what_to_call(run, capsys, tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    assert run("info", name) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_reader_that_closes_early_is_no_error(model_folder):
     command = f"{sys.executable} -m brixel info {model_folder}"

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.evaluate.cost.timing import check_side, random_student
@@ -120,41 +119,30 @@ def _within(
     if strategy not in measured:
         measured[strategy] = measure_peak(student, strategy, job)
     (peak, seconds), predicted = measured[strategy], predict_peak(student, strategy, job, _HOST)
-    row = {
-        "strategy": _describe(strategy, job.grid_hw(student), student.backbone.patch_px),
-        "kind": strategy.name,
-        "predicted_bytes": predicted,
+    text = strategy.describe(job.grid_hw(student), student.backbone.patch_px)
+    return {
+        **{"strategy": text if strategy.exact else f"tiles, {text}", "kind": strategy.name},
+        **{"predicted_bytes": predicted, "measured_bytes": peak},
+        **{"share": peak / predicted, "seconds": seconds},
     }
-    return row | {"measured_bytes": peak, "share": peak / predicted, "seconds": seconds}
-
-
-def _describe(strategy: Strategy, grid_hw: tuple[int, int], patch_px: int) -> str:
-    text = strategy.describe(grid_hw, patch_px)
-    return text if strategy.exact else f"tiles, {text}"
 
 
 def measure_peak(student: Student, strategy: Strategy, job: Job) -> tuple[int, float]:
-    """Peak bytes and seconds of computing a job of noise on the CPU, counted as :func:`predict_peak` counts."""
-    images = [torch.randn(3, *job.padded_hw) for _ in range(job.batch)]
+    """Peak bytes and seconds of computing an image of noise on the CPU, counted as :func:`predict_peak` counts."""
+    images = [torch.randn(3, *job.padded_hw)]
     tracker = AllocationTracker("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        outputs = _outputs_in(folder, student, job) if job.to_file else None
+        outputs = [  # memory-mapped files, as when maps are written to files
+            torch.from_file(f"{folder}/{number}", shared=True, size=out.numel(), dtype=out.dtype).view(out.shape)
+            for number, out in enumerate(new_outputs(student, images[0][None]))
+        ]
         with tracker:
             tracker.track(weights_and_buffers(student))
             tracker.track(images)
-            tracker.leave_out(outputs or [])
+            tracker.leave_out(outputs)
             start = time.perf_counter()
             run_job(student, strategy, images, outputs)
             return tracker.peak, time.perf_counter() - start
-
-
-def _outputs_in(folder: str, student: Student, job: Job) -> list[Tensor]:
-    """Memory-mapped files for the maps of a job, as when maps are written to files."""
-    wanted = new_outputs(student, torch.empty(1, 3, *job.padded_hw).expand(job.batch, -1, -1, -1))
-    return [
-        torch.from_file(f"{folder}/{number}", shared=True, size=out.numel(), dtype=out.dtype).view(out.shape)
-        for number, out in enumerate(wanted)
-    ]
 
 
 def _check(architectures: Sequence[str], image_px: Sequence[int]) -> None:

@@ -4,6 +4,7 @@ Operations are counted on the meta device, without computing. Times are of one p
 peak memory is of a new process for every variant (see `brixel.evaluate.cost.timing`).
 """
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -134,34 +135,29 @@ def _time(
     name = counted[0]["architecture"]
     peaks = [peak_bytes_of(name, row["variant"], row["student_px"], device, dtype) for row in counted]
     student = random_student(name).to(device, dtype)
-    rows = []
+    wanted = {(row["student_px"], row["variant"]) for row in counted}
     seconds: dict[tuple[int, str, int], list[float]] = {}
-    for row, peak in zip(counted, peaks, strict=True):
-        side, variant = row["student_px"], row["variant"]
-        if (side, variant, batch_sizes[0]) not in seconds:  # all variants of a size in turn
-            names = [other["variant"] for other in counted if other["student_px"] == side]
-            calls = {
-                (side, other, batch): call
-                for batch in batch_sizes
-                for other, call in variants(student, side, batch).items()
-                if other in names
-            }
-            seconds |= seconds_in_turn(calls, rounds, device, [key for key in calls if key[1] == LARGE])
-        for batch in batch_sizes:
-            own, base = seconds[side, variant, batch], seconds[side, BACKBONE, batch]
-            times = {"batch": batch, **_summary(own, batch), "ratio": _ratio(own, base)}
-            rows.append({**row, "peak_mib": None if peak is None else peak / 2**20, **times})
+    for side in dict.fromkeys(row["student_px"] for row in counted):  # all variants of a size in turn
+        calls = {
+            (side, variant, batch): call
+            for batch in batch_sizes
+            for variant, call in variants(student, side, batch).items()
+            if (side, variant) in wanted
+        }
+        seconds |= seconds_in_turn(calls, rounds, device, [key for key in calls if key[1] == LARGE])
+    rows = []
+    for (row, peak), batch in itertools.product(zip(counted, peaks, strict=True), batch_sizes):
+        own, base = (seconds[row["student_px"], variant, batch] for variant in (row["variant"], BACKBONE))
+        rows.append({**row, "peak_mib": None if peak is None else peak / 2**20, **_summary(own, base, batch)})
     return rows
 
 
-def _summary(seconds: Sequence[float], batch: int) -> dict[str, Any]:
+def _summary(seconds: Sequence[float], base: Sequence[float], batch: int) -> dict[str, Any]:
+    """Times of a batch, and the median over the rounds of the time over the backbone's in the same round."""
+    step = SLOW_EVERY if len(seconds) < len(base) else 1
+    ratio = statistics.median(own / other for own, other in zip(seconds, base[::step], strict=True))
     median = statistics.median(seconds)
     p90 = torch.quantile(torch.tensor(seconds, dtype=torch.float64), 0.9).item()
     ends = (min(seconds) * 1e3, max(seconds) * 1e3)
-    return {"ms": median * 1e3, "ms_range": ends, "ms_p90": p90 * 1e3, "per_second": batch / median}
-
-
-def _ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
-    """The median over the rounds of the time over the backbone's in the same round."""
-    step = SLOW_EVERY if len(seconds) < len(base) else 1
-    return statistics.median(own / other for own, other in zip(seconds, base[::step], strict=True))
+    times = {"ms": median * 1e3, "ms_range": ends, "ms_p90": p90 * 1e3, "per_second": batch / median}
+    return {"batch": batch, **times, "ratio": ratio}

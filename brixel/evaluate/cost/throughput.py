@@ -3,7 +3,8 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,19 @@ def throughput(
         Three rows per model: images per second, and their ratio to the bare model's (medians over the rounds).
     """
     rows: list[dict[str, Any]] = []
-    recipes: dict[str, None] = {}
+    recipes: list[str] = []
     for model in models:
         seconds, count, shapes = _measure(model, images, rounds, batch_size, workers)
-        rows += _rows(model.config.backbone.title, count, seconds)
-        recipe = (
+        for name, own in seconds.items():
+            speeds = [count / elapsed for elapsed in own]
+            ratio = statistics.median(bare / elapsed for bare, elapsed in zip(seconds[BARE], own, strict=True))
+            row = {"backbone": model.config.backbone.title, "what": name, "per_second": statistics.median(speeds)}
+            rows.append({**row, "ratio": ratio, "per_second_range": (min(speeds), max(speeds)), "seconds": own})
+        recipes.append(
             f"{count} images, the first of {shapes}, {dtype_name(model.dtype)}, batches of {batch_size}, {workers} "
             f"threads that decode, {rounds} rounds in turn; {describe_machine(model.device)}."
         )
-        recipes[recipe] = None
-    return Report("throughput", "Throughput", _COLUMNS, rows, "\n".join(recipes))
+    return Report("throughput", "Throughput", _COLUMNS, rows, "\n".join(dict.fromkeys(recipes)))
 
 
 def _measure(
@@ -68,8 +72,7 @@ def _measure(
     """Seconds of every round by what was done, in turn; the number of images; sizes of the first, in words."""
     found = find_images([images])
     paths = [path for path, _ in found]
-    prepare = model.preparation()
-    prepared = [prepare(path) for path in paths]
+    prepared = list(map(model.preparation(), paths))
     pixels = [tensor for tensor, _ in prepared]
     batches = [torch.stack(pixels[start : start + batch_size]) for start in range(0, len(pixels), batch_size)]
 
@@ -78,14 +81,11 @@ def _measure(
             for batch in batches:
                 model(batch.to(model.device, model.dtype)).cpu()
 
-    def stream() -> None:
-        for _ in model.stream(paths, batch_size=batch_size, workers=workers):
-            pass
-
-    def extract() -> None:
-        extract_files(model, found, folder, batch_size=batch_size, workers=workers)
-
-    calls = {BARE: bare, STREAM: stream, EXTRACT: extract}
+    calls: dict[str, Callable[[], object]] = {
+        BARE: bare,
+        STREAM: lambda: deque(model.stream(paths, batch_size=batch_size, workers=workers), maxlen=0),
+        EXTRACT: lambda: extract_files(model, found, folder, batch_size=batch_size, workers=workers),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(-1, rounds):
         for name, call in calls.items():
@@ -98,18 +98,7 @@ def _measure(
     return seconds, len(paths), f"{stored}, {seen} as the model sees it"
 
 
-def _rows(backbone: str, count: int, seconds: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """A row for each thing that was done to ``count`` images."""
-    rows = []
-    for name, own in seconds.items():
-        speeds = [count / elapsed for elapsed in own]
-        ratio = statistics.median(bare / elapsed for bare, elapsed in zip(seconds[BARE], own, strict=True))
-        row = {"backbone": backbone, "what": name, "per_second": statistics.median(speeds), "ratio": ratio}
-        rows.append({**row, "per_second_range": (min(speeds), max(speeds)), "seconds": list(own)})
-    return rows
-
-
-def _seconds(call: Callable[[], None]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

@@ -128,14 +128,13 @@ def peak_bytes_of(
     architecture: str, variant: str, image_px: int, device: torch.device, dtype: torch.dtype
 ) -> int | None:
     """Peak memory of a new process that runs one variant: resident on a CPU, allocated on CUDA, None elsewhere."""
-    context = multiprocessing.get_context("spawn")
-    arguments = (architecture, variant, image_px, str(device), dtype, torch.get_num_threads())
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+    arguments = (architecture, variant, image_px, device, dtype, torch.get_num_threads())
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_peak_of_this_process, *arguments).result()
 
 
 def _peak_of_this_process(
-    architecture: str, variant: str, image_px: int, device: str, dtype: torch.dtype, threads: int
+    architecture: str, variant: str, image_px: int, device: torch.device, dtype: torch.dtype, threads: int
 ) -> int | None:
     torch.set_num_threads(threads)
     student = random_student(architecture).to(device, dtype)
@@ -143,4 +142,4 @@ def _peak_of_this_process(
     with torch.inference_mode():
         for _ in range(1 if variant == LARGE else 2):
             call()
-    return peak_bytes(torch.device(device))
+    return peak_bytes(device)

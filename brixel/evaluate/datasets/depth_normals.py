@@ -42,7 +42,7 @@ def nyuv2(root: Path, split: str) -> ImageDataset:
     )
     base = root / "official_splits" if (root / "official_splits").is_dir() else root
     folder = base / ("test" if split == "val" else split)
-    need(folder, "a folder of NYU Depth v2", where)
+    need("a folder of NYU Depth v2", where, folder)
     images = sorted(folder.glob("*/rgb_*.jpg"))
     samples = [Sample(path, path.with_name(f"sync_depth_{path.stem[4:]}.png")) for path in images]
     check_samples(samples, "NYU Depth v2", where)
@@ -57,7 +57,7 @@ def nyuv2_normals(root: Path, split: str) -> ImageDataset:
     where = "dsine_eval.zip, linked in step 2 of https://github.com/baegwangbin/DSINE"
     base = next((path for path in (root / "dsine_eval" / "nyuv2", root / "nyuv2") if path.is_dir()), root)
     folder = base / ("test" if split == "val" else split)
-    need(folder, "a folder of NYU Depth v2 with normals", where)
+    need("a folder of NYU Depth v2 with normals", where, folder)
     images = sorted(folder.glob("*_img.png"))
     samples = [Sample(path, path.with_name(path.name.replace("_img.png", "_normal.png"))) for path in images]
     check_samples(samples, f"NYU Depth v2 with normals ({folder}/*_img.png)", where)
@@ -69,7 +69,7 @@ def navi(root: Path, split: str) -> ImageDataset:
 
     Its files contain 1 / depth, of the object alone. The videos of v1.5 are ignored.
     """
-    need(root, "the folder of NAVI", _NAVI)
+    need("the folder of NAVI", _NAVI, root)
     scenes = {"train": "multiview*", "val": "wild_set"}  # multiview_NN_CAMERA at first, then multiview-NN-CAMERA
     check_names([split], scenes, "NAVI has no split")
     images = sorted(root.glob(f"*/{scenes[split]}/images/*.jpg"))
@@ -82,9 +82,8 @@ def navi(root: Path, split: str) -> ImageDataset:
 def navi_normals(root: Path, split: str) -> ImageDataset:
     """Normals from NAVI's depth and the focal lengths in `OBJECT/SCENE/annotations.json`; see `normals_from_depth`."""
     data = navi(root, split)
-    cameras: dict[Path, float] = {}
-    for scene in sorted({sample.target.parents[1] for sample in data.samples}):
-        cameras |= _navi_cameras(scene)
+    scenes = sorted({sample.target.parents[1] for sample in data.samples})
+    cameras = {path: focal for scene in scenes for path, focal in _navi_cameras(scene).items()}
     if missing := [sample.target for sample in data.samples if sample.target not in cameras]:
         listed = missing[0].parents[1] / "annotations.json"
         raise BrixelError(f"{listed} lacks the focal length of {missing[0].stem}; source: {_NAVI}")
@@ -99,7 +98,7 @@ def navi_normals(root: Path, split: str) -> ImageDataset:
 def _navi_cameras(scene: Path) -> dict[Path, float]:
     """The focal length over the image's width for each depth map of a scene."""
     path = scene / "annotations.json"
-    need(path, "the cameras of a scene of NAVI", _NAVI)
+    need("the cameras of a scene of NAVI", _NAVI, path)
     try:
         return {
             scene / "depth" / f"{Path(entry['filename']).stem}.png": entry["camera"]["focal_length"] / width

@@ -65,8 +65,18 @@ class ImageDataset:
 
     def target(self, index: int) -> Tensor:
         """The target of an image. Raises BrixelError where its aspect is not the image's."""
-        target = self.read(self.samples[index].target)
-        check_aspect(self.samples[index], target.shape[-2:])
+        sample = self.samples[index]
+        target = self.read(sample.target)
+        with open_image_file(str(sample.image)) as file:
+            upright = jpeg_hw(file, str(sample.image))
+            width, height = file.size
+        possible = [upright] if upright else [(height, width), (width, height)]  # only JPEG says so before decoding
+        if not any(_same_aspect(image_hw, target.shape[-2:]) for image_hw in possible):
+            image_px, target_px = (" x ".join(map(str, size)) for size in (possible[0], target.shape[-2:]))
+            raise BrixelError(
+                f"{sample.image} has {image_px} px upright, {sample.target} has {target_px}: different aspects, so "
+                "they cannot belong together; rotate or crop one like the other"
+            )
         return target
 
 
@@ -95,14 +105,14 @@ def read_numbers(path: Path) -> Tensor:
         return torch.from_numpy(np.asarray(image).astype(np.int64))
 
 
-def plain(folder: Path, split: str = "") -> ImageDataset:
+def plain(folder: Path, split: str) -> ImageDataset:
     """`images/` and `masks/NAME.png` in ``folder/split``: numbers are classes from 0, 255 means none.
 
     `classes.json` in the same folder or its parent lists the names; without it, the masks say how many there are.
     """
     samples = paired(folder / split, "masks", (".png",))
-    files = [path / "classes.json" for path in (folder / split, folder / split / "..")]
-    files = [path for path in files if path.exists()]
+    paths = (folder / split / "classes.json", folder / split / ".." / "classes.json")
+    files = [path for path in paths if path.exists()]
     if files:
         classes = json.loads(files[0].read_text(encoding="utf-8"))
         if not isinstance(classes, list) or not 1 < len(classes) <= 255:
@@ -124,7 +134,7 @@ def voc2012(root: Path, split: str) -> ImageDataset:
     where = "VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
     inner = next((path for path in (root / "VOCdevkit" / "VOC2012", root / "VOC2012") if path.is_dir()), root)
     listed = inner / "ImageSets" / "Segmentation" / f"{split}.txt"
-    need(listed, "the list of images of Pascal VOC 2012", where)
+    need("the list of images of Pascal VOC 2012", where, listed)
     samples = [
         Sample(inner / "JPEGImages" / f"{name}.jpg", inner / "SegmentationClass" / f"{name}.png")
         for name in listed.read_text(encoding="utf-8").split()
@@ -139,8 +149,7 @@ def ade20k(root: Path, split: str) -> ImageDataset:
     inner = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
     folder = {"train": "training", "val": "validation"}.get(split, split)
     images, masks = inner / "images" / folder, inner / "annotations" / folder
-    for path in (images, masks):
-        need(path, "a folder of ADE20K", where)
+    need("a folder of ADE20K", where, images, masks)
     samples = [Sample(image, masks / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
     check_samples(samples, "ADE20K", where)
     names = inner / "objectInfo150.txt"  # a table with a head; the name is the last column
@@ -153,24 +162,18 @@ def cityscapes(root: Path, split: str) -> ImageDataset:
     """Cityscapes, `leftImg8bit/` and `gtFine/` in one folder: the 19 classes of its benchmark out of 34 numbers."""
     where = "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com (a login)"
     images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
-    for path in (images, masks):
-        need(path, "a folder of Cityscapes", where)
-    samples = []
-    for image in sorted(images.glob("*/*_leftImg8bit.png")):
-        name = image.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png")
-        samples.append(Sample(image, masks / image.parent.name / name))
+    need("a folder of Cityscapes", where, images, masks)
+    samples = [
+        Sample(path, masks / path.parent.name / path.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png"))
+        for path in sorted(images.glob("*/*_leftImg8bit.png"))
+    ]
     check_samples(samples, "Cityscapes", where)
     table = torch.full((256,), IGNORE)
     table[list(_CITYSCAPES)] = torch.arange(len(_CITYSCAPES))
     return _labelled("Cityscapes", list(_CITYSCAPES.values()), samples, table)
 
 
-LAYOUTS: dict[str, Callable[[Path, str], ImageDataset]] = {
-    "plain": plain,
-    "voc2012": voc2012,
-    "ade20k": ade20k,
-    "cityscapes": cityscapes,
-}
+LAYOUTS = {"plain": plain, "voc2012": voc2012, "ade20k": ade20k, "cityscapes": cityscapes}
 
 
 def read_labelled(layout: str, root: str | Path, split: str) -> ImageDataset:
@@ -194,8 +197,7 @@ def read_labelled(layout: str, root: str | Path, split: str) -> ImageDataset:
 def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:
     """Images of `images/` with the file of the same stem in ``targets``, sorted by name."""
     where = f"your own images in {folder / 'images'} and {folder / targets}/NAME{' or '.join(endings)}"
-    for path in (folder / "images", folder / targets):
-        need(path, "a folder of the plain layout", where)
+    need("a folder of the plain layout", where, folder / "images", folder / targets)
     samples = []
     for image in sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in IMAGE_SUFFIXES):
         found = [folder / targets / f"{image.stem}{ending}" for ending in endings]
@@ -204,10 +206,10 @@ def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:
     return samples
 
 
-def need(path: Path, what: str, where: str) -> None:
+def need(what: str, where: str, *paths: Path) -> None:
     """Raise BrixelError where a file or folder of a data set is missing."""
-    if not path.exists():
-        raise BrixelError(f"expected {what} at {path}, which does not exist; source: {where}")
+    if missing := [path for path in paths if not path.exists()]:
+        raise BrixelError(f"expected {what} at {missing[0]}, which does not exist; source: {where}")
 
 
 def check_samples(samples: Sequence[Sample], what: str, where: str) -> None:
@@ -217,20 +219,6 @@ def check_samples(samples: Sequence[Sample], what: str, where: str) -> None:
     missing = [path for sample in samples for path in (sample.image, sample.target) if not path.exists()]
     if missing:
         raise BrixelError(f"{len(missing)} files of {what} are missing, the first {missing[0]}; source: {where}")
-
-
-def check_aspect(sample: Sample, target_hw: Sequence[int]) -> None:
-    """Raise BrixelError where an image, upright, and its target have different aspects, within a pixel."""
-    with open_image_file(str(sample.image)) as file:
-        upright = jpeg_hw(file, str(sample.image))
-        width, height = file.size
-    possible = [upright] if upright else [(height, width), (width, height)]  # only JPEG says so before decoding
-    if not any(_same_aspect(image_hw, target_hw) for image_hw in possible):
-        image, target = (" x ".join(map(str, size)) for size in (possible[0], target_hw))
-        raise BrixelError(
-            f"{sample.image} has {image} px upright, {sample.target} has {target}: different aspects, so they cannot "
-            "belong together; rotate or crop one like the other"
-        )
 
 
 def _same_aspect(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:

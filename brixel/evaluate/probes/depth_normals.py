@@ -21,19 +21,16 @@ from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.datasets.labelled import ImageDataset, centre_square
 from brixel.evaluate.feature_cache import features_of
-from brixel.evaluate.feature_sources import FeatureSource
+from brixel.evaluate.feature_sources import BASE, FeatureSource
 from brixel.evaluate.metrics import angles, depth_errors, normal_errors
 from brixel.evaluate.probes.training import Maps, Probe, ProbeSettings, convolutional_readout, train_probe
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
-from brixel.images.crops import DOWNSAMPLING
 from brixel.utils.devices import describe_machine
 
 _LOG = logging.getLogger("brixel")
 CONVOLUTIONAL = ProbeSettings(steps=300, batch_size=8, learning_rates=(3e-4, 1e-3, 3e-3))
-BASE = "bilinear"
-_MAIN = {"depth": "rmse", "normals": "mean_deg"}  # the metric with an interval
 _TITLES = {"depth": "Depth by a convolutional readout", "normals": "Surface normals by a convolutional readout"}
-_COLUMNS = {
+_COLUMNS = {  # the first metric is the one with an interval
     "depth": {"rmse": ("RMSE, m", ".4f"), "abs_rel": ("abs-rel", ".4f"), "delta1": ("delta1", ".4f")},
     "normals": {
         **{"mean_deg": ("mean, deg", ".2f"), "median_deg": ("median, deg", ".2f"), "within_11.25": ("11.25", ".1%")},
@@ -60,7 +57,6 @@ def probe_depth_normals(
     features = features_of(source, images, teacher_px, cache, keep=len(train.samples))
     fitted, evaluated = features.split(len(train.samples))
     targets = _targets(kind, train, fitted[0].shape[-2:])
-    loss_of, metrics_of = (_depth_loss, _depth_metrics) if kind == "depth" else (_normals_loss, _normals_metrics)
     offset = float(targets[targets > 0].log().mean()) if kind == "depth" else 0.0
 
     def new(width: int) -> nn.Module:
@@ -69,7 +65,7 @@ def probe_depth_normals(
         return readout
 
     def loss(outputs: Tensor, images: Sequence[int]) -> Tensor:
-        return loss_of(outputs, targets[list(images)])
+        return _loss(kind, outputs, targets[list(images)])
 
     def score(readout: nn.Module, images: Sequence[int]) -> float:
         return -sum(float(loss(readout(fitted[index][None]), [index])) for index in images)
@@ -80,8 +76,8 @@ def probe_depth_normals(
         target = centre_square(val.target(index))
         with torch.no_grad():
             output = probe.readout(evaluated[index][None])
-            output = F.interpolate(output, size=target.shape[-2:], mode="bilinear", align_corners=False)
-        found.append(metrics_of(output[0], target))
+            output = F.interpolate(output, size=target.shape[-2:], mode="bilinear", align_corners=False)[0]
+        found.append(depth_errors(output.exp(), target) if kind == "depth" else normal_errors(angles(output, target)))
     return probe, found
 
 
@@ -118,14 +114,13 @@ def depth_normals(
     """
     (train, val), left_out = leave_out_empty(kind, (train, val))
     rows: list[dict[str, Any]] = []
-    main = _MAIN[kind]
+    main = next(iter(_COLUMNS[kind]))
     for side in teacher_px:
         base: Tensor | None = None
         for source in sources:
             probe, found = probe_depth_normals(kind, source, train, val, side, settings=settings, cache=cache)
             values = {key: torch.tensor([image[key] for image in found], dtype=torch.float64) for key in found[0]}
-            row: dict[str, Any] = {"model": model, "image_px": side * source.scale // DOWNSAMPLING}
-            row |= {"source": source.name, **{key: float(by_image.mean()) for key, by_image in values.items()}}
+            row = source.row(model, side) | {key: float(by_image.mean()) for key, by_image in values.items()}
             row["learning_rate"], row["interval"] = probe.learning_rate, interval(values[main])
             if source.name == BASE:
                 base = values[main]
@@ -187,23 +182,11 @@ def _known(kind: str, targets: Tensor) -> Tensor:
     return targets[:, 0] > 0 if kind == "depth" else targets.square().sum(1) > 1e-6
 
 
-def _depth_loss(outputs: Tensor, depth: Tensor) -> Tensor:
-    """Mean absolute difference of logarithms where the depth is known, (B, 1, h, w)."""
-    known = depth > 0
-    difference = (outputs - depth.clamp(min=1e-6).log()).abs()
+def _loss(kind: str, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean where there is a value: of the absolute difference of logarithms of depths, or of 1 - cosine."""
+    known = _known(kind, targets)
+    if kind == "depth":
+        difference = (outputs - targets.clamp(min=1e-6).log()).abs()[:, 0]
+    else:
+        difference = 1 - F.cosine_similarity(outputs, targets, dim=1)
     return (difference * known).sum() / known.sum().clamp(min=1)
-
-
-def _normals_loss(outputs: Tensor, normals: Tensor) -> Tensor:
-    """Mean of 1 - cosine where the normal is known, (B, 3, h, w)."""
-    known = _known("normals", normals)
-    cosine = F.cosine_similarity(outputs, normals, dim=1)
-    return ((1 - cosine) * known).sum() / known.sum().clamp(min=1)
-
-
-def _depth_metrics(output: Tensor, depth: Tensor) -> dict[str, float]:
-    return depth_errors(output.exp(), depth)
-
-
-def _normals_metrics(output: Tensor, normals: Tensor) -> dict[str, float]:
-    return normal_errors(angles(output, normals))

@@ -21,7 +21,7 @@ from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.datasets.labelled import ImageDataset, centre_square
 from brixel.evaluate.feature_cache import Features, features_of
-from brixel.evaluate.feature_sources import TEACHER, FeatureSource, check_source_names, cost_of
+from brixel.evaluate.feature_sources import BASE, TEACHER, FeatureSource, check_source_names, cost_of
 from brixel.evaluate.metrics import (
     boundary_intersection_union,
     confusion,
@@ -32,13 +32,11 @@ from brixel.evaluate.metrics import (
 )
 from brixel.evaluate.probes.training import Cells, Probe, ProbeSettings, items_of, linear_readout, train_probe
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
-from brixel.images.crops import DOWNSAMPLING
 from brixel.utils.devices import describe_machine
 
 CELLS = 256  # of each image, the same positions in all
 POINTS = 4  # labels are read at so many points along each side of a cell
 LINEAR = ProbeSettings()
-BASE = "bilinear"  # other sources are compared with it
 
 
 @dataclass(frozen=True)
@@ -104,21 +102,16 @@ def _evaluate(probe: Probe, features: Features, val: ImageDataset, within_px: in
     areas, strips = [], []
     for index in tqdm(range(len(val.samples)), f"images, {features.source.name}", disable=None):
         labels = centre_square(val.target(index))
-        predicted = _predict(probe.readout, features[index], labels)
+        with torch.no_grad():
+            logits = probe.readout(features[index][None]).contiguous(memory_format=torch.channels_last)  # 1 K h w
+            logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
+            predicted = logits[0].permute(1, 2, 0).argmax(-1)  # H H; classes last in memory: several times as fast
         counts = confusion(predicted, labels, classes)
         total += counts
         areas.append(intersection_union(counts))
         strips.append(boundary_intersection_union(predicted, labels, classes, within_px))
     accuracy = pixel_accuracy(total)
     return SegmentationResult(torch.stack(areas), torch.stack(strips), accuracy, probe.learning_rate, probe.scores)
-
-
-def _predict(readout: nn.Module, features: Tensor, labels: Tensor) -> Tensor:
-    """The class of every pixel of an image's mask, (H, H)."""
-    with torch.no_grad():
-        logits = readout(features[None]).contiguous(memory_format=torch.channels_last)  # 1 K h w
-        logits = F.interpolate(logits, size=labels.shape, mode="bilinear", align_corners=False)
-        return logits[0].permute(1, 2, 0).argmax(-1)  # classes last, also in memory: several times as fast
 
 
 def cell_shares(labels: Tensor, classes: int, grid_hw: Sequence[int]) -> Tensor:
@@ -167,7 +160,7 @@ def segmentation(
             for source in sources
         }
         for source in sources:
-            row = {"model": model, "image_px": side * source.scale // DOWNSAMPLING, "source": source.name}
+            row = source.row(model, side)
             rows.append({**row, **_row(source.name, results, val.classes), **cost_of(source, side)})
     columns = {
         **SOURCE_COLUMNS,
@@ -189,22 +182,18 @@ def segmentation(
 
 
 def _row(name: str, results: dict[str, SegmentationResult], classes: Sequence[str]) -> dict[str, Any]:
-    own, base, teacher = results[name], results.get(BASE), results.get(TEACHER)
+    own = results[name]
     row: dict[str, Any] = {"accuracy": own.accuracy, "learning_rate": own.learning_rate}
     row["scores_held_out"] = {f"{rate:g}": score for rate, score in own.scores.items()}
     for key, value_key, field in (("miou", "miou", "areas"), ("boundary", "boundary_iou", "strips")):
-        ours: Tensor = getattr(own, field)
-        row[value_key] = value = float(mean_iou(ours.sum(0)))
-        row[f"{key}_interval"] = interval(iou_terms(ours))
-        if base is None or name == BASE:
+        areas: dict[str, Tensor] = {source: getattr(result, field) for source, result in results.items()}
+        means = {source: float(mean_iou(of_source.sum(0))) for source, of_source in areas.items()}
+        row[value_key], row[f"{key}_interval"] = means[name], interval(iou_terms(areas[name]))
+        if BASE not in areas or name == BASE:
             continue
-        theirs: Tensor = getattr(base, field)
-        row[f"{key}_gain"] = _gain(ours, theirs)
-        if name != TEACHER and teacher is not None:
-            best: Tensor = getattr(teacher, field)
-            if _gain(best, theirs)[0] > 0:  # otherwise there may be no gap
-                low, high = (float(mean_iou(areas.sum(0))) for areas in (theirs, best))
-                row[f"{key}_gap"] = (value - low) / (high - low)
+        row[f"{key}_gain"] = _gain(areas[name], areas[BASE])
+        if name != TEACHER and TEACHER in areas and _gain(areas[TEACHER], areas[BASE])[0] > 0:  # else maybe no gap
+            row[f"{key}_gap"] = (means[name] - means[BASE]) / (means[TEACHER] - means[BASE])
     pairs = zip(classes, *own.areas.sum(0).double(), strict=True)
     row["iou_by_class"] = {title: float(both / either) if either else None for title, both, either in pairs}
     return row

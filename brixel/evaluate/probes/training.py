@@ -12,7 +12,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from einops import rearrange
@@ -102,8 +101,8 @@ class Standardised(nn.Module):
 def linear_readout(width: int, outputs: int) -> nn.Module:
     """One 1x1 convolution, initialised with zeros."""
     layer = nn.Conv2d(width, outputs, 1)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -116,16 +115,6 @@ def convolutional_readout(width: int, outputs: int, hidden: int = 32) -> nn.Sequ
         nn.GELU(),
         nn.Conv2d(hidden, outputs, 3, padding=1, padding_mode="replicate"),
     )
-
-
-class Examples(Protocol):
-    """What a readout is trained on: ``per_image`` examples of each of ``images`` images, numbered consecutively."""
-
-    images: int
-    per_image: int
-
-    def inputs(self, items: Sequence[int]) -> Tensor:
-        """Features of examples by number, (B, D, h, w), float32."""
 
 
 class Cells:
@@ -144,8 +133,7 @@ class Cells:
         check_memory(2 * math.prod(shape), f"cells of {self.images} images", "take fewer images (--limit)")
         rows = torch.empty(shape, dtype=torch.float16)
         for index in tqdm(range(self.images), f"cells, {features.source.name}", disable=None):
-            cells = rearrange(features[index] if index else first, "d h w -> (h w) d")
-            rows[index] = cells[self.chosen]
+            rows[index] = rearrange(features[index] if index else first, "d h w -> (h w) d")[self.chosen]
         self._rows = rows.flatten(0, 1)  # images*n D
 
     def inputs(self, items: Sequence[int]) -> Tensor:
@@ -164,6 +152,10 @@ class Maps:
         return self._features.batch(items)
 
 
+Examples = Cells | Maps
+"""What a readout is trained on: ``per_image`` examples of each of ``images`` images, numbered consecutively."""
+
+
 def train_probe(
     new: Callable[[int], nn.Module], examples: Examples, loss: Loss, score: Score, settings: ProbeSettings
 ) -> Probe:
@@ -178,8 +170,7 @@ def train_probe(
     held = min(count - 1, max(1, round(settings.held_out * count)))
     chosen, rest = sorted(order[:held]), sorted(order[held:])
     readouts = fit_readouts(new, examples, rest, loss, settings.learning_rates, settings)
-    pairs = zip(settings.learning_rates, readouts, strict=True)
-    scores = {rate: score(readout, chosen) for rate, readout in pairs}
+    scores = {rate: score(readout, chosen) for rate, readout in zip(settings.learning_rates, readouts, strict=True)}
     best = max(scores, key=lambda rate: scores[rate])
     return Probe(fit_readouts(new, examples, range(count), loss, [best], settings)[0], best, scores)
 
@@ -200,8 +191,7 @@ def fit_readouts(
         torch.manual_seed(settings.seed)
         initial = new(len(scale.mean))
     readouts = [copy.deepcopy(initial) for _ in learning_rates]
-    pairs = zip(readouts, learning_rates, strict=True)
-    groups = [{"params": readout.parameters(), "lr": rate} for readout, rate in pairs]
+    groups = [{"params": own.parameters(), "lr": rate} for own, rate in zip(readouts, learning_rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / settings.steps))
