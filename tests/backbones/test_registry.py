@@ -91,7 +91,7 @@ def test_gates_and_sources():
 def test_the_command_prints_a_line_for_each(capsys):
     assert main(["models"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["name", "parameters", "patch", "width", "licence", "gated", "adapter", "sources"]
+    assert head.split() == ["name", "also", "parameters", "patch", "width", "licence", "gated", "adapter", "sources"]
     assert [line.split()[0] for line in lines] == [row.name for row in brixel.list_models()]
     assert "5.49 M" in lines[0]
     assert lines[0].endswith("in the package")
