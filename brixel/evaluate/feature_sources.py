@@ -89,7 +89,17 @@ class FeatureSource:
         return {"model": model, "image_px": teacher_px * self.scale // DOWNSAMPLING, "source": self.name}
 
     def raw(self, crops: Tensor) -> Tensor:
-        """Maps before interpolation, which are what is kept: crops (B, 3, T, T) -> (B, D, h, w), float32 on the CPU."""
+        """Compute the maps before interpolation, which are what is cached.
+
+        Args:
+            crops: (B, 3, T, T), RGB in [0, 1].
+
+        Returns:
+            (B, D, h, w), float32 on the CPU.
+
+        Raises:
+            BrixelError: T does not fit the patch size, or the source gives another shape or values that are not finite.
+        """
         check_teacher_px(crops.shape[-1], self.patch_px)
         seen = crops.clamp(0, 1) if self.scale == DOWNSAMPLING else student_view(crops)
         with torch.no_grad():
@@ -103,7 +113,14 @@ class FeatureSource:
         return maps
 
     def finish(self, raw: Tensor) -> Tensor:
-        """Maps as they are evaluated: (B, D, h, w) -> four times h and w for interpolated sources."""
+        """Interpolate the maps of :meth:`raw` if the source asks for it.
+
+        Args:
+            raw: (B, D, h, w).
+
+        Returns:
+            (B, D, 4h, 4w) for interpolated sources, ``raw`` for others.
+        """
         if self.resize is None:
             return raw
         corners = None if self.resize == "nearest" else False

@@ -44,7 +44,15 @@ class Report:
     details: Mapping[str, Any] | None = None
 
     def markdown(self, command: str, level: int = 1) -> str:
-        """The report as a section of Markdown; ``command`` made it, ``level`` is that of the heading."""
+        """Write the report as Markdown.
+
+        Args:
+            command: The command that made the report.
+            level: Level of the heading.
+
+        Returns:
+            A section with the table, notes, recipe and command.
+        """
         table = markdown_table(
             [heading for heading, _ in self.columns.values()],
             [[shown(row.get(key), form) for key, (_, form) in self.columns.items()] for row in self.rows],
@@ -55,7 +63,14 @@ class Report:
         return "\n".join([heading, "", *table, "", *notes, self.recipe, "Made by:", "", f"    {command}"])
 
     def content(self, command: str) -> dict[str, Any]:
-        """The report as JSON values, which :meth:`from_content` reads."""
+        """Convert the report to JSON values, which :meth:`from_content` reads.
+
+        Args:
+            command: The command that made the report.
+
+        Returns:
+            The fields of the report and the command, by name.
+        """
         columns = {key: list(column) for key, column in self.columns.items()}
         return {
             **{"task": self.task, "title": self.title, "command": command, "recipe": self.recipe},
@@ -65,7 +80,14 @@ class Report:
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> "Report":
-        """Read what :meth:`content` gave, also in version 0.1, whose rows have "picture_px" in place of "image_px"."""
+        """Read the values that :meth:`content` returned, also in version 0.1.
+
+        Args:
+            content: The values. Rows of version 0.1 have "picture_px" in place of "image_px".
+
+        Returns:
+            The report.
+        """
         fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
         columns = {key: (heading, form) for key, (heading, form) in content["columns"].items()}
         if "picture_px" in columns:

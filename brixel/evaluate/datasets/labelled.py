@@ -60,11 +60,28 @@ class ImageDataset:
     classes: Sequence[str] = ()
 
     def first(self, count: int | None) -> "ImageDataset":
-        """Only the first ``count`` images, or all."""
+        """Keep the first images.
+
+        Args:
+            count: How many; None for all.
+
+        Returns:
+            A data set of these images.
+        """
         return dataclasses.replace(self, samples=self.samples[:count])
 
     def target(self, index: int) -> Tensor:
-        """The target of an image. Raises BrixelError where its aspect is not the image's."""
+        """Read the target of an image.
+
+        Args:
+            index: Number of the image.
+
+        Returns:
+            The labels, depths or normals, as the reader of the data set gives them.
+
+        Raises:
+            BrixelError: The file cannot be used, or its aspect is not the image's.
+        """
         sample = self.samples[index]
         target = self.read(sample.target)
         with open_image_file(str(sample.image)) as file:
