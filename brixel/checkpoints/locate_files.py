@@ -151,11 +151,11 @@ class _MissingPathError(BrixelError):
 
 
 def _from_source(source: str, downloaded: bool, access: Access) -> ModelFiles:
+    if not downloaded and Path(source).exists():
+        return ModelFiles(Path(source))
     if source == BUNDLED:
         return _known(BRIXEL_TINY, access)
     repository = parse_repository(source)
-    if not downloaded and Path(source).exists():
-        return ModelFiles(Path(source))
     if repository is not None:
         return _from_hub(repository, "backbone", access)
     raise _MissingPathError("a path in a downloaded config is not followed" if downloaded else "no longer there")

@@ -141,7 +141,7 @@ def choose_release(
     if backbone is None:
         raise BrixelError(f"no backbone and no release: say which file this is, release= one of {', '.join(RELEASED)}")
     known = find_backbone(architecture if isinstance(architecture, str) else str(backbone))
-    if known is not None:
+    if known is not None and (isinstance(architecture, str) or not Path(backbone).expanduser().exists()):
         _check_width(path, known)
     return backbone, architecture, short_side_px or _SHORT_SIDE_PX
 

@@ -20,6 +20,8 @@ from brixel.utils.memory import format_bytes, parse_bytes
 
 MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] on the Hub, or brixel-tiny"
 
+_MOVED = {"benchmark": "evaluate cost", "throughput": "evaluate throughput"}  # commands of version 0.1
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a usage error in one line, with the nearest known name or an example."""
@@ -53,7 +55,8 @@ class Parser(argparse.ArgumentParser):
             return
         nearest = did_you_mean(str(value), map(str, action.choices))
         if isinstance(action, argparse._SubParsersAction):
-            self.error(f"unknown command {value!r}; {nearest}")
+            moved = _MOVED.get(str(value)) if self.prog == "brixel" else None
+            self.error(f"unknown command {value!r}; " + (f"it is 'brixel {moved}' now" if moved else nearest))
         raise argparse.ArgumentError(action, f"unknown value {value!r}; {nearest}")
 
     def error(self, message: str) -> NoReturn:

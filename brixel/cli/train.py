@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from brixel.cli.options import SHARED, add_flag, command, print_table
+from brixel.cli.options import SHARED, add_flag, command, deprecated, print_table
 from brixel.errors import BrixelError
 from brixel.train.config import PRESETS, fields, make_config, read_settings
 from brixel.train.dry_run import plan
@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print sizes, times and memory of the run, and stop")
     for field, kind in fields():
         _add_setting(parser, field, kind)
+    deprecated(parser, "--val-pictures", "--val-images")
 
 
 def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]", kind: Any) -> None:

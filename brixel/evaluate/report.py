@@ -93,7 +93,8 @@ class Report:
         if "picture_px" in columns:
             columns = {key: (head.replace("picture", "image"), form) for key, (head, form) in _renamed(columns).items()}
             fields["rows"] = [_renamed(row) for row in fields["rows"]]
-            fields["recipe"] = _OLD_PICTURES.sub("images", fields["recipe"])
+            start = fields["recipe"].find(": ") + 1  # before it the data are named, which may be a path
+            fields["recipe"] = fields["recipe"][:start] + _OLD_PICTURES.sub("images", fields["recipe"][start:])
             fields["notes"] = [note.replace("pictures", "images") for note in fields["notes"]]
         return cls(**{**fields, "columns": columns})
 

@@ -133,7 +133,7 @@ class _Run:
             self.bar.add()
             if isinstance(result, FeatureMap):
                 try:
-                    result = convert(result, self.save_dtype, image=image.name)
+                    result = convert(result, self.save_dtype, picture=image.name)  # the key of version 0.1
                 except BrixelError as error:
                     result = error
             if isinstance(result, Exception):

@@ -145,6 +145,8 @@ def latest_by_image(written: Iterable[WrittenFile]) -> dict[str, tuple[SourceIma
 
 
 def _parse(record: dict[str, Any]) -> WrittenFile:
+    if unknown := record.keys() - {"file", "bytes", "sha256", "pictures", "at"}:
+        raise ValueError(f"unknown keys {sorted(unknown)}")
     images = tuple(SourceImage(image["picture"], image["bytes"], image["mtime_ns"]) for image in record["pictures"])
     return WrittenFile(record["file"], record["bytes"], record["sha256"], images, record.get("at", 0.0))
 

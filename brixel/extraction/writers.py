@@ -112,7 +112,7 @@ def convert(feature_map: FeatureMap, dtype: torch.dtype | None, **meta: str) -> 
     """The map in the dtype to save, with ``meta`` added. Raises BrixelError where features overflow float16."""
     features = feature_map.features if dtype is None else feature_map.features.to(dtype)
     if dtype == torch.float16 and features.isinf().any() and not feature_map.features.isinf().any():
-        raise BrixelError(f"{meta.get('image', 'a map')}: its features do not fit float16; save as bfloat16")
+        raise BrixelError(f"{meta.get('picture', 'a map')}: its features do not fit float16; save as bfloat16")
     return dataclasses.replace(feature_map, features=features, meta={**feature_map.meta, **meta})
 
 

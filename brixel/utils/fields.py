@@ -27,7 +27,7 @@ def check_field(name: str, value: object, rule: Rule) -> Any:
     """Convert a value by its rule. Raises BrixelError, which names the field, if it is not allowed."""
     try:
         return rule.convert(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BrixelError(f"{name} is {value!r}; expected {rule.expected}") from None
 
 
@@ -126,7 +126,7 @@ def several(rule: Rule, expected: str, *, count: int | None = None, least: int =
     def convert(value: Any) -> tuple[Any, ...]:
         if isinstance(value, str) and not (single and count is None):
             raise TypeError
-        alone = single and count is None and not isinstance(value, list | tuple)
+        alone = single and count is None and (isinstance(value, str | PathLike) or not isinstance(value, Iterable))
         kept = tuple(rule.convert(item) for item in ([value] if alone else value))
         if len(kept) < least or (count is not None and len(kept) != count):
             raise ValueError

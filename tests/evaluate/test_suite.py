@@ -250,13 +250,13 @@ def test_parts_of_version_0_1_have_the_same_file_names():
 def test_reports_of_version_0_1_are_read_and_merged_with_new_ones():
     content = {
         **{"task": "depth", "title": "Depth", "command": "brixel evaluate suite", "notes": ["over the pictures"]},
-        "recipe": "3 pictures: 12 pictures to fit, 5 to report; chosen on 20% of the pictures to fit; 2026-11-22.",
+        "recipe": "my 3 pictures: 12 pictures to fit, 5 to report; chosen on 20% of the pictures to fit; 2026-11-22.",
         "columns": {"model": ["model", ""], "picture_px": ["picture, px", "d"], "rmse": ["RMSE, m", ".4f"]},
         "rows": [{"model": "m", "picture_px": 112, "source": "student", "rmse": 1.5}],
         "details": None,
     }
     columns = {"model": ("model", ""), "image_px": ("image, px", "d"), "rmse": ("RMSE, m", ".4f")}
-    recipe = "3 images: 12 images to fit, 5 to report; chosen on 20% of the images to fit; 2026-11-22."
+    recipe = "my 3 pictures: 12 images to fit, 5 to report; chosen on 20% of the images to fit; 2026-11-22."
     old = Report.from_content(content)
     assert old.columns == columns
     assert old.rows == [{"model": "m", "image_px": 112, "source": "student", "rmse": 1.5}]

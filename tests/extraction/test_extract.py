@@ -30,7 +30,7 @@ def test_every_image_gets_its_own_map(model, album, tmp_path, batch_size):
         expected = model.extract(album / name)
         torch.testing.assert_close(ours.features, expected.features, rtol=1e-5, atol=1e-5)
         assert ours.image_hw == expected.image_hw
-        assert ours.meta["image"] == name.rpartition("/")[2]
+        assert ours.meta["picture"] == name.rpartition("/")[2]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

@@ -67,7 +67,7 @@ class ProbeSettings:
 
 
 _RULES = {
-    **{"steps": whole_number(1), "batch_size": whole_number(1), "seed": whole_number()},
+    **{"steps": whole_number(1), "batch_size": whole_number(1), "seed": whole_number(-(2**63))},
     "learning_rates": several(number(above=0), "one or more numbers above 0", least=1),
     **{"weight_decay": number(0), "held_out": number(above=0, below=1)},
 }
