@@ -2,10 +2,14 @@
 
 The teacher is the backbone on an image of four times the side. Images are cut to centre squares; metrics are computed
 per image and then averaged. `docs/evaluation.md` defines them.
-Shapes: B batch, D width, H x W cells; T and S = T / 4 the teacher's and the student's side in pixels.
+
+Centred metrics need the teacher's mean feature over all images before the first map is compared. So the teacher runs
+over the images first, and the sums of its features are kept. Its maps are kept too, in float32, so that the raw metrics
+do not change, up to `_KEPT_BYTES` of memory; the others are computed a second time when they are compared.
+Shapes: B batch, D width, H x W cells, N images; T and S = T / 4 the teacher's and the student's side in pixels.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,16 @@ from brixel.utils.devices import describe_machine
 BASELINES = ("bilinear", "bicubic")
 EDGE_SHARE = 0.1  # of an image's cells: those with the teacher's strongest gradients
 _DIRECTIONS = 8  # the teacher's first principal directions, along which edges are found, per image
+_KEPT_BYTES = 2**30  # of the teacher's maps at one size; beyond that, they are computed twice
+_TIE = 1e-6  # cosines that differ by no more are equal: a fresh student and bilinear differ by float32's rounding
+_REMOVED = {  # cosine: key of the share of bilinear's 1 - cosine that is removed
+    "cosine": "removed",
+    "centred_cosine": "centred_removed",
+    "cosine_edges": "edges_removed",
+    "centred_cosine_edges": "centred_edges_removed",
+}
+_BETTER = {"cosine": "better", "centred_cosine": "centred_better"}  # cosine: key of the number of images
+_R2_TERMS = ("squared_error", "variance")
 
 
 def l1_and_cosine(maps: Tensor, teacher: Tensor) -> dict[str, float]:
@@ -49,22 +63,74 @@ def interpolated(backbone: Callable[[Tensor], Tensor], mode: str, grid_hw: Seque
     return lambda pixels: F.interpolate(backbone(pixels), size=tuple(grid_hw), mode=mode, align_corners=False)
 
 
-def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of every key."""
-    return {name: sum(record[name] for record in records) / len(records) for name in records[0]}
+def mean_feature(teacher_maps: Iterable[Tensor]) -> Tensor:
+    """The mean over all cells of maps (1, D, H, W) of one size: (D,), float32, summed in float64."""
+    means = [maps.mean((0, 2, 3), dtype=torch.float64) for maps in teacher_maps]
+    return torch.stack(means).mean(0).float()
 
 
-def fidelity_metrics(maps: Tensor, teacher: Tensor) -> dict[str, float]:
-    """All metrics of one image's map against the teacher's, (1, D, H, W) each, at least 3 x 3 cells."""
+def centred_metrics(maps: Tensor, teacher: Tensor, mean: Tensor, edges: Tensor) -> dict[str, float]:
+    """Metrics of one image's map that do not reward a step towards the mean feature.
+
+    Args:
+        maps: The map, (1, D, H, W).
+        teacher: The teacher's, (1, D, H, W).
+        mean: Of :func:`mean_feature`, (D,).
+        edges: Of :func:`teacher_edges`, (H - 2, W - 2).
+
+    Returns:
+        Cosines after ``mean`` is subtracted from both maps, over all cells and at edges, and the terms of :func:`r2`:
+        the mean squared distance of cells to the teacher's, and of the teacher's cells to ``mean``.
+    """
+    maps, teacher = maps.float(), teacher.float()
+    mean = mean.to(teacher)[:, None, None]
+    cosine = F.cosine_similarity(maps - mean, teacher - mean, dim=1)[0]
+    return {
+        "centred_cosine": float(cosine.mean()),
+        "centred_cosine_edges": float(cosine[1:-1, 1:-1][edges].mean()),
+        "squared_error": float((maps - teacher).square().sum(1).mean()),
+        "variance": float((teacher - mean).square().sum(1).mean()),
+    }
+
+
+def r2(images: Mapping[str, Tensor]) -> tuple[float, tuple[float, float]]:
+    """Share of variance explained, of the metrics of images, (N,) each, and its 95 % interval."""
+    return _share_gone(images["squared_error"], images["variance"].clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def better_count(own: Tensor, base: Tensor) -> int:
+    """In how many images a cosine (N,) is higher than the base's; equal ones do not count."""
+    return int((own > base + _TIE).sum())
+
+
+def by_metric(records: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+    """Metrics by image as a tensor (N,), float64, per metric."""
+    return {key: torch.tensor([record[key] for record in records], dtype=torch.float64) for key in records[0]}
+
+
+def fidelity_metrics(maps: Tensor, teacher: Tensor, mean: Tensor) -> dict[str, float]:
+    """All metrics of one image's map, (1, D, H, W), against the teacher's, with its mean feature (D,) over all images.
+
+    At least 3 x 3 cells.
+    """
     maps, teacher = maps.float(), teacher.float()
     directions = principal_directions(teacher, min(_DIRECTIONS, teacher.shape[1]))
+    edges = teacher_edges(teacher, directions)
     cosine = F.cosine_similarity(maps, teacher, dim=1)[0]
     return {
         **l1_and_cosine(maps, teacher),
-        "cosine_edges": float(cosine[1:-1, 1:-1][teacher_edges(teacher, directions)].mean()),
+        "cosine_edges": float(cosine[1:-1, 1:-1][edges].mean()),
         "edge": float(edge_loss(maps, teacher, directions=directions)),
         "spectral": float(spectral_loss(maps, teacher)),
+        **centred_metrics(maps, teacher, mean, edges),
     }
+
+
+def edges_of_one(teacher: Tensor) -> Tensor:
+    """:func:`teacher_edges` of one image's map in this process alone, whatever other processes do."""
+    teacher = teacher.float()
+    directions = principal_directions(teacher, min(_DIRECTIONS, teacher.shape[1]), across_processes=False)
+    return teacher_edges(teacher, directions)
 
 
 def teacher_edges(teacher: Tensor, directions: Tensor) -> Tensor:
@@ -128,8 +194,13 @@ def compare(
         **{"model": ("model", ""), "image_px": ("student's image, px", "d"), "teacher_px": ("teacher's", "d")},
         **{"source": ("method", ""), "l1": ("L1", ".4f"), "cosine": ("cosine", ".4f")},
         **{"removed": ("of bilinear's 1 - cosine removed", ".1%"), "removed_interval": ("95 %", ".1%")},
-        **{"cosine_edges": ("cosine at edges", ".4f"), "edge": ("edge error", ".3g")},
-        "spectral": ("spectral error", ".3f"),
+        **{"better": ("better than bilinear in", "of")},
+        **{"centred_cosine": ("centred cosine", ".4f"), "centred_removed": ("centred, removed", ".1%")},
+        **{"centred_removed_interval": ("95 %", ".1%"), "centred_better": ("centred, better in", "of")},
+        **{"r2": ("R2", ".3f"), "r2_interval": ("95 %", ".3f")},
+        **{"cosine_edges": ("cosine at edges", ".4f"), "edges_removed": ("at edges, removed", ".1%")},
+        **{"edges_removed_interval": ("95 %", ".1%"), "centred_cosine_edges": ("centred cosine at edges", ".4f")},
+        **{"edge": ("edge error", ".3g"), "spectral": ("spectral error", ".3f")},
     }
     recipe = f"{len(images)} images, centre crops; {describe_machine(torch.device(teacher.device))}."
     names = [str(image.name) for image in images]
@@ -140,28 +211,46 @@ def _at_size(
     sources: Sequence[FeatureSource], teacher: FeatureSource, images: Sequence[Path], side: int
 ) -> dict[str, dict[str, Tensor]]:
     """Every metric of every source by image, (N,), float64."""
+    kept: list[Tensor] = []
+    mean = mean_feature(_teacher_maps(teacher, images, side, kept))
     records: dict[str, list[dict[str, float]]] = {source.name: [] for source in sources}
-    for image in tqdm(images, f"images, {side} px", disable=None):
+    for number, image in enumerate(tqdm(images, f"images, {side} px", disable=None)):
         crop = centre_crop(image, side)[None]
-        target = teacher.features(crop)
+        target = kept[number] if number < len(kept) else teacher.features(crop)
         for name, maps in features_by_name(sources, crop).items():
             if maps.shape != target.shape:
                 shapes = f"{tuple(maps.shape)}, the teacher {tuple(target.shape)}"
                 raise BrixelError(f"source {name!r} gave {shapes}; only maps of the same shape can be compared")
-            records[name].append(fidelity_metrics(maps, target))
-    return {
-        name: {key: torch.tensor([record[key] for record in by], dtype=torch.float64) for key in by[0]}
-        for name, by in records.items()
-    }
+            records[name].append(fidelity_metrics(maps, target, mean))
+    return {name: by_metric(by) for name, by in records.items()}
+
+
+def _teacher_maps(teacher: FeatureSource, images: Sequence[Path], side: int, kept: list[Tensor]) -> Iterator[Tensor]:
+    """The teacher's map of every image; the first ones, up to `_KEPT_BYTES`, are appended to ``kept``."""
+    for image in tqdm(images, f"teacher, {side} px", disable=None):
+        maps = teacher.features(centre_crop(image, side)[None])
+        if (len(kept) + 1) * maps.nbytes <= _KEPT_BYTES:
+            kept.append(maps)
+        yield maps
 
 
 def _row(model: str, side: int, source: FeatureSource, found: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
     own, base = found[source.name], found.get(BASE)
     row = {"model": model, "image_px": side // DOWNSAMPLING, "teacher_px": side, "source": source.name}
     for key, values in own.items():
-        row[key], row[f"{key}_interval"] = float(values.mean()), interval(values)
+        if key not in _R2_TERMS:
+            row[key], row[f"{key}_interval"] = float(values.mean()), interval(values)
+    row["r2"], row["r2_interval"] = r2(own)
     if base is not None and source.name != BASE:
-        both = torch.stack([1 - own["cosine"], (1 - base["cosine"]).clamp(min=1e-9)], 1)  # N 2
-        row["removed"] = float(1 - both[:, 0].sum() / both[:, 1].sum())
-        row["removed_interval"] = interval(both, lambda sums: 1 - sums[:, 0] / sums[:, 1])
+        for cosine, key in _REMOVED.items():
+            row[key], row[f"{key}_interval"] = _share_gone(1 - own[cosine], (1 - base[cosine]).clamp(min=1e-9))
+        for cosine, key in _BETTER.items():
+            row[key] = [better_count(own[cosine], base[cosine]), len(own[cosine])]
     return row
+
+
+def _share_gone(left: Tensor, whole: Tensor) -> tuple[float, tuple[float, float]]:
+    """1 - sum of ``left`` / sum of ``whole`` over images, (N,) each, and its 95 % interval."""
+    both = torch.stack([left, whole], 1)  # N 2
+    value = float(1 - both[:, 0].sum() / both[:, 1].sum())
+    return value, interval(both, lambda sums: 1 - sums[:, 0] / sums[:, 1])

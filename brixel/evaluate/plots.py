@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 GREY, RED, BLUE, *OTHERS = ("#888888", "#c23b22", "#1f6fb4", "#2e8b57", "#b8860b", "#7d3c98")
 _LOG = logging.getLogger("brixel")
 _METRICS = {  # by task: key of a row, key of its interval, label
-    "fidelity": (("cosine", "cosine_interval", "cosine"), ("cosine_edges", "cosine_edges_interval", "cosine at edges")),
+    "fidelity": (
+        ("cosine", "cosine_interval", "cosine"),
+        ("centred_cosine", "centred_cosine_interval", "centred cosine"),
+        ("cosine_edges", "cosine_edges_interval", "cosine at edges"),
+        ("r2", "r2_interval", "R2"),
+    ),
     "segmentation": (("miou", "miou_interval", "mIoU"), ("boundary_iou", "boundary_interval", "boundary IoU")),
     "matching": (("pck_0.05", "pck_0.05_interval", "share of points within 5 %"),),
     "depth": (("rmse", "interval", "RMSE in m, lower is better"),),
@@ -67,14 +72,18 @@ def _warn_once(message: str) -> None:
 def report_figure(report: Report) -> "Figure":
     """The main metrics over the size of the image, a diagram per metric and model, with 95 % intervals as error bars.
 
-    The teacher is drawn at the size of the student whose map is as fine as its own.
+    The teacher is drawn at the size of the student whose map is as fine as its own. Rows without a metric, of earlier
+    versions, are left out.
     """
-    models = dict.fromkeys(row["model"] for row in report.rows)
-    diagrams = [(metric, model) for metric in _METRICS[report.task] for model in models]
+    diagrams: dict[tuple[tuple[str, str, str], str], list[Mapping[str, Any]]] = {}
+    for metric in _METRICS[report.task]:
+        for row in report.rows:
+            if metric[0] in row:
+                diagrams.setdefault((metric, row["model"]), []).append(row)
     figure, axes = _figure(len(diagrams))
-    for axis, ((key, interval_key, label), model) in zip(axes, diagrams, strict=True):
+    for axis, (((key, interval_key, label), model), rows) in zip(axes, diagrams.items(), strict=True):
         axis.set_title(f"{model}: {label}")
-        _draw_sources(axis, [row for row in report.rows if row["model"] == model], key, interval_key)
+        _draw_sources(axis, rows, key, interval_key)
     return figure
 
 
@@ -131,20 +140,20 @@ def cost_figure(rows: Sequence[Mapping[str, Any]]) -> "Figure":
 def training_figure(records: Sequence[Mapping[str, Any]]) -> "Figure | None":
     """The loss, and 1 - cosine to the teacher on held-out crops with that of bilinear, over the steps of a run.
 
-    Values that are not finite are left out; None where nothing is left.
+    The same of centred cosine is a diagram of its own. Values that are not finite are left out; None where nothing is
+    left.
     """
-    checks = [record for record in records if "cosine" in record]
-    lines = {
-        "loss": [(record["step"], record["loss"]) for record in records if "loss" in record],
-        "1 - cosine, validation": [(record["step"], 1 - record["cosine"]) for record in checks],
-        "1 - cosine, bilinear": [(record["step"], 1 - record["bilinear_cosine"]) for record in checks],
-    }
+    lines = {"loss": [(record["step"], record["loss"]) for record in records if "loss" in record]}
+    for key, label in (("cosine", "cosine"), ("centred_cosine", "centred cosine")):
+        for name, title in ((key, "validation"), (f"bilinear_{key}", "bilinear")):
+            points = [(record["step"], 1 - record[name]) for record in records if name in record]
+            lines[f"1 - {label}, {title}"] = points
     lines = {name: [point for point in points if math.isfinite(point[1])] for name, points in lines.items()}
-    loss, *cosines = lines
-    diagrams = [names for names in ([loss], cosines) if any(lines[name] for name in names)]
+    names = list(lines)
+    diagrams = [group for group in (names[:1], names[1:3], names[3:]) if any(lines[name] for name in group)]
     if not diagrams:
         return None
-    colours = dict(zip(lines, (BLUE, RED, GREY), strict=True))
+    colours = dict(zip(lines, (BLUE, RED, GREY, RED, GREY), strict=True))
     figure, axes = _figure(len(diagrams), columns=1, size_in=(8, 3.2))
     last = max(step for points in lines.values() for step, _ in points) or 1
     for axis, names in zip(axes, diagrams, strict=True):

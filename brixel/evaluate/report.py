@@ -28,8 +28,9 @@ class Report:
         task: What was evaluated, such as "segmentation".
         title: The heading.
         columns: By key of a row: the column's heading, and a format such as ".3f"; "" for text, "bytes" for amounts of
-            memory. Keys of rows without a column are in the JSON alone.
-        rows: Plain JSON values: numbers, texts, None (shown as "-"), or pairs of numbers (shown as "low to high").
+            memory, "of" for counts. Keys of rows without a column are in the JSON alone.
+        rows: Plain JSON values: numbers, texts, None (shown as "-"), or pairs of numbers (shown as "low to high", or
+            "23 of 24" for counts).
         recipe: On what data and machine.
         notes: Sentences below the table.
         details: Further JSON values, such as results by image.
@@ -108,6 +109,8 @@ def shown(value: Any, form: str) -> str:
     """A value as the table shows it."""
     if value is None:
         return "-"
+    if form == "of":
+        return " of ".join(map(str, value))
     if isinstance(value, (list, tuple)):
         return " to ".join(shown(end, form) for end in value)
     return format_bytes(value) if form == "bytes" else format(value, form)

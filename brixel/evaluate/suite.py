@@ -144,7 +144,10 @@ def _plot_names(reports: Sequence[Report]) -> list[str]:
 
 
 def merged(reports: Sequence[Report]) -> Iterator[Report]:
-    """Join the reports of one task whose recipes are equal but for the date: rows in order, first and last date."""
+    """Join the reports of one task whose recipes are equal but for the date: rows in order, first and last date.
+
+    The columns are those of the report that has most: earlier versions wrote fewer.
+    """
     groups: dict[tuple[str, str], list[Report]] = {}
     for report in reports:
         groups.setdefault((report.task, _DAY.sub("", report.recipe)), []).append(report)
@@ -152,4 +155,6 @@ def merged(reports: Sequence[Report]) -> Iterator[Report]:
         rows = [row for report in group for row in report.rows]
         days = sorted({day for report in group for day in _DAY.findall(report.recipe)})
         recipe = _DAY.sub(" to ".join({days[0]: 0, days[-1]: 0}), group[0].recipe) if days else group[0].recipe
-        yield replace(group[0], rows=rows, recipe=recipe, details={"parts": [report.details for report in group]})
+        columns = max((report.columns for report in group), key=len)
+        details = {"parts": [report.details for report in group]}
+        yield replace(group[0], columns=columns, rows=rows, recipe=recipe, details=details)

@@ -93,7 +93,9 @@ def l1_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).abs().mean()
 
 
-def principal_directions(teacher: Tensor, count: int = 8, *, group: dist.ProcessGroup | None = None) -> Tensor:
+def principal_directions(
+    teacher: Tensor, count: int = 8, *, group: dist.ProcessGroup | None = None, across_processes: bool = True
+) -> Tensor:
     """Fit the first principal directions of the teacher's cells, by PCA of every third cell in row-major order.
 
     Where torch.distributed is initialised, the sums behind the covariance run over all processes of ``group``, so that
@@ -103,6 +105,7 @@ def principal_directions(teacher: Tensor, count: int = 8, *, group: dist.Process
         teacher: The teacher's maps, (B, D, H, W).
         count: Number of directions, 1 to D.
         group: The process group; None for all processes.
+        across_processes: False fits the maps of this process alone; the others need not call this.
 
     Returns:
         Orthonormal directions (count, D) in order of falling variance, without gradient; their signs are arbitrary.
@@ -115,9 +118,11 @@ def principal_directions(teacher: Tensor, count: int = 8, *, group: dist.Process
     with torch.no_grad(), torch.autocast(teacher.device.type, enabled=False):
         cells = rearrange(teacher.flatten(2)[..., ::CELL_STRIDE], "B D K -> (B K) D")
         cells = cells.to(torch.promote_types(teacher.dtype, torch.float32))
-        sums = _summed(torch.cat([cells.sum(0), cells.new_tensor([len(cells)])]), group)  # D+1
+        sums = torch.cat([cells.sum(0), cells.new_tensor([len(cells)])])  # D+1
+        sums = _summed(sums, group) if across_processes else sums
         centred = cells - sums[:-1] / sums[-1]  # float32 would lose a small spread next to a large mean
-        covariance = _summed(einsum(centred, centred, "K D, K D2 -> D D2"), group) / sums[-1]  # D D
+        products = einsum(centred, centred, "K D, K D2 -> D D2")
+        covariance = (_summed(products, group) if across_processes else products) / sums[-1]  # D D
         if not torch.isfinite(covariance).all():
             raise BrixelError("the teacher's maps hold values that are not finite; no directions can be fitted")
         return torch.linalg.eigh(covariance)[1][:, -count:].flip(1).mT.contiguous()  # columns come in rising order

@@ -14,7 +14,8 @@ from brixel.errors import BrixelError
 from brixel.train.config import TrainConfig, differences, given_settings, make_config
 from brixel.utils.atomic_files import atomic_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, 2)  # in 1, "best" is a raw cosine
 
 Parts = Mapping[str, nn.Module | torch.optim.Optimizer]
 """What a run changes, by its name in the file."""
@@ -25,7 +26,7 @@ class TrainingState:
     """How far a run is."""
 
     step: int = 0  # steps done
-    best: float | None = None  # the best validation so far, as cosine similarity to the teacher
+    best: float | None = None  # the best validation so far, as centred cosine similarity to the teacher
     processes: int = 1  # with another number, the rest of the run would read other batches
 
 
@@ -47,9 +48,14 @@ def save_state(path: Path, config: TrainConfig, state: TrainingState, parts: Par
 
 
 def load_state(path: Path, config: TrainConfig, parts: Parts, *, processes: int) -> TrainingState:
-    """Load a saved run into its parts. BrixelError if settings that affect the result differ."""
+    """Load a saved run into its parts. BrixelError if settings that affect the result differ.
+
+    The best raw cosine of version 0.1 or 0.2 cannot be compared with centred ones, so ``best`` is None there.
+    """
     content = _read(path)
     state = TrainingState(**content["progress"])
+    if content["format_version"] == 1:
+        state.best = None
     changed = differences(config, make_config(content["config"]))
     if state.processes != processes:
         changed.append(f"processes: {processes}, not {state.processes}")
@@ -76,8 +82,9 @@ def _read(path: Path) -> dict[str, Any]:
     version = content.get("format_version") if isinstance(content, dict) else None
     if not intact or version is None:
         raise BrixelError(damaged)
-    if version != FORMAT_VERSION:
+    if version not in _READ_VERSIONS:
         raise BrixelError(
-            f"{path} has format {version}; this version reads {FORMAT_VERSION}: resume with the version that wrote it"
+            f"{path} has format {version}; this version reads {' and '.join(map(str, _READ_VERSIONS))}: "
+            "resume with the version that wrote it"
         )
     return content

@@ -53,8 +53,8 @@ def distill(
             of a crop and p px that of a patch. None: the backbone itself.
 
     Returns:
-        The best model: the averaged weights with the highest cosine similarity to the teacher on held-out crops, or
-        the last ones without ``config.val``. `BrixelFeatures.from_pretrained` loads it from ``config.out``.
+        The best model: the averaged weights with the highest centred cosine similarity to the teacher on held-out
+        crops, or the last ones without ``config.val``. `BrixelFeatures.from_pretrained` loads it from ``config.out``.
 
     Raises:
         BrixelError: The settings do not fit the backbone, the images or the run in ``config.out``; no image can be

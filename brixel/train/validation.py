@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from brixel.brixel_features import BrixelFeatures
-from brixel.evaluate.fidelity import BASELINES, interpolated, l1_and_cosine, mean_of
+from brixel.evaluate.feature_sources import BASE
+from brixel.evaluate.fidelity import (
+    BASELINES,
+    better_count,
+    by_metric,
+    centred_metrics,
+    edges_of_one,
+    interpolated,
+    l1_and_cosine,
+    mean_feature,
+    r2,
+)
 from brixel.model.upsampler import UPSCALE
 from brixel.train.checkpoint import TrainingState
 from brixel.train.loader import TrainingData
@@ -21,20 +32,56 @@ from brixel.utils.devices import describe_machine
 LAST = "last"
 
 
-@torch.no_grad()
-def validate(predict: Callable[[Tensor], Tensor], crops: TeacherCache, device: torch.device) -> dict[str, float]:
-    """Mean ``l1`` and ``cosine`` of ``predict(pixels)`` to the teacher over all crops, pixels (1, 3, S, S)."""
-    pairs = (crops[index] for index in range(len(crops)))
-    return mean_of([l1_and_cosine(predict(pixels[None].to(device)).cpu(), teacher[None]) for pixels, teacher in pairs])
+class HeldOut:
+    """Held-out crops with the teacher's mean feature, its edges, and the figures of interpolation, all measured once.
+
+    Args:
+        crops: Pixels (3, S, S) and the teacher's maps (D, h, w).
+        backbone: From pixels (1, 3, S, S) to the backbone's own map, which is interpolated.
+        device: Where maps are computed.
+    """
+
+    @torch.no_grad()
+    def __init__(self, crops: TeacherCache, backbone: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        self.crops, self.device = crops, device
+        self.mean = mean_feature(crops[index][1][None] for index in range(len(crops)))  # D
+        # of this process alone, as no other one validates
+        self.edges = [edges_of_one(crops[index][1][None].to(device)).cpu() for index in range(len(crops))]
+        grid_hw = crops[0][1].shape[1:]
+        metrics = {mode: self._metrics(interpolated(backbone, mode, grid_hw)) for mode in BASELINES}
+        self._base = metrics[BASE]
+        self.baselines = {
+            f"{mode}_{name}": value for mode in BASELINES for name, value in _figures(metrics[mode]).items()
+        }
+
+    def validate(self, predict: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Figures of ``predict(pixels)`` over all crops, pixels (1, 3, S, S), and those of the baselines.
+
+        ``better_than_bilinear`` is the share of crops with a higher cosine than bilinear's, and
+        ``centred_better_than_bilinear`` that with a higher centred cosine.
+        """
+        metrics = self._metrics(predict)
+        better, centred = (
+            better_count(metrics[name], self._base[name]) / len(self.crops) for name in ("cosine", "centred_cosine")
+        )
+        shares = {"better_than_bilinear": better, "centred_better_than_bilinear": centred}
+        return _figures(metrics) | shares | self.baselines
+
+    @torch.no_grad()
+    def _metrics(self, predict: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        records = []
+        for index, edges in enumerate(self.edges):
+            pixels, teacher = self.crops[index]
+            maps = predict(pixels[None].to(self.device)).cpu()
+            centred = centred_metrics(maps, teacher[None], self.mean, edges)
+            records.append(l1_and_cosine(maps, teacher[None]) | centred)
+        return by_metric(records)
 
 
-def baselines(backbone: Callable[[Tensor], Tensor], crops: TeacherCache, device: torch.device) -> dict[str, float]:
-    """The same of the backbone's maps, upsampled by interpolation: "bilinear_l1" and so on."""
-    figures: dict[str, float] = {}
-    for mode in BASELINES:
-        means = validate(interpolated(backbone, mode, crops[0][1].shape[1:]), crops, device)
-        figures |= {f"{mode}_{name}": value for name, value in means.items()}
-    return figures
+def _figures(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over crops of metrics by crop, and R2."""
+    names = ("l1", "cosine", "centred_cosine", "centred_cosine_edges")
+    return {name: sum(metrics[name].tolist()) / len(metrics[name]) for name in names} | {"r2": r2(metrics)[0]}
 
 
 class Validator:
@@ -43,23 +90,23 @@ class Validator:
     def __init__(self, model: BrixelFeatures, data: TrainingData) -> None:
         self.model, self.data = model, data
         self.config, self.context = data.config, data.context
-        self.baselines: dict[str, float] = {}  # measured at the first validation
+        self.held_out: HeldOut | None = None  # measured at the first validation
 
     def run(self, state: TrainingState, metrics: Metrics) -> None:
         """Validate after step ``state.step``, log the result, and save the model; updates ``state.best``."""
-        out, held_out, device = Path(self.config.out), self.data.held_out, self.context.device
+        out, crops, device = Path(self.config.out), self.data.held_out, self.context.device
         self.model.eval()
         record: dict[str, float] = {"step": state.step}
-        if held_out is not None:
-            record |= validate(self.model, held_out, device)
-            self.baselines = self.baselines or baselines(self.model.backbone_features, held_out, device)
-            record |= self.baselines
+        if crops is not None:
+            self.held_out = self.held_out or HeldOut(crops, self.model.backbone_features, device)
+            record |= self.held_out.validate(self.model)
             metrics.add(record)
-            draw_crops(out / f"panel-{state.step:06d}.png", self.model, held_out, device)
+            draw_crops(out / f"panel-{state.step:06d}.png", self.model, crops, device)
         draw_curve(out / "curve.png", metrics.records())
         self.model.config = dataclasses.replace(self.model.config, training=self._facts(record))
         self.model.save_pretrained(out / LAST)
-        score = record.get("cosine", state.step)  # without validation, the last model counts as the best
+        # raw cosine also rises where maps shrink towards the mean feature; without validation, the last model is best
+        score = record.get("centred_cosine", state.step)
         if state.best is None or score > state.best:
             state.best = score
             self.model.save_pretrained(out)
@@ -77,7 +124,11 @@ class Validator:
         }
         if self.data.held_out is not None:
             title = f"on {len(self.data.held_out)} held-out crops"
-            for name, text in (("cosine", "cosine to the teacher"), ("l1", "L1 to the teacher")):
+            for name, text in (
+                ("cosine", "cosine to the teacher"),
+                ("centred_cosine", "centred cosine to the teacher"),
+                ("l1", "L1 to the teacher"),
+            ):
                 others = ", ".join(f"{mode} {figures[f'{mode}_{name}']:.4f}" for mode in BASELINES)
                 facts[f"{text}, {title}"] = f"{figures[name]:.4f}; {others}"
         return facts | {"made with": f"brixel {version('brixel')}; {describe_machine(self.context.device)}"}

@@ -103,5 +103,26 @@ def test_a_training_run_goes_on_to_the_same_weights(samples):
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     for name in ("step", "loss", "l1", "edge", "spectral", "lr"):
         assert last[name] == pytest.approx(expected["metrics"][-1][name], rel=1e-5), name
+    assert torch.load(run / "state.pt", weights_only=True)["progress"]["best"] == 4  # without validation, the last step
     sums = {name: float(tensor.double().abs().sum()) for name, tensor in trained.upsampler.state_dict().items()}
     assert sums == pytest.approx(expected["sums"], rel=1e-5)
+
+
+def test_a_resumed_run_chooses_its_best_model_anew(samples):
+    """Version 0.1 kept the best raw cosine, here 0.99, with which centred cosines cannot be compared."""
+    run = samples / "run"
+    (run / "state.pt").write_bytes(lzma.decompress((run / "state.pt.xz").read_bytes()))
+    state = torch.load(run / "state.pt", weights_only=True)
+    assert state["format_version"] == 1
+    state["progress"]["best"] = 0.99
+    state["config"]["val"] = ["images"]
+    torch.save(state, run / "state.pt")
+    (run / "adapter.safetensors").write_bytes(b"the best by raw cosine")
+    settings = {**read_settings(run / "train.toml"), "val": ["images"]}
+    brixel.train.distill(make_config(settings))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (check,) = [record for record in records if "centred_cosine" in record]
+    resumed = torch.load(run / "state.pt", weights_only=True)
+    assert resumed["format_version"] == 2
+    assert resumed["progress"]["best"] == check["centred_cosine"] < 0.99
+    assert (run / "adapter.safetensors").read_bytes() == (run / "last" / "adapter.safetensors").read_bytes()

@@ -1,6 +1,8 @@
 """Nearness to the teacher, against the same figures made step by step with Pillow and torch."""
 
+import dataclasses
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,19 @@ from PIL import Image
 from brixel import BrixelError, BrixelFeatures
 from brixel.cli.app import main
 from brixel.errors import ImageError
+from brixel.evaluate.bootstrap import DRAWS
 from brixel.evaluate.feature_sources import FeatureSource, sources_of
-from brixel.evaluate.fidelity import compare, fidelity, teacher_edges
+from brixel.evaluate.fidelity import (
+    better_count,
+    by_metric,
+    centred_metrics,
+    compare,
+    fidelity,
+    l1_and_cosine,
+    mean_feature,
+    r2,
+    teacher_edges,
+)
 from brixel.evaluate.report import Report
 from brixel.model.losses import edge_loss, principal_directions, spectral_loss
 
@@ -174,3 +187,165 @@ def test_the_command_writes_its_report(backbone_folder, squares, tmp_path, capsy
     assert "| 14 | 56 | student |" in output.read_text(encoding="utf-8")
     assert Report.from_content(content).markdown(content["command"]) + "\n" == output.read_text(encoding="utf-8")
     assert main(["evaluate", "fidelity", *arguments, "-o", str(tmp_path / "no" / "report.md")]) == 2
+
+
+# ---------------------------------------------------------------- centred metrics
+
+
+SIDES = {56: 4, 112: 8}  # pixels of the teacher's image: cells along a side of its map
+
+
+def fixed_sources():
+    """Two sources and a teacher whose maps depend on the image; all have a large common mean."""
+
+    def maps_of(sign, noise, scale):
+        def maps(pixels):
+            side = pixels.shape[-1] // 14 * (4 // scale)
+            numbers = np.random.default_rng(round(float(pixels.double().abs().sum() * 100)) % 2**31)
+            own = torch.from_numpy(numbers.normal(size=(1, 10, side, side)))
+            return (3 + sign * own + noise * torch.from_numpy(numbers.normal(size=own.shape))).float()
+
+        return maps
+
+    names = {"bilinear": (1, 0.9), "better": (1, 0.5)}
+    sources = [FeatureSource(name, maps_of(*values, 1), 14) for name, values in names.items()]
+    return sources, FeatureSource("teacher", maps_of(1, 0.0, 4), 14, scale=4)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Five images of several shapes."""
+    folder, numbers = tmp_path_factory.mktemp("photos"), np.random.default_rng(3)
+    paths = [folder / f"{index}.png" for index in range(5)]
+    for index, path in enumerate(paths):
+        Image.fromarray(numbers.integers(0, 256, (120 + 9 * index, 150, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def recorded(source, calls):
+    """The source, whose maps are appended to ``calls``."""
+
+    def maps(pixels):
+        calls.append(source.maps(pixels))
+        return calls[-1]
+
+    return dataclasses.replace(source, maps=maps)
+
+
+def cells_of(maps):
+    """(1, D, H, W) -> (H, W, D), float64."""
+    return maps[0].double().permute(1, 2, 0).numpy()
+
+
+def cosines(ours, theirs):
+    return (ours * theirs).sum(-1) / np.linalg.norm(ours, axis=-1) / np.linalg.norm(theirs, axis=-1)
+
+
+def bootstrapped(statistic, count):
+    """The 95 % interval of a statistic of indices of images."""
+    drawn = torch.randint(count, (DRAWS, count), generator=torch.Generator().manual_seed(0)).numpy()
+    return np.quantile([statistic(indices) for indices in drawn], [0.025, 0.975])
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 3 * 10 * 64 * 4, 2**30])  # of no map, of three maps, of all
+def test_centred_figures_are_those_of_numpy(photos, monkeypatch, kept_bytes):
+    monkeypatch.setattr(sys.modules["brixel.evaluate.fidelity"], "_KEPT_BYTES", kept_bytes)
+    sources, teacher = fixed_sources()
+    found = {name: [] for name in ("bilinear", "better", "teacher")}
+    sources = [recorded(source, found[source.name]) for source in sources]
+    report = compare(sources, recorded(teacher, found["teacher"]), photos, SIDES, model="m")
+    for number, (side, grid) in enumerate(SIDES.items()):
+        own_calls = slice(5 * number, 5 * number + 5)
+        theirs = [cells_of(maps) for maps in found["teacher"] if maps.shape[-1] == grid][:5]
+        mean = np.mean([cells.mean((0, 1)) for cells in theirs], axis=0)
+        kept = min(5, kept_bytes // (10 * grid * grid * 4))
+        assert sum(maps.shape[-1] == grid for maps in found["teacher"]) == 10 - kept
+        rows, figures = by_name(report, side), {}
+        for name in ("bilinear", "better"):
+            ours = [cells_of(maps) for maps in found[name][own_calls]]
+            pairs = list(zip(ours, theirs, strict=True))
+            centred = [cosines(one - mean, other - mean) for one, other in pairs]
+            edges = [inner_edges(cells) for cells in theirs]
+            figures[name] = {
+                "cosine": np.array([cosines(*pair).mean() for pair in pairs]),
+                "centred_cosine": np.array([each.mean() for each in centred]),
+                "centred_cosine_edges": np.array(
+                    [np.mean([image[cell] for cell in at]) for image, at in zip(centred, edges, strict=True)]
+                ),
+                "cosine_edges": np.array(
+                    [np.mean([cosines(*pair)[cell] for cell in at]) for pair, at in zip(pairs, edges, strict=True)]
+                ),
+            }
+            for key, values in figures[name].items():
+                assert rows[name][key] == pytest.approx(values.mean(), abs=1e-5)
+                assert report.details[str(side)][name][key] == pytest.approx(list(values), abs=1e-5)
+                interval = bootstrapped(lambda drawn, values=values: values[drawn].mean(), 5)
+                assert rows[name][f"{key}_interval"] == pytest.approx(tuple(interval), abs=1e-5)
+            errors = np.array([((one - other) ** 2).sum() for one, other in pairs])
+            variances = np.array([((other - mean) ** 2).sum() for other in theirs])
+
+            def explained(drawn, errors=errors, variances=variances):
+                return 1 - errors[drawn].sum() / variances[drawn].sum()
+
+            assert rows[name]["r2"] == pytest.approx(explained(np.arange(5)), abs=1e-5)
+            assert rows[name]["r2_interval"] == pytest.approx(tuple(bootstrapped(explained, 5)), abs=1e-5)
+        for cosine, removed in (
+            ("cosine", "removed"),
+            ("centred_cosine", "centred_removed"),
+            ("cosine_edges", "edges_removed"),
+            ("centred_cosine_edges", "centred_edges_removed"),
+        ):
+            own, base = (figures[name][cosine] for name in ("better", "bilinear"))
+
+            def gone(drawn, own=own, base=base):
+                return 1 - (1 - own[drawn]).sum() / (1 - base[drawn]).sum()
+
+            assert rows["better"][removed] == pytest.approx(gone(np.arange(5)), abs=1e-4)
+            assert rows["better"][f"{removed}_interval"] == pytest.approx(tuple(bootstrapped(gone, 5)), abs=1e-4)
+            assert removed not in rows["bilinear"]
+        for cosine, better in (("cosine", "better"), ("centred_cosine", "centred_better")):
+            own, base = (figures[name][cosine] for name in ("better", "bilinear"))
+            assert rows["better"][better] == [(own > base).sum(), 5]
+            assert better not in rows["bilinear"]
+
+
+def inner_edges(cells):
+    """The tenth of inner cells (y, x), in places of the whole map, where eight directions change most."""
+    maps = torch.from_numpy(cells).float().permute(2, 0, 1)[None]
+    rows, columns = teacher_edges(maps, principal_directions(maps, 8)).nonzero(as_tuple=True)
+    return [(int(y) + 1, int(x) + 1) for y, x in zip(rows, columns, strict=True)]
+
+
+def test_a_map_pulled_towards_the_mean_gains_raw_cosine_alone():
+    """Half of the cells differ along the mean, where raw cosine sees nothing; the map is wrong in the others."""
+    mean = torch.tensor([4.0, 0.0, 0.0])
+    steps = torch.tensor([[2.0, 0, 0], [-2.0, 0, 0], [0, 0.5, 0], [0, -0.5, 0]]).repeat(4, 1)  # teacher - mean
+    found = torch.tensor([[1.0, 0, 0], [-1.0, 0, 0], [0, -0.5, 0.25], [0, 0.5, 0.25]]).repeat(4, 1)
+
+    def as_map(cells):
+        return cells.T.reshape(1, 3, 4, 4)
+
+    teacher = as_map(mean + steps)
+    assert mean_feature([teacher]).equal(mean)
+    figures = []
+    for pull in (0.0, 0.25, 0.5):
+        maps = as_map(mean + (1 - pull) * found)
+        centred = centred_metrics(maps, teacher, mean, torch.ones(2, 2, dtype=torch.bool))
+        figures.append((l1_and_cosine(maps, teacher)["cosine"], centred["centred_cosine"], r2(by_metric([centred]))[0]))
+    raw, centred_cosine, explained = zip(*figures, strict=True)
+    assert raw[0] + 1e-3 < raw[1] < raw[2] - 1e-3
+    assert centred_cosine == pytest.approx([centred_cosine[0]] * 3, abs=1e-6)
+    assert explained[0] > explained[1] + 1e-2 > explained[2] + 2e-2
+
+
+def test_equal_cosines_are_not_better():
+    base = torch.tensor([0.5, 0.5, 0.5, 0.5], dtype=torch.float64)
+    assert better_count(torch.tensor([0.5, 0.6, 0.4, 0.5 + 1e-7], dtype=torch.float64), base) == 1
+    assert better_count(base, base) == 0
+
+
+def test_a_fresh_student_is_better_in_no_image(backbone_folder, squares):
+    report = fidelity(BrixelFeatures.from_backbone(backbone_folder, device="cpu"), squares, [112])
+    row = by_name(report, 112)["student"]
+    assert row["better"] == row["centred_better"] == [0, 2]
+    assert "| 0 of 2 |" in report.markdown("command")

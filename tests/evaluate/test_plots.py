@@ -78,6 +78,16 @@ def test_a_report_has_a_diagram_for_every_metric_and_model():
     assert len({(axes.get_subplotspec().rowspan.start) for axes in figure.axes}) == 2  # two diagrams per row
 
 
+def test_rows_without_a_metric_are_left_out_of_its_diagram():
+    """Reports of version 0.1 have no centred cosine."""
+    rows = [
+        {"model": "old", "image_px": 28, "source": "student", "cosine": 0.5},
+        {"model": "new", "image_px": 28, "source": "student", "cosine": 0.6, "centred_cosine": 0.25},
+    ]
+    figure = report_figure(Report("fidelity", "Fidelity", {}, rows, "recipe"))
+    assert [axes.get_title() for axes in figure.axes] == ["old: cosine", "new: cosine", "new: centred cosine"]
+
+
 def test_costs_have_a_diagram_for_every_architecture_and_quantity():
     rows = [
         {"architecture": name, "variant": variant, "output_cells": f"{cells} x {cells}", "gflop": cells**power, **more}
@@ -106,6 +116,11 @@ def test_a_run_has_its_loss_and_its_validation_over_the_steps():
         "1 - cosine, bilinear": (GREY, [5, 10], [0.875, 0.875]),
     }
     assert above.get_xlim() == below.get_xlim() == (0, 10)  # both start and end at the same step
+    checks[1] |= {"centred_cosine": 0.25, "bilinear_centred_cosine": 0.125}  # a run that was begun by version 0.1
+    assert lines_of(training_figure([*losses, *checks]).axes[2]) == {
+        "1 - centred cosine, validation": (RED, [10], [0.75]),
+        "1 - centred cosine, bilinear": (GREY, [10], [0.875]),
+    }
 
 
 def test_without_records_nothing_is_drawn(tmp_path):

@@ -267,6 +267,28 @@ def test_reports_of_version_0_1_are_read_and_merged_with_new_ones():
     assert "| m | 112 | 1.5000 |" in both.markdown("command")
 
 
+def test_parts_of_version_0_1_without_centred_metrics_are_merged_and_drawn(suite, tmp_path):
+    arguments = ["evaluate", "suite", str(suite), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    assert main(arguments) == 0
+    (path,) = (tmp_path / "out" / "parts").glob("fidelity-tiny-56-*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    added = ("centred", "r2", "better", "edges_removed")
+    content["columns"] = {key: column for key, column in content["columns"].items() if not key.startswith(added)}
+    content["rows"] = [
+        {key: value for key, value in row.items() if not key.startswith(added)} for row in content["rows"]
+    ]
+    assert list(content["columns"])[4:7] == ["l1", "cosine", "removed"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))[0]
+    assert [row["teacher_px"] for row in report["rows"]] == [56] * 4 + [112] * 4
+    assert {"centred_cosine", "r2", "better"} <= set(report["columns"])
+    lines = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").splitlines()
+    old, new = (next(line for line in lines if f"| {px} | student |" in line) for px in (56, 112))
+    assert old.count(" - |") > new.count(" - |") == 0
+    assert (tmp_path / "out" / "fidelity.png").exists()
+
+
 def test_sides_of_costs_of_version_0_1_keep_their_meaning():
     row = {"architecture": "a", "image_px": 256, "variant": "backbone alone, picture x 4", "picture_px": 1024}
     content = {

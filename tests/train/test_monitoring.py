@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from brixel import BrixelError
-from brixel.evaluate.fidelity import BASELINES, l1_and_cosine
+from brixel.evaluate.fidelity import BASELINES, l1_and_cosine, teacher_edges
 from brixel.feature_maps.panel import HEIGHT_PX, LABEL_PX, MARGIN_PX
+from brixel.model.losses import principal_directions
 from brixel.train.monitoring import Metrics, draw_crops, draw_curve
-from brixel.train.validation import baselines
+from brixel.train.validation import HeldOut
 
 # ---------------------------------------------------------------- metrics
 
@@ -175,8 +176,9 @@ def test_baselines_are_interpolation_averaged_over_crops():
         assert not torch.is_grad_enabled()
         return F.avg_pool2d(pixels, 4)
 
-    found = baselines(backbone, crops, torch.device("cpu"))
-    assert set(found) == {f"{mode}_{name}" for mode in BASELINES for name in ("l1", "cosine")}
+    found = HeldOut(crops, backbone, torch.device("cpu")).baselines
+    names = ("l1", "cosine", "centred_cosine", "centred_cosine_edges", "r2")
+    assert list(found) == [f"{mode}_{name}" for mode in BASELINES for name in names]
     for mode in BASELINES:
         expected = []
         for pixels, teacher in crops.pairs:
@@ -184,6 +186,37 @@ def test_baselines_are_interpolation_averaged_over_crops():
             expected.append(l1_and_cosine(plain, teacher[None]))
         for name in ("l1", "cosine"):
             assert found[f"{mode}_{name}"] == pytest.approx(np.mean([record[name] for record in expected]), abs=1e-6)
+
+
+def test_centred_figures_are_what_numpy_gives():
+    torch.manual_seed(1)
+    crops = Crops([(torch.randn(3, 8, 8), torch.randn(3, 8, 8) + 2) for _ in range(3)])
+
+    def backbone(pixels):
+        return F.avg_pool2d(pixels, 4) + 2
+
+    def student(pixels):  # the teacher's map, its mirror image about the mean, bilinear
+        index = next(number for number, (known, _) in enumerate(crops.pairs) if known.equal(pixels[0]))
+        teacher = crops.pairs[index][1][None]
+        return (teacher, 4 - teacher, F.interpolate(backbone(pixels), (8, 8), mode="bilinear"))[index]
+
+    found = HeldOut(crops, backbone, torch.device("cpu")).validate(student)
+    teachers = np.stack([teacher.double().numpy() for _, teacher in crops.pairs])  # N D H W
+    mean = teachers.mean((0, 2, 3), keepdims=True)
+    bilinear = torch.cat([F.interpolate(backbone(pixels[None]), (8, 8), mode="bilinear") for pixels, _ in crops.pairs])
+    for prefix, maps in (
+        ("bilinear_", bilinear),
+        ("", torch.cat([student(pixels[None]) for pixels, _ in crops.pairs])),
+    ):
+        ours, theirs = maps.double().numpy() - mean, teachers - mean
+        cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+        assert found[f"{prefix}centred_cosine"] == pytest.approx(cosine.mean(), abs=1e-6)
+        assert found[f"{prefix}r2"] == pytest.approx(1 - ((ours - theirs) ** 2).sum() / (theirs**2).sum(), abs=1e-6)
+        edges = [teacher_edges(teacher[None], principal_directions(teacher[None], 3)) for _, teacher in crops.pairs]
+        at_edges = [image[1:-1, 1:-1][mask.numpy()].mean() for image, mask in zip(cosine, edges, strict=True)]
+        assert found[f"{prefix}centred_cosine_edges"] == pytest.approx(np.mean(at_edges), abs=1e-6)
+    assert found["better_than_bilinear"] == pytest.approx(1 / 3)  # the third crop is a tie
+    assert found["centred_better_than_bilinear"] == pytest.approx(1 / 3)
 
 
 def test_a_record_is_one_line_of_json(tmp_path):

@@ -24,6 +24,7 @@ from brixel.train import TrainConfig, distill
 from brixel.train.config import make_config, read_settings
 from brixel.train.optim import WeightAverage, learning_rate, make_optimizer
 from brixel.train.setup import teacher_side_px
+from brixel.train.validation import HeldOut
 
 TEACHER_PX, WIDTH = 112, 64
 
@@ -151,9 +152,11 @@ def test_metrics_are_complete_and_consistent(trained):
         assert set(record) == {"step", "loss", "l1", "edge", "spectral", "lr"}
         assert record["loss"] == pytest.approx(record["l1"] + record["edge"] + 0.1 * record["spectral"], rel=1e-5)
         assert record["lr"] == learning_rate(config, record["step"] - 1)
-    plain = [f"{mode}_{name}" for mode in ("bilinear", "bicubic") for name in ("l1", "cosine")]
+    names = ["l1", "cosine", "centred_cosine", "centred_cosine_edges", "r2"]
+    plain = [f"{mode}_{name}" for mode in ("bilinear", "bicubic") for name in names]
     for record in checks:
-        assert list(record) == ["step", "l1", "cosine", *plain]
+        assert list(record) == ["step", *names, "better_than_bilinear", "centred_better_than_bilinear", *plain]
+        assert record["better_than_bilinear"] * 6 == pytest.approx(6)  # of six crops
     assert {name: checks[0][name] for name in plain} == {name: checks[1][name] for name in plain}
     lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
     assert all(json.loads(line)["pictures_per_s"] > 0 for line in lines if "loss" in line)
@@ -178,12 +181,12 @@ def test_the_best_model_is_that_of_the_best_validation(trained):
     config, _ = trained
     checks = [record for record in metrics_of(config.out) if "cosine" in record]
     progress = state_of(config.out)["progress"]
-    assert progress["best"] == max(record["cosine"] for record in checks)
+    assert progress["best"] == max(record["centred_cosine"] for record in checks)
     assert progress["step"] == 30
     same = (Path(config.out) / "adapter.safetensors").read_bytes() == (
         Path(config.out) / "last" / "adapter.safetensors"
     ).read_bytes()
-    assert same == (checks[-1]["cosine"] > checks[0]["cosine"])
+    assert same == (checks[-1]["centred_cosine"] > checks[0]["centred_cosine"])
 
 
 def test_the_saved_weights_are_the_averaged_ones(trained):
@@ -217,7 +220,8 @@ def test_curve_and_panels_are_images_and_no_other_files_remain(trained):
 def test_config_and_card_describe_the_training(trained):
     config, _ = trained
     records = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
-    best = max((record for record in records if "cosine" in record), key=lambda record: record["cosine"])
+    checks = [record for record in records if "cosine" in record]
+    best = max(checks, key=lambda record: record["centred_cosine"])
     facts = read_config(Path(config.out, "config.json")).training
     assert facts["steps"].startswith(f"{best['step']} of {config.steps}, ")
     (figure,) = [text for name, text in facts.items() if name.startswith("cosine to the teacher, on ")]
@@ -447,9 +451,21 @@ def test_a_state_that_would_run_code_is_refused(stopped):
 
 def test_a_newer_format_is_refused_by_number(stopped):
     state = state_of(stopped.out)
-    torch.save({**state, "format_version": 2, "new": 1}, Path(stopped.out) / "state.pt")
-    with pytest.raises(BrixelError, match="has format 2; this version reads 1"):
+    torch.save({**state, "format_version": 3, "new": 1}, Path(stopped.out) / "state.pt")
+    with pytest.raises(BrixelError, match="has format 3; this version reads 1 and 2"):
         distill(stopped)
+
+
+def test_the_best_model_is_chosen_by_centred_cosine(config, monkeypatch):
+    """The second validation has the higher raw cosine, the first the higher centred one."""
+    figures = iter([{"cosine": 0.5, "centred_cosine": 0.4}, {"cosine": 0.6, "centred_cosine": 0.3}])
+    monkeypatch.setattr(HeldOut, "validate", lambda self, predict: {**self.baselines, "l1": 1.0, **next(figures)})
+    val = str(Path(config.images[0]).parent / "val")
+    distill(changed(config, val=(val,), val_images=1, val_every=2))
+    out = Path(config.out)
+    assert state_of(out)["progress"]["best"] == 0.4
+    assert read_config(out / "config.json").training["steps"].startswith("2 of 4, ")
+    assert read_config(out / "last" / "config.json").training["steps"].startswith("4 of 4, ")
 
 
 @pytest.mark.slow
