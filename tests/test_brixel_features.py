@@ -327,7 +327,7 @@ def edited(model, tmp_path, edit):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.pop("format_version"), "no brixel model's: it lacks format_version"),
+        (lambda c: c.pop("format_version"), "no brixel model's, it lacks format_version"),
         (lambda c: c.update(format_version=99), "format 99, newer than 1.*update brixel"),
         (lambda c: c["adapter"].update(stride=4), "AdapterConfig has no 'stride'"),
         (lambda c: c["adapter"].pop("blocks"), "blocks"),

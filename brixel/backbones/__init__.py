@@ -7,3 +7,7 @@ from brixel.backbones.base import Backbone
 from brixel.backbones.wrappers import TimmBackbone, TransformersBackbone
 
 __all__ = ["Backbone", "TimmBackbone", "TransformersBackbone"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

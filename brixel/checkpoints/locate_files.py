@@ -100,6 +100,8 @@ def locate(
         return ModelFiles(BUNDLED_FOLDER)
     path = Path(name_or_path).expanduser()
     if path.exists():
+        if what == "backbone" and "format_version" in read_json(path / "config.json"):
+            raise BrixelError(f"{name} is a brixel model, not a backbone: use from_pretrained, --model")
         return ModelFiles(path)
     repository = parse_repository(name) if isinstance(name_or_path, str) and what != "adapter" else None
     if repository is not None:
@@ -108,6 +110,8 @@ def locate(
     if row is not None:
         return _known(row, access)
     expected = "a file on disk" if what == "adapter" else "a path on disk, or ORG/NAME of a repository on the Hub"
+    if what == "model" and find_backbone(name):
+        expected += f"; {name} is a backbone: use from_backbone, --backbone"
     if what == "backbone":
         expected += f", or a name that `brixel models` lists; {closest_backbone(name)}"
     raise BrixelError(f"no {what} at {name!r}: expected {expected}")

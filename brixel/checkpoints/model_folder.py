@@ -63,7 +63,9 @@ def read_config(path: Path) -> BrixelConfig:
     content = read_json(path)
     version = content.pop("format_version", None)
     if type(version) is not int:
-        raise CheckpointError(f"{path} is no brixel model's: it lacks format_version; for a backbone use from_backbone")
+        raise CheckpointError(
+            f"{path} is no brixel model's, it lacks format_version; for a backbone use from_backbone, --backbone"
+        )
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {version}, newer than {FORMAT_VERSION}, which we read: update brixel")
     try:

@@ -54,7 +54,9 @@ _TEACHER_PX: Mapping[str, Any] = {
 
 def add(commands: Any) -> None:
     """Add the command to the parser's, with a command of its own for everything that can be evaluated."""
-    parser = commands.add_parser("evaluate", help="how good a model is, and what it costs")
+    parser = commands.add_parser(
+        "evaluate", help="how good a model is, and what it costs", description="How good a model is, and what it costs."
+    )
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     for kind, (text, layouts) in _TASKS.items():
         _add_task(kinds, kind, text, tuple(layouts))

@@ -20,7 +20,10 @@ from brixel.utils.memory import format_bytes, parse_bytes
 
 MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] on the Hub, or brixel-tiny"
 
-_MOVED = {"benchmark": "evaluate cost", "throughput": "evaluate throughput"}  # commands of version 0.1
+_MOVED = {  # of version 0.1
+    **{"benchmark": "evaluate cost", "throughput": "evaluate throughput"},
+    **{"plan --table": "evaluate memory", "plan --limits": "evaluate memory --limits"},
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,6 +49,8 @@ class Parser(argparse.ArgumentParser):
         return options, rest
 
     def _nearest_flag(self, flag: str) -> str:
+        if moved := _MOVED.get(f"{self.prog.removeprefix('brixel ')} {flag}"):
+            return f"; it is 'brixel {moved}' now"
         flags = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
         near = [name for name in flags if name.startswith(flag)] or difflib.get_close_matches(flag, flags, n=1)
         return f"; did you mean {near[0]!r}?" if near else f"; see '{self.prog} --help'"

@@ -18,7 +18,7 @@ _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 def add(commands: Any) -> None:
     """Add the command."""
-    example = "brixel train --backbone dinov2-vits14 --images photos -o run"
+    example = "brixel train --backbone dinov3-small --images photos --val held-out -o run"
     text = "distil an adapter for a backbone; a second run continues where the first stopped"
     parser = command(commands, "train", _train, text, example)
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as TOML; flags override them")

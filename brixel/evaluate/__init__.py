@@ -42,3 +42,7 @@ __all__ = [
     "sources_of",
     "throughput",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

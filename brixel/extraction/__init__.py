@@ -7,3 +7,7 @@ from brixel.extraction.pending_images import ExtractionSummary
 Report = ExtractionSummary  # the name in version 0.1
 
 __all__ = ["ExtractionSummary", "MapFolder", "Report", "extract_files"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

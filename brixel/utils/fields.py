@@ -126,7 +126,7 @@ def several(rule: Rule, expected: str, *, count: int | None = None, least: int =
     def convert(value: Any) -> tuple[Any, ...]:
         if isinstance(value, str) and not (single and count is None):
             raise TypeError
-        alone = single and count is None and (isinstance(value, str | PathLike) or not isinstance(value, Iterable))
+        alone = single and count is None and not isinstance(value, list | tuple)
         kept = tuple(rule.convert(item) for item in ([value] if alone else value))
         if len(kept) < least or (count is not None and len(kept) != count):
             raise ValueError

@@ -67,6 +67,7 @@ def test_help_has_an_example():
         ("shwo", "unknown command 'shwo'; did you mean 'show'?"),
         ("benchmark", "unknown command 'benchmark'; it is 'brixel evaluate cost' now"),
         ("throughput --rounds 2", "unknown command 'throughput'; it is 'brixel evaluate throughput' now"),
+        ("plan --table", "unknown option '--table'; it is 'brixel evaluate memory' now"),
         ("evaluate fidelty", "unknown command 'fidelty'; did you mean 'fidelity'?"),
         ("--verison", "unknown option '--verison'; did you mean '--version'?"),
         ("show --shrot-side 5", "unknown option '--shrot-side'; did you mean '--short-side-px'?"),
