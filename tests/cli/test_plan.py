@@ -37,9 +37,13 @@ def test_plan_without_tiles_says_nothing_of_them(run, saved, capsys):
     assert "tile" not in capsys.readouterr().out
 
 
-def test_errors(run, saved, capsys):
+@pytest.mark.slow
+def test_a_limit_that_nothing_fits(run, saved, capsys):
     assert run("plan", "112x112", "--model", saved, "--memory-limit", "1MiB", "--device", "cpu") == 2
     assert "the limit is 1 MiB" in capsys.readouterr().err
+
+
+def test_a_size_is_required(run, capsys):
     assert run("plan") == 2
     assert "HEIGHTxWIDTH" in capsys.readouterr().err
 

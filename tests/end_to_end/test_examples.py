@@ -58,6 +58,7 @@ def test_examples_stay_under_forty_lines(name):
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_the_linear_probe_stays_under_sixty_lines_and_runs_on_own_masks(tmp_path, capsys):
     for split in ("train", "val"):
         for kind in ("images", "masks"):

@@ -136,6 +136,7 @@ def test_features_that_tell_it_all_reach_it(told, kind, figure, limit):
     assert max(each[figure] for each in found) < limit
 
 
+@pytest.mark.slow
 def test_the_report_compares_with_bilinear(told):
     train, val = (read_measured("depth", "plain", told, split) for split in ("train", "val"))
     report = depth_normals("depth", [NOTHING, COLOURS], train, val, [64], model="any", settings=QUICK)
