@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_same_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -33,10 +34,6 @@ def model(backbone_folder):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 2)
     return made
-
-
-def assert_same_weights(ours, theirs):
-    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
 
 
 def test_facts(untrained):

@@ -1,7 +1,6 @@
 """Our ViT against the models of transformers: tiny, all parameters random, saved by them and read by us."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from helpers import assert_same_weights
+from torch import Tensor
 from transformers import (
     Dinov2Config,
     Dinov2Model,
@@ -19,6 +19,7 @@ from transformers import (
     DINOv3ViTModel,
     PreTrainedModel,
 )
+from transformers_models import Reference, images, randomise, save_references
 
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
@@ -27,7 +28,6 @@ from brixel.errors import BrixelError, CheckpointError
 
 DEPTH = 3
 GRIDS = [(4, 4), (5, 5), (3, 7), (6, 2), (1, 1)]  # 5 x 5 is native to the DINOv2 models
-Reference = tuple[PreTrainedModel, Path]
 
 
 def dinov3(width: int = 128, heads: int = 2, *, gated: bool = False, qkv_bias: bool = True) -> DINOv3ViTModel:
@@ -77,45 +77,14 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-@torch.no_grad()
-def randomise(model: nn.Module) -> None:
-    """Every parameter away from its first value, such that each is felt in the output."""
-    generator = torch.Generator().manual_seed(7)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "lambda1" in name:
-            parameter.copy_(0.5 + 0.2 * noise)
-        elif "norm" in name and name.endswith("weight"):
-            parameter.copy_(1 + 0.2 * noise)
-        elif name.endswith("bias"):
-            parameter.copy_(0.3 * noise)
-        elif "token" in name or "position" in name:
-            parameter.copy_(0.5 * noise)
-        else:
-            parameter.copy_(noise / math.sqrt(parameter[0].numel()))
-
-
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
-    """Each model, in evaluation mode (in training mode DINOv3 rescales its rotary positions at random), and a copy."""
-    made = {}
-    for name, build in MODELS.items():
-        model = build().eval()
-        randomise(model)
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        made[name] = (model, folder)
-    return made
+    return save_references(MODELS, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def tiny(references: dict[str, Reference]) -> ViT:
     return load_backbone(references["dinov2-registers"][1]).vit
-
-
-def images(patch_px: int, grid_hw: tuple[int, int], seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, 3, grid_hw[0] * patch_px, grid_hw[1] * patch_px, generator=generator)
 
 
 @torch.no_grad()
@@ -165,7 +134,7 @@ def test_shards_hold_the_same_weights(name: str, references: dict[str, Reference
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     sharded, single = load_backbone(tmp_path).vit, load_backbone(folder).vit
     assert sharded.config == single.config
-    torch.testing.assert_close(dict(sharded.state_dict()), dict(single.state_dict()), rtol=0, atol=0)
+    assert_same_weights(sharded, single)
 
 
 def test_configurations_are_read(references: dict[str, Reference]) -> None:

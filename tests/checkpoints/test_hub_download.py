@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same_weights, files_of
 from huggingface_hub import constants, split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save
 
@@ -33,10 +34,6 @@ def write_files(folder, files):
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +65,6 @@ def load(name, **options):
 
 def fresh(name, **options):
     return BrixelFeatures.from_backbone(name, device="cpu", **options)
-
-
-def assert_same_weights(ours, theirs):
-    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
 
 
 def cache_of(name):

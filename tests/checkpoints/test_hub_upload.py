@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_same_weights, files_of
 from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures, CheckpointError, UploadError
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 @pytest.fixture
 def backbone(hub, backbone_folder):
     """The tiny backbone in a repository; and an account that may write."""
-    hub.add(BACKBONE, {path.name: path.read_bytes() for path in backbone_folder.iterdir()})
+    hub.add(BACKBONE, files_of(backbone_folder))
     hub.writers["us"] = (WRITER,)
     return BACKBONE
 
@@ -50,10 +51,6 @@ def model(hub, backbone, local_model):
 def push(model, name=OURS, **options):
     """Upload with a panel of a small image."""
     return model.push_to_hub(name, **{"token": WRITER, "image": torch.rand(3, 28, 28), **options})
-
-
-def assert_same_weights(ours, theirs):
-    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()), rtol=0, atol=0)
 
 
 def test_what_was_pushed_loads_again(hub, backbone, tmp_path):

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import maps_in
 from PIL import Image
 
 from brixel import BrixelFeatures, MapFolder
@@ -55,10 +56,6 @@ def many(folder, count):
         side = (28, 42)[index % 3 == 0]
         Image.new("L", (side, 28), index).save(folder / f"{index:03d}.png")
     return folder
-
-
-def maps_in(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
 class Killed(BaseException):

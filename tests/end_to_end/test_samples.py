@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, records_of
 from safetensors.torch import load_file
 
 import brixel.train
@@ -120,8 +120,7 @@ def test_a_resumed_run_chooses_its_best_model_anew(samples):
     (run / "adapter.safetensors").write_bytes(b"the best by raw cosine")
     settings = {**read_settings(run / "train.toml"), "val": ["images"]}
     brixel.train.distill(make_config(settings))
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    (check,) = [record for record in records if "centred_cosine" in record]
+    (check,) = [record for record in records_of(run) if "centred_cosine" in record]
     resumed = torch.load(run / "state.pt", weights_only=True)
     assert resumed["format_version"] == 2
     assert resumed["progress"]["best"] == check["centred_cosine"] < 0.99

@@ -31,17 +31,6 @@ from brixel.model.losses import edge_loss, principal_directions, spectral_loss
 
 
 @pytest.fixture(scope="module")
-def model(backbone_folder):
-    """A student whose adapter and head say something."""
-    torch.manual_seed(0)
-    model = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
-    with torch.no_grad():
-        for parameter in (*model.adapter.parameters(), *model.head.parameters()):
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture(scope="module")
 def squares(tmp_path_factory):
     """Two images of 112 x 112 px: crops of that size are the images themselves."""
     folder, numbers = tmp_path_factory.mktemp("squares"), np.random.default_rng(0)

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import maps_in
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -15,10 +16,6 @@ from brixel.extraction.distributed import ProcessShare
 from brixel.extraction.manifest import Manifest
 from brixel.extraction.map_folder import verify
 from brixel.images.find_images import find_images
-
-
-def maps_in(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -1,7 +1,6 @@
 """SigLIP and SigLIP 2 against the models of transformers: tiny, all parameters random, saved by them and read by us."""
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import safetensors
 import torch
 from einops import rearrange
+from helpers import assert_same_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -23,9 +23,9 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers_models import Reference, images, save_references
 
 from brixel import BrixelFeatures
-from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints import weight_files as checkpoints
 from brixel.checkpoints.backbone_key_maps import VOCABULARY, needed
@@ -53,40 +53,11 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "naflex": lambda: Siglip2Model(Siglip2Config(text_config=TEXT, vision_config=NAFLEX)),
 }
 BOTH_TOWERS = ("siglip", "naflex")
-Reference = tuple[PreTrainedModel, Path]
-
-
-@torch.no_grad()
-def randomise(model: PreTrainedModel) -> None:
-    """Move every parameter away from its initial value, so that all of them change the output."""
-    generator = torch.Generator().manual_seed(7)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name and name.endswith("weight"):
-            parameter.copy_(1 + 0.2 * noise)
-        elif name.endswith("bias"):
-            parameter.copy_(0.3 * noise)
-        elif "position" in name:
-            parameter.copy_(0.5 * noise)
-        else:
-            parameter.copy_(noise / math.sqrt(parameter[0].numel()))
-
-
-def images(patch_px: int, grid_hw: tuple[int, int]) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, grid_hw[0] * patch_px, grid_hw[1] * patch_px, generator=generator)
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
-    made = {}
-    for name, build in MODELS.items():
-        model = build().eval()
-        randomise(model)
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        made[name] = (model, folder)
-    return made
+    return save_references(MODELS, tmp_path_factory)
 
 
 def flattened(pixels: Tensor, patch_px: int) -> Tensor:
@@ -215,10 +186,6 @@ def in_timms_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in made.items()}
 
 
-def assert_same(vit: ViT, other: ViT) -> None:
-    torch.testing.assert_close(dict(vit.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("prefix", ["", "vision_model.", "module.vision_model."])
 @pytest.mark.parametrize("name", ["siglip-vision", "naflex-vision"])
 def test_prefixes(name: str, prefix: str, references: dict[str, Reference], tmp_path: Path) -> None:
@@ -226,7 +193,7 @@ def test_prefixes(name: str, prefix: str, references: dict[str, Reference], tmp_
     reference = load_backbone(folder).vit
     state = with_prefix(load_file(folder / "model.safetensors"), prefix)
     torch.save(state, tmp_path / "weights.pth")
-    assert_same(load_backbone(tmp_path / "weights.pth", architecture=reference.config).vit, reference)
+    assert_same_weights(load_backbone(tmp_path / "weights.pth", architecture=reference.config).vit, reference)
 
 
 def test_timms_layout_by_renaming(references: dict[str, Reference], tmp_path: Path) -> None:
@@ -234,7 +201,7 @@ def test_timms_layout_by_renaming(references: dict[str, Reference], tmp_path: Pa
     reference = load_backbone(folder).vit
     state = in_timms_layout(with_prefix(load_file(folder / "model.safetensors"), ""))
     save_file(state, tmp_path / "model.safetensors")
-    assert_same(load_backbone(tmp_path, architecture=reference.config).vit, reference)
+    assert_same_weights(load_backbone(tmp_path, architecture=reference.config).vit, reference)
 
 
 @pytest.mark.parametrize("name", BOTH_TOWERS)
@@ -242,7 +209,7 @@ def test_shards_hold_the_same_weights(name: str, references: dict[str, Reference
     model, folder = references[name]
     model.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert_same(load_backbone(tmp_path).vit, load_backbone(folder).vit)
+    assert_same_weights(load_backbone(tmp_path).vit, load_backbone(folder).vit)
 
 
 # ---- what is not read from the file ----

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import records_of, state_of
 from PIL import Image, ImageDraw
 from torch import nn
 
@@ -187,10 +188,6 @@ def results(task):
     return [torch.load(folder / f"results-{rank}.pt") for rank in range(RANKS)]
 
 
-def state_of(out):
-    return torch.load(Path(out) / "state.pt", weights_only=True)
-
-
 def alone(settings, out):
     """The same run by one process with the whole batch."""
     config = TrainConfig(**{**settings, "batch_size": RANKS * settings["batch_size"], "out": str(out)})
@@ -248,15 +245,11 @@ def test_two_processes_train_as_one_with_the_whole_batch(task, results, tmp_path
     moved = expected["module"]["head.out.weight"]  # initialised with zeros
     assert moved.abs().max() > 1e-4
     assert found["progress"]["step"] == expected["progress"]["step"] == STEPS
-    ours, theirs = (records(out) for out in (task[name]["out"], tmp_path / "alone"))
+    ours, theirs = (records_of(out) for out in (task[name]["out"], tmp_path / "alone"))
     assert [set(record) for record in ours] == [set(record) for record in theirs]
     for record, other in zip(ours, theirs, strict=True):
         for key in record.keys() - {"pictures_per_s"}:
             assert record[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6), key
-
-
-def records(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", ["wide", "cached", "whole"])
@@ -273,7 +266,7 @@ def test_two_processes_that_were_stopped_resume_to_the_same_weights(task, result
     ours, theirs = state_of(task["halved"]["out"]), state_of(task["whole"]["out"])
     for part in ("progress", "module", "average", "optimizer"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
-    assert [record["step"] for record in records(task["halved"]["out"]) if "loss" in record] == [1, 2, 3]
+    assert [record["step"] for record in records_of(task["halved"]["out"]) if "loss" in record] == [1, 2, 3]
 
 
 def test_one_process_does_not_resume_the_run_of_two(task, results, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import ROOT, files_of
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -60,10 +61,6 @@ def dataset_of(folder, **settings):
 def build(folder, images, teacher=None, **changes):
     options = {"dataset": dataset_of(images), "count": COUNT, "teacher_id": TEACHER_ID, **changes}
     return TeacherCache.build_or_open(folder, teacher=teacher or Teacher(), **options)
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def crops_done(folder):
@@ -183,7 +180,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from test_teacher_cache import Teacher, build
 from brixel.train import teacher_cache as cache
 
@@ -246,7 +243,8 @@ for plan in PLANS:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills its children with SIGKILL")
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, images):
     folder, log = tmp_path / "cache", tmp_path / "log"
-    program = KILLED.format(tests=os.path.dirname(__file__), folder=str(folder), images=str(images), log=str(log))
+    paths = [os.path.dirname(__file__), str(ROOT / "tests")]
+    program = KILLED.format(paths=paths, folder=str(folder), images=str(images), log=str(log))
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert [int(line) for line in result.stdout.split()] == [0, 0, 0, 1, 2, 3, 3, 4]

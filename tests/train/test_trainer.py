@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import records_of, state_of
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import nn
@@ -79,10 +80,6 @@ def changed(config, **settings):
     return dataclasses.replace(config, **settings)
 
 
-def state_of(out):
-    return torch.load(Path(out) / "state.pt", weights_only=True)
-
-
 def assert_same_run(one, other):
     """State (weights, average, optimiser, steps), best and last model and metrics are equal, bit for bit."""
     ours, theirs = state_of(one), state_of(other)
@@ -95,8 +92,7 @@ def assert_same_run(one, other):
 
 def metrics_of(out):
     """The metrics, without the speed, which always differs."""
-    records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "pictures_per_s"} for record in records]
+    return [{name: value for name, value in record.items() if name != "pictures_per_s"} for record in records_of(out)]
 
 
 class Teacher:
@@ -219,8 +215,7 @@ def test_curve_and_panels_are_images_and_no_other_files_remain(trained):
 
 def test_config_and_card_describe_the_training(trained):
     config, _ = trained
-    records = [json.loads(line) for line in Path(config.out, "metrics.jsonl").read_text().splitlines()]
-    checks = [record for record in records if "cosine" in record]
+    checks = [record for record in records_of(config.out) if "cosine" in record]
     best = max(checks, key=lambda record: record["centred_cosine"])
     facts = read_config(Path(config.out, "config.json")).training
     assert facts["steps"].startswith(f"{best['step']} of {config.steps}, ")
