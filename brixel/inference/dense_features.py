@@ -39,29 +39,9 @@ class DenseFeatures(Student):
         self.config = config
 
     @property
-    def embed_dim(self) -> int:
-        """Channels of the maps, D."""
-        return self.backbone.width
-
-    @property
-    def patch_px(self) -> int:
-        """Side of a patch in pixels: H and W of the model's input must be multiples of it."""
-        return self.backbone.patch_px
-
-    @property
     def stride_px(self) -> float:
         """Distance between neighbouring cells of the dense map, in pixels of the model's input: a quarter patch."""
         return self.patch_px / UPSCALE
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return next(self.adapter.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weights, and so of the maps."""
-        return next(self.adapter.parameters()).dtype
 
     def extract(
         self,

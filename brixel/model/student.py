@@ -4,6 +4,7 @@ The graph of arXiv 2511.05168, section 1 of `docs/method.md`. Tensors in, tensor
 deals with files and images.
 """
 
+import torch
 from torch import Tensor, nn
 
 from brixel.backbones.base import Backbone
@@ -44,6 +45,26 @@ class Student(nn.Module):
     def head(self) -> Head:
         """The upsampler's head."""
         return self.upsampler.head
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of the maps, D."""
+        return self.backbone.width
+
+    @property
+    def patch_px(self) -> int:
+        """Side of a patch in pixels: H and W of the model's input must be multiples of it."""
+        return self.backbone.patch_px
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.head.out.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, and so of the maps."""
+        return self.head.out.weight.dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Compute the dense map of a batch.

@@ -119,7 +119,7 @@ def _within(
     if strategy not in measured:
         measured[strategy] = measure_peak(student, strategy, job)
     (peak, seconds), predicted = measured[strategy], predict_peak(student, strategy, job, _HOST)
-    text = strategy.describe(job.grid_hw(student), student.backbone.patch_px)
+    text = strategy.describe(job.grid_hw(student), student.patch_px)
     return {
         **{"strategy": text if strategy.exact else f"tiles, {text}", "kind": strategy.name},
         **{"predicted_bytes": predicted, "measured_bytes": peak},

@@ -95,7 +95,7 @@ def _count(name: str, image_px: Sequence[int]) -> list[dict[str, Any]]:
     with torch.device("meta"):
         student = random_student(name)
     parameters = [sum(weight.numel() for weight in part.parameters()) for part in (student.backbone, student)]
-    patch_px = student.backbone.patch_px
+    patch_px = student.patch_px
     rows = []
     for side in (max(1, round(wanted / patch_px)) * patch_px for wanted in image_px):
         for variant, call in variants(student, side).items():

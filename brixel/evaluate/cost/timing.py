@@ -68,7 +68,7 @@ def variants(student: Student, image_px: int, batch: int = 1) -> dict[str, Calla
 
     @functools.cache
     def image(side: int) -> Tensor:
-        return torch.randn(batch, 3, side, side).to(next(student.backbone.parameters()))
+        return torch.randn(batch, 3, side, side).to(student.device, student.dtype)
 
     return {
         BACKBONE: lambda: student.backbone_features(image(image_px)),

@@ -70,8 +70,7 @@ def dense_map_in_chunks(student: Student, pixels: Tensor, out: Tensor, chunks: C
 
     ``pixels``: (1, 3, H, W), on any device. ``out``: (D, Hf, Wf), on any device, Hf <= 4h and Wf <= 4w.
     """
-    weight = student.head.out.weight
-    pixels = pixels.to(weight.device, weight.dtype)
+    pixels = pixels.to(student.device, student.dtype)
     adapter, head, rows = student.adapter, student.head, chunks.rows
     extractors = cast("list[Extractor]", list(adapter.extractors))
 

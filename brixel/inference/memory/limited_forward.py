@@ -78,7 +78,7 @@ class MemoryLimitedForward:
 
     def _run(self, job: Job, pixels: Tensor, out: Tensor | None) -> tuple[list[Tensor], dict[str, str]]:
         """The maps of a job (``out`` alone if it is given), and their meta."""
-        patch_px = self._student.backbone.patch_px
+        patch_px = self._student.patch_px
         while True:
             strategy, on_host = choice = self._planner.choose(job)
             meta = {} if strategy.exact else {"tiles": strategy.describe(job.grid_hw(self._student), patch_px)}
@@ -130,6 +130,6 @@ def _attempt(student: Student, strategy: Strategy, pixels: Tensor, out: Tensor |
         if not is_out_of_memory(error):
             raise
     gc.collect()  # outside the except block, where the traceback would hold the tensors of the failed attempt
-    if student.head.out.weight.device.type == "cuda":
+    if student.device.type == "cuda":
         torch.cuda.empty_cache()
     return None

@@ -20,7 +20,7 @@ from brixel.backbones.vit import ViT
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.feature_maps.host_copy import crop
 from brixel.inference.memory.allocation_tracker import AllocationTracker, copy_with, storage_bytes, weights_and_buffers
-from brixel.inference.memory.strategies import TILE_SIDES, RowChunks, Strategy, Tiles, Whole, new_outputs
+from brixel.inference.memory.strategies import TILE_SIDES, RowChunks, Strategy, Tiles, Whole, new_outputs, patch_grid_of
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import dtype_name
@@ -81,12 +81,12 @@ class Job:
 
     def grid_hw(self, student: Student) -> tuple[int, int]:
         """The patch grid of each image."""
-        return self.padded_hw[0] // student.backbone.patch_px, self.padded_hw[1] // student.backbone.patch_px
+        return patch_grid_of(student, self.padded_hw)
 
     def map_bytes(self, student: Student) -> int:
         """Bytes of one image's map, 0 where it goes to a file."""
-        (height, width), weight = self.grid_hw(student), student.head.out.weight
-        return 0 if self.to_file else UPSCALE**2 * height * width * weight.shape[0] * weight.element_size()
+        height, width = self.grid_hw(student)
+        return 0 if self.to_file else UPSCALE**2 * height * width * student.embed_dim * student.dtype.itemsize
 
 
 def pixel_bytes(padded_hw: tuple[int, int]) -> int:
@@ -99,9 +99,8 @@ def pixel_bytes(padded_hw: tuple[int, int]) -> int:
 
 def predict_peak(student: Student, strategy: Strategy, job: Job, device: torch.device | None = None) -> int:
     """Peak bytes on ``device`` (the model's own where None), weights included, of computing a job."""
-    weight = student.head.out.weight
-    device = weight.device if device is None else device
-    key = (strategy, job, device, weight.dtype, storage_bytes(student))
+    device = student.device if device is None else device
+    key = (strategy, job, device, student.dtype, storage_bytes(student))
     known = _PEAKS.setdefault(student, {})
     if key not in known:
         known[key] = _count(student, strategy, job, device)
@@ -152,7 +151,7 @@ def surely_fits(student: Student, job: Job, spare_bytes: int) -> bool:
 def bound_bytes(student: Student, job: Job) -> int:
     """An upper bound of what a whole pass takes, without the weights."""
     height, width = job.grid_hw(student)
-    patch_px, channels = student.backbone.patch_px, student.backbone.width
+    patch_px, channels = student.patch_px, student.embed_dim
     # per patch: dense maps twice, queries, tokens and what attention and feed-forward make of them; points; the stem
     elements = (2 * UPSCALE**2 + 60) * channels + 8 * _INDICES_PER_PATCH + 4 * _STEM_PER_PIXEL * patch_px**2
     patches = max(4, height * width)  # what does not depend on the size is less than three of them
@@ -161,7 +160,7 @@ def bound_bytes(student: Student, job: Job) -> int:
 
 def _held_bytes(student: Student, job: Job, device: torch.device | None) -> int:
     """A lower bound of any strategy: the weights, and on the CPU the pixels and the maps that do not go to a file."""
-    if (student.head.out.weight.device if device is None else device).type != "cpu":
+    if (student.device if device is None else device).type != "cpu":
         return storage_bytes(student)
     return storage_bytes(student) + job.batch * (pixel_bytes(job.padded_hw) + job.map_bytes(student))
 
@@ -169,7 +168,7 @@ def _held_bytes(student: Student, job: Job, device: torch.device | None) -> int:
 def _is_countable(student: Student, batch: int, job: Job) -> bool:
     """Whether a whole pass of ``batch`` images stays within what kernels count."""
     height, width = job.grid_hw(student)
-    patch_px, channels = student.backbone.patch_px, student.backbone.width
+    patch_px, channels = student.patch_px, student.embed_dim
     per_patch = max(_INDICES_PER_PATCH, UPSCALE**2 * channels, _STEM_PER_PIXEL * patch_px**2)
     return batch * height * width * per_patch <= HALF_INT
 
@@ -247,7 +246,7 @@ def _largest(
 
     For an image longer than `_SIZE_STEPS` patches, to within one part in so many.
     """
-    patch_px, grid_hw = student.backbone.patch_px, job.grid_hw(student)
+    patch_px, grid_hw = student.patch_px, job.grid_hw(student)
     longest = max(grid_hw)
 
     def sized(patches: int) -> tuple[int, int]:
@@ -303,7 +302,7 @@ class Planner:
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self.student.head.out.weight.device
+        return self.student.device
 
     def choose(self, job: Job) -> Choice:
         """How to compute a job. Raises MemoryLimitError where nothing fits."""
@@ -346,12 +345,12 @@ class Planner:
         return Plan(
             strategy=strategy.name,
             device=str(device),
-            dtype=dtype_name(self.student.head.out.weight.dtype),
+            dtype=dtype_name(self.student.dtype),
             padded_hw=job.padded_hw,
             batch=job.batch,
             peak_bytes=predict_peak(self.student, strategy, job, device),
             limit_bytes=self._free(HOST) if on_host else self.limit_bytes,
-            **strategy.plan_fields(job.grid_hw(self.student), self.student.backbone.patch_px),
+            **strategy.plan_fields(job.grid_hw(self.student), self.student.patch_px),
         )
 
     def surely_fits(self, job: Job) -> bool:
@@ -396,4 +395,4 @@ class Planner:
         return strategy.smaller(job.grid_hw(self.student), tiles=self._tiles != "never")
 
     def _pixels_at_once(self, strategy: Strategy, job: Job) -> int:
-        return strategy.pixels_at_once(job.grid_hw(self.student), self.student.backbone.patch_px)
+        return strategy.pixels_at_once(job.grid_hw(self.student), self.student.patch_px)

@@ -117,7 +117,7 @@ class RowChunks(Strategy):
     name = "row_chunks"
 
     def _fill(self, student: Student, pixels: Tensor, outputs: Sequence[Tensor], counting: bool) -> None:
-        chunks = Chunks.split(student, _grid_hw(student, pixels), self.rows)
+        chunks = Chunks.split(student, patch_grid_of(student, pixels.shape[2:]), self.rows)
         images = len(outputs)
         if counting:  # of an image nothing is left but its map: one takes as much as all
             chunks, images = chunks.few(), 1
@@ -161,7 +161,7 @@ class Tiles(Strategy):
         return plan_tiling(grid_hw, self.side, self.overlap)
 
     def _fill(self, student: Student, pixels: Tensor, outputs: Sequence[Tensor], counting: bool) -> None:
-        tiling = self.tiling(_grid_hw(student, pixels))
+        tiling = self.tiling(patch_grid_of(student, pixels.shape[2:]))
         tiles, images = (2, 1) if counting else (tiling.count, len(outputs))
         for image, out in zip(pixels[:images], outputs[:images], strict=True):
             _blend_tiles(student, tiling, image, out, tiles)
@@ -189,16 +189,21 @@ class Tiles(Strategy):
         return {"tiles": tiling.count, "tile_px": tile_px, "overlap_px": self.overlap * patch_px}
 
 
+def patch_grid_of(student: Student, padded_hw: Sequence[int]) -> tuple[int, int]:
+    """The patch grid of an image of padded height and width in pixels."""
+    return padded_hw[0] // student.patch_px, padded_hw[1] // student.patch_px
+
+
 def new_outputs(student: Student, pixels: Tensor) -> list[Tensor]:
     """Empty tensors on the CPU for the maps of a batch: B of (D, 4h, 4w), of the model's dtype."""
-    (height, width), weight = _grid_hw(student, pixels), student.head.out.weight
-    shape = (weight.shape[0], UPSCALE * height, UPSCALE * width)
-    return [torch.empty(shape, dtype=weight.dtype) for _ in range(pixels.shape[0])]
+    height, width = patch_grid_of(student, pixels.shape[2:])
+    shape = (student.embed_dim, UPSCALE * height, UPSCALE * width)
+    return [torch.empty(shape, dtype=student.dtype) for _ in range(pixels.shape[0])]
 
 
 def _blend_tiles(student: Student, tiling: Tiling, image: Tensor, out: Tensor, count: int) -> None:
     """Write the map of one image (3, H, W) to ``out`` as the blended maps of its first ``count`` tiles."""
-    patch_px = student.backbone.patch_px
+    patch_px = student.patch_px
     down, across = (
         blend_weights(starts, tile, cells, UPSCALE).to(out.dtype)
         for starts, tile, cells in zip((tiling.tops, tiling.lefts), tiling.tile_hw, tiling.grid_hw, strict=True)
@@ -217,10 +222,4 @@ def _blend_tiles(student: Student, tiling: Tiling, image: Tensor, out: Tensor, c
 
 
 def _to_model(student: Student, pixels: Tensor) -> Tensor:
-    weight = student.head.out.weight
-    return pixels.to(weight.device, weight.dtype)
-
-
-def _grid_hw(student: Student, pixels: Tensor) -> tuple[int, int]:
-    patch_px = student.backbone.patch_px
-    return pixels.shape[2] // patch_px, pixels.shape[3] // patch_px
+    return pixels.to(student.device, student.dtype)

@@ -60,12 +60,8 @@ def test_an_overlap_that_leaves_no_step_is_refused(side, overlap):
 class Pointwise(torch.nn.Module):
     """In the place of a student: a cell knows its own patch alone, so that tiles change nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = torch.nn.Module()
-        self.head.out = torch.nn.Linear(1, 3)
-        self.backbone = torch.nn.Module()
-        self.backbone.patch_px = 4
+    patch_px, embed_dim = 4, 3
+    device, dtype = torch.device("cpu"), torch.float32
 
     def forward(self, pixels):
         return torch.sin(3 * pixels)  # patches of 4 px, four cells to each: a cell is a pixel
