@@ -15,6 +15,7 @@ from torch import Tensor
 from brixel.errors import CheckpointError
 
 State = dict[str, Tensor]
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a block
 
 
 @dataclass(frozen=True)
@@ -123,18 +124,23 @@ def _sources(key: str, key_map: KeyMap) -> tuple[str, ...]:
     """Their keys for one of ours; none where the format has no such tensor."""
     if key in key_map.tensors:
         return key_map.tensors[key]
-    index = re.search(r"(?<=\.)\d+(?=\.)", key)
+    index = _INDEX.search(key)
     if index is None:
         return ()
-    template = f"{key[: index.start()]}{{i}}{key[index.end() :]}"
+    template = _template(key)
     return tuple(source.replace("{i}", index[0]) for source in key_map.tensors.get(template, ()))
+
+
+def _template(key: str) -> str:
+    """A key with its first index replaced by "{i}", as in key maps."""
+    return _INDEX.sub("{i}", key, count=1)
 
 
 def _part(source: str, state: State, key_map: KeyMap, count: int, shape: tuple[int, ...]) -> Tensor | None:
     """Their tensor, one of ``count``; zeros where the format may lack it and the whole file does; else None."""
     if source in state:
         return state[source]
-    template = re.sub(r"(?<=\.)\d+(?=\.)", "{i}", source, count=1)
+    template = _template(source)
     if template not in key_map.zeros:
         return None
     pattern = re.escape(template).replace(re.escape("{i}"), r"\d+")

@@ -1,12 +1,17 @@
-"""Percentile bootstrap over images: samples drawn with replacement, always the same ones."""
+"""Metrics by image, and the percentile bootstrap over images: samples drawn with replacement, always the same ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 DRAWS = 1000
 _SEED = 0
+
+
+def by_metric(records: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+    """Metrics by image as a tensor (N,), float64, per metric."""
+    return {key: torch.tensor([record[key] for record in records], dtype=torch.float64) for key in records[0]}
 
 
 def interval(images: Tensor, statistic: Callable[[Tensor], Tensor] | None = None) -> tuple[float, float]:

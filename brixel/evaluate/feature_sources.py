@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD
 from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.fingerprint import digest
 from brixel.errors import BrixelError
@@ -53,8 +54,8 @@ class FeatureSource:
     name: str
     maps: Callable[[Tensor], Tensor]
     patch_px: int
-    mean: Sequence[float] = (0.485, 0.456, 0.406)
-    std: Sequence[float] = (0.229, 0.224, 0.225)
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
     scale: int = 1
     resize: str | None = None
     identity: str = ""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
-from brixel.evaluate.bootstrap import interval
+from brixel.evaluate.bootstrap import by_metric, interval
 from brixel.evaluate.feature_cache import centre_crop
 from brixel.evaluate.feature_sources import (
     BASE,
@@ -103,19 +103,15 @@ def better_count(own: Tensor, base: Tensor) -> int:
     return int((own > base + _TIE).sum())
 
 
-def by_metric(records: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
-    """Metrics by image as a tensor (N,), float64, per metric."""
-    return {key: torch.tensor([record[key] for record in records], dtype=torch.float64) for key in records[0]}
+def fidelity_metrics(
+    maps: Tensor, teacher: Tensor, mean: Tensor, directions: Tensor, edges: Tensor
+) -> dict[str, float]:
+    """All metrics of one image's map, (1, D, H, W) of at least 3 x 3 cells, against the teacher's.
 
-
-def fidelity_metrics(maps: Tensor, teacher: Tensor, mean: Tensor) -> dict[str, float]:
-    """All metrics of one image's map, (1, D, H, W), against the teacher's, with its mean feature (D,) over all images.
-
-    At least 3 x 3 cells.
+    ``mean``: the teacher's mean feature (D,) over all images. ``directions`` and ``edges`` are of the teacher's map:
+    see :func:`edge_directions` and :func:`teacher_edges`.
     """
     maps, teacher = maps.float(), teacher.float()
-    directions = principal_directions(teacher, min(_DIRECTIONS, teacher.shape[1]))
-    edges = teacher_edges(teacher, directions)
     cosine = F.cosine_similarity(maps, teacher, dim=1)[0]
     return {
         **l1_and_cosine(maps, teacher),
@@ -126,11 +122,15 @@ def fidelity_metrics(maps: Tensor, teacher: Tensor, mean: Tensor) -> dict[str, f
     }
 
 
+def edge_directions(teacher: Tensor, *, across_processes: bool = True) -> Tensor:
+    """The principal directions of the teacher's map (1, D, H, W) along which edges are found: (8 or D, D)."""
+    return principal_directions(teacher, min(_DIRECTIONS, teacher.shape[1]), across_processes=across_processes)
+
+
 def edges_of_one(teacher: Tensor) -> Tensor:
     """:func:`teacher_edges` of one image's map in this process alone, whatever other processes do."""
     teacher = teacher.float()
-    directions = principal_directions(teacher, min(_DIRECTIONS, teacher.shape[1]), across_processes=False)
-    return teacher_edges(teacher, directions)
+    return teacher_edges(teacher, edge_directions(teacher, across_processes=False))
 
 
 def teacher_edges(teacher: Tensor, directions: Tensor) -> Tensor:
@@ -217,11 +217,15 @@ def _at_size(
     for number, image in enumerate(tqdm(images, f"images, {side} px", disable=None)):
         crop = centre_crop(image, side)[None]
         target = kept[number] if number < len(kept) else teacher.features(crop)
-        for name, maps in features_by_name(sources, crop).items():
+        found = features_by_name(sources, crop)
+        for name, maps in found.items():
             if maps.shape != target.shape:
                 shapes = f"{tuple(maps.shape)}, the teacher {tuple(target.shape)}"
                 raise BrixelError(f"source {name!r} gave {shapes}; only maps of the same shape can be compared")
-            records[name].append(fidelity_metrics(maps, target, mean))
+        directions = edge_directions(target)
+        edges = teacher_edges(target, directions)
+        for name, maps in found.items():
+            records[name].append(fidelity_metrics(maps, target, mean, directions, edges))
     return {name: by_metric(by) for name, by in records.items()}
 
 

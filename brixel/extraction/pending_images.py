@@ -69,6 +69,8 @@ def pending_images(
 
 def count_finished_elsewhere(images: Sequence[tuple[Path, Path]], manifest: Manifest, share: ProcessShare) -> int:
     """How many images of other processes have an entry, for the progress bar."""
+    if share.processes == 1:
+        return 0
     entries = latest_by_image(manifest.written)
     names = (path.as_posix() for _, path in images)
     return sum(name in entries and not share.contains(name) for name in names)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from brixel.errors import BrixelError
 from brixel.extraction.manifest import SourceImage, WrittenFile
 from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.storage import sidecar_path
 from brixel.utils.atomic_files import atomic_path
 
 _MAX_NAME_BYTES = 255
@@ -131,7 +132,7 @@ def checksum(path: Path) -> tuple[int, str]:
 
 
 def _files_of_map(path: Path) -> list[Path]:
-    return [path, path.with_name(f"{path.name}.json")] if path.suffix == ".npy" else [path]
+    return [path, sidecar_path(path)] if path.suffix == ".npy" else [path]
 
 
 def _sync(folder: Path, path: Path, sources: tuple[SourceImage, ...]) -> WrittenFile:

@@ -69,7 +69,7 @@ def check_writable(path: Path) -> None:
 
 def write_sidecar(path: Path, fields: Mapping[str, Any]) -> None:
     """Write the description (FIELDS) of the map in the ``.npy`` file at ``path``."""
-    write_text(_sidecar(path), json.dumps({VERSION_KEY: VERSION, **fields}, indent=1))
+    write_text(sidecar_path(path), json.dumps({VERSION_KEY: VERSION, **fields}, indent=1))
 
 
 def damaged(path: Path, error: object) -> BrixelError:
@@ -82,7 +82,8 @@ def _check_suffix(path: Path) -> None:
         raise BrixelError(f"{path} ends in {path.suffix!r}; name a feature map *.safetensors or *.npy")
 
 
-def _sidecar(path: Path) -> Path:
+def sidecar_path(path: Path) -> Path:
+    """The file of the description of the map in the ``.npy`` file at ``path``."""
     return path.with_name(path.name + ".json")
 
 
@@ -106,7 +107,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], Tensor]:
 
 
 def _read_npy(path: Path) -> tuple[dict[str, Any], Tensor]:
-    sidecar = _sidecar(path)
+    sidecar = sidecar_path(path)
     if not sidecar.is_file():
         raise BrixelError(f"{path} lacks {sidecar.name} next to it; move both files, or save the map again")
     try:

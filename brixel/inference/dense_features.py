@@ -84,7 +84,7 @@ class DenseFeatures(Student):
         def fill(cells: Tensor) -> Mapping[str, str]:
             return {**placement.meta, **forward.fill(pixels[None], cells)}
 
-        geometry = placement.geometry
+        geometry = placement.patch_grid
         shape, stride = (self.embed_dim, *geometry.map_hw(UPSCALE)), geometry.map_stride(UPSCALE)
         return make_map_file(path, shape, self.dtype, fill, image_hw=geometry.image_hw, stride=stride)
 

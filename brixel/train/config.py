@@ -97,6 +97,10 @@ class TrainConfig:
         """The weights of the losses."""
         return LossWeights(self.l1, self.edge, self.spectral, self.true_rings)
 
+    def crops_per_step(self, world_size: int) -> int:
+        """Crops of all processes that an optimiser step sees."""
+        return self.batch_size * self.accumulate * world_size
+
 
 def fields() -> list[tuple["dataclasses.Field[Any]", Any]]:
     """The settings with their types; ``field.metadata["help"]`` describes each in a line."""
@@ -104,7 +108,7 @@ def fields() -> list[tuple["dataclasses.Field[Any]", Any]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(TrainConfig)]
 
 
-_ARGS = "".join(f"    {field.name}: {field.metadata['help']}.\n" for field, _ in fields())
+_ARGS = "".join(f"    {field.name}: {field.metadata['help']}.\n" for field in dataclasses.fields(TrainConfig))
 _RAISES = "    BrixelError: A value has the wrong type or is out of range, or all three losses have weight 0.\n"
 TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n\nArgs:\n{_ARGS}\nRaises:\n{_RAISES}"
 
@@ -117,8 +121,9 @@ def make_config(settings: Mapping[str, Any], *, preset: str = "default") -> Trai
     """
     check_names([preset], PRESETS, "unknown preset")
     settings = {RENAMED.get(name, name): value for name, value in settings.items()}
-    check_names(settings, [field.name for field, _ in fields()], "unknown setting")
-    missing = [name for name in ("backbone", "images", "out") if settings.get(name) is None]
+    check_names(settings, [field.name for field in dataclasses.fields(TrainConfig)], "unknown setting")
+    required = [field.name for field in dataclasses.fields(TrainConfig) if field.default is MISSING]
+    missing = [name for name in required if settings.get(name) is None]
     if missing:
         raise BrixelError(f"settings without a default are missing: {', '.join(missing)}")
     return TrainConfig(**{**PRESETS[preset], **settings})
@@ -143,5 +148,6 @@ def write_settings(path: Path, config: TrainConfig) -> None:
 
 def differences(config: TrainConfig, other: TrainConfig) -> list[str]:
     """Settings that affect the result and differ, as "name: value in ``config``, not value in ``other``"."""
-    pairs = ((field.name, getattr(config, field.name), getattr(other, field.name)) for field, _ in fields())
+    names = (field.name for field in dataclasses.fields(config))
+    pairs = ((name, getattr(config, name), getattr(other, name)) for name in names)
     return [f"{name}: {a!r}, not {b!r}" for name, a, b in pairs if a != b and name not in INCIDENTAL]

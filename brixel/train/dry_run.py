@@ -6,13 +6,12 @@ import time
 
 import torch
 
-from brixel.model.upsampler import UPSCALE
 from brixel.train.config import TrainConfig
 from brixel.train.data import collate
 from brixel.train.distributed import DistributedContext, distributed_context
 from brixel.train.fit_blend import micro_batches_to_fit
 from brixel.train.loader import crop_dataset
-from brixel.train.setup import teacher_side_px
+from brixel.train.setup import describe_crops
 from brixel.train.trainer import Trainer
 from brixel.utils.memory import peak_bytes
 
@@ -53,11 +52,10 @@ def _plan(trainer: Trainer, config: TrainConfig, context: DistributedContext) ->
     total_s = config.steps * (step_s + live_s) + fit_s + config.cache * teacher_s
     peak = peak_bytes(context.device)
     trained = sum(parameter.numel() for parameter in trainer.module.parameters() if parameter.requires_grad)
-    teacher_px = teacher_side_px(config, vit.patch_px)
     epochs = f"{epoch_crops} crops {config.steps * trainer.images_per_step / epoch_crops:.1f} times"
     return {
         "images": f"{len(dataset)} to train on, {min(val_images, config.val_images)} to validate with",
-        "crops": f"{teacher_px} px for the teacher, {teacher_px // UPSCALE} px for the student",
+        "crops": describe_crops(config, vit.patch_px),
         "maps": f"{tuple(maps.shape[1:])}, from blocks {', '.join(map(str, trainer.model.blocks))}",
         "trained": f"{trained / 1e6:.2f} M parameters, loss L1 + {config.edge:g} edge + {config.spectral:g} spectral",
         "fit": f"blend of four maps, to {fit_crops * context.world_size} crops" + (f": {fit_s:.0f} s" if fit_s else ""),

@@ -79,7 +79,7 @@ class TrainingData:
         sampler = PositionSampler(
             start_step=start_step,
             steps=config.steps - start_step,
-            global_batch=config.batch_size * config.accumulate * self.context.world_size,
+            global_batch=config.crops_per_step(self.context.world_size),
             rank=self.context.rank,
             world_size=self.context.world_size,
         )

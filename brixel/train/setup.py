@@ -36,3 +36,9 @@ def teacher_side_px(config: TrainConfig, patch_px: int) -> int:
     side_px = _TEACHER_PATCHES * patch_px if config.teacher_px is None else config.teacher_px
     check_teacher_px(side_px, patch_px)
     return side_px
+
+
+def describe_crops(config: TrainConfig, patch_px: int) -> str:
+    """The sides of the teacher's and the student's crops, in words."""
+    teacher_px = teacher_side_px(config, patch_px)
+    return f"{teacher_px} px for the teacher, {teacher_px // UPSCALE} px for the student"

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from brixel.errors import BrixelError
 from brixel.train.data import CropBatch, CropDataset, collate
 from brixel.utils.atomic_files import write_text
+from brixel.utils.devices import dtype_name
 
 FORMAT_VERSION = 1
 HEADER, DONE, TEACHER, STUDENT = "header.json", "done.json", "teacher.bin", "student.bin"
@@ -102,7 +103,7 @@ class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
 
 def _fingerprint(dataset: CropDataset, count: int, teacher_id: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that the bytes of a cache depend on, as it reads back from JSON."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in _DTYPES or count < 1:
         raise BrixelError(f"a teacher cache of {count} crops in {name}; expected 1 or more, in {' or '.join(_DTYPES)}")
     images = [os.path.abspath(path) for path in dataset.images]

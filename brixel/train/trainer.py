@@ -88,7 +88,7 @@ class Trainer:
         self.optimizer = make_optimizer(config, self.module)
         self.parts: Parts = {"module": self.module, "average": self.average.module, "optimizer": self.optimizer}
         self.state = TrainingState(processes=context.world_size)
-        self.images_per_step = config.batch_size * config.accumulate * context.world_size
+        self.images_per_step = config.crops_per_step(context.world_size)
         self.buffers_before: list[Tensor] = []  # the running statistics before this step
 
     # ---------------------------------------------------------------- the run

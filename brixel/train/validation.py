@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from brixel.brixel_features import BrixelFeatures
+from brixel.evaluate.bootstrap import by_metric
 from brixel.evaluate.feature_sources import BASE
 from brixel.evaluate.fidelity import (
     BASELINES,
     better_count,
-    by_metric,
     centred_metrics,
     edges_of_one,
     interpolated,
@@ -21,11 +21,10 @@ from brixel.evaluate.fidelity import (
     mean_feature,
     r2,
 )
-from brixel.model.upsampler import UPSCALE
 from brixel.train.checkpoint import TrainingState
 from brixel.train.loader import TrainingData
 from brixel.train.monitoring import Metrics, draw_crops, draw_curve
-from brixel.train.setup import teacher_side_px
+from brixel.train.setup import describe_crops
 from brixel.train.teacher_cache import TeacherCache
 from brixel.utils.devices import describe_machine
 
@@ -113,12 +112,10 @@ class Validator:
 
     def _facts(self, figures: Mapping[str, float]) -> dict[str, str]:
         """The training section of the model's config and card: texts by title, without names of folders."""
-        config, teacher_px = self.config, teacher_side_px(self.config, self.model.patch_px)
-        batch = config.batch_size * config.accumulate * self.context.world_size
-        pixels = f"{teacher_px} px for the teacher, {teacher_px // UPSCALE} px for the student"
+        config, batch = self.config, self.config.crops_per_step(self.context.world_size)
         about = f", {config.about}" if config.about else ""
         facts = {
-            "images": f"{self.data.image_count}{about}; crops of {pixels}",
+            "images": f"{self.data.image_count}{about}; crops of {describe_crops(config, self.model.patch_px)}",
             "steps": f"{figures['step']} of {config.steps}, {batch} crops each; {config.optimizer}, rate {config.lr:g}",
             "loss": f"{config.l1:g} L1 + {config.edge:g} edge + {config.spectral:g} spectral",
         }

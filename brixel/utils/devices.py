@@ -7,7 +7,13 @@ import torch
 
 from brixel.errors import BrixelError
 
-DTYPES = {str(dtype)[6:]: dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 """The dtypes of models and maps, by name."""
 
 # before 2.10 torch's MPS lacks embedding_bag (pytorch/pytorch#162270, #163931)
@@ -31,11 +37,6 @@ def choose_device(device: str | torch.device) -> torch.device:
     if chosen.type == "mps" and not _MPS_COMPLETE:
         raise BrixelError(f"device 'mps' needs torch 2.10 or newer, and this is {torch.__version__}; use 'cpu'")
     return chosen
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype, such as "float32"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

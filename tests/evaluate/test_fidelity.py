@@ -13,11 +13,10 @@ from PIL import Image
 from brixel import BrixelError, BrixelFeatures
 from brixel.cli.app import main
 from brixel.errors import ImageError
-from brixel.evaluate.bootstrap import DRAWS
+from brixel.evaluate.bootstrap import DRAWS, by_metric
 from brixel.evaluate.feature_sources import FeatureSource, sources_of
 from brixel.evaluate.fidelity import (
     better_count,
-    by_metric,
     centred_metrics,
     compare,
     fidelity,

@@ -2,7 +2,6 @@
 
 import statistics
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 from brixel.brixel_features import BrixelFeatures
+from brixel.evaluate.cost.timing import seconds_of
 from brixel.evaluate.report import Report
 from brixel.extraction import extract_files
 from brixel.images.find_images import SCENE, find_images
@@ -91,14 +91,8 @@ def _measure(
         for name, call in calls.items():
             with tempfile.TemporaryDirectory() as temporary:  # emptied after the clock has stopped
                 folder = Path(temporary)
-                elapsed = _seconds(call)
+                elapsed = seconds_of(call, model.device)
             if turn >= 0:
                 seconds[name].append(elapsed)
-    stored, seen = ("{} x {} px".format(*hw) for hw in (prepared[0][1].geometry.image_hw, pixels[0].shape[-2:]))
+    stored, seen = ("{} x {} px".format(*hw) for hw in (prepared[0][1].patch_grid.image_hw, pixels[0].shape[-2:]))
     return seconds, len(paths), f"{stored}, {seen} as the model sees it"
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

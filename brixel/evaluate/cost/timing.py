@@ -34,20 +34,23 @@ SLOW_EVERY = 5  # rounds
 
 def random_student(architecture: str, *, residual_detour: bool = True, blend: bool = False) -> Student:
     """A student with random weights, of the released shape by default; no layer is zero, as a fresh head's last is."""
+    return _random_student(architecture, residual_detour, blend)[0]
+
+
+def random_model(architecture: str) -> BrixelFeatures:
+    """A model with random weights, of the shape that training gives."""
+    student, adapter = _random_student(architecture, residual_detour=False, blend=True)
+    backbone = BackboneConfig(architecture, (), known_backbone(architecture).vit, fingerprint(student.backbone))
+    return BrixelFeatures(student.backbone, student.upsampler, BrixelConfig(backbone, adapter)).eval()
+
+
+def _random_student(architecture: str, residual_detour: bool, blend: bool) -> tuple[Student, AdapterConfig]:
     torch.manual_seed(0)
     vit = known_backbone(architecture).vit
     config = AdapterConfig(default_blocks(vit.depth), residual_detour, short_side_px=256, blend=blend)
     upsampler = Upsampler(vit.width, config)
     torch.nn.init.normal_(upsampler.head.out.weight, std=0.02)
-    return Student(ViT(vit), upsampler, config.blocks)
-
-
-def random_model(architecture: str) -> BrixelFeatures:
-    """A model with random weights, of the shape that training gives."""
-    student = random_student(architecture, residual_detour=False, blend=True)
-    adapter = AdapterConfig(student.blocks, residual_detour=False, short_side_px=256, blend=True)
-    backbone = BackboneConfig(architecture, (), known_backbone(architecture).vit, fingerprint(student.backbone))
-    return BrixelFeatures(student.backbone, student.upsampler, BrixelConfig(backbone, adapter)).eval()
+    return Student(ViT(vit), upsampler, config.blocks), config
 
 
 def check_side(architecture: str, image_px: int) -> None:
@@ -107,7 +110,7 @@ def seconds_in_turn(
     return seconds
 
 
-def seconds_of(call: Callable[[], Tensor], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Seconds that one call takes, until the device has finished it."""
     start = time.perf_counter()
     call()

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.evaluate.datasets.labelled import ImageDataset, Sample, check_samples, need, paired, read_numbers
+from brixel.evaluate.datasets.labelled import ImageDataset, Sample, check_samples, need, paired, read_numbers, unpacked
 from brixel.evaluate.datasets.normals_from_depth import normals_from_depth
 from brixel.utils.fields import check_names
 
@@ -40,7 +40,7 @@ def nyuv2(root: Path, split: str) -> ImageDataset:
         "nyu_depth_v2_labeled.mat from https://cs.nyu.edu/~silberman/datasets/nyu_depth_v2.html, unpacked by "
         "utils/extract_official_train_test_set_from_mat.py of https://github.com/cleinc/bts"
     )
-    base = root / "official_splits" if (root / "official_splits").is_dir() else root
+    base = unpacked(root, "official_splits")
     folder = base / ("test" if split == "val" else split)
     need("a folder of NYU Depth v2", where, folder)
     images = sorted(folder.glob("*/rgb_*.jpg"))
@@ -55,7 +55,7 @@ def nyuv2_normals(root: Path, split: str) -> ImageDataset:
     The same 795 and 654 images; "val" means "test". Its normals point away from the camera, so they are negated.
     """
     where = "dsine_eval.zip, linked in step 2 of https://github.com/baegwangbin/DSINE"
-    base = next((path for path in (root / "dsine_eval" / "nyuv2", root / "nyuv2") if path.is_dir()), root)
+    base = unpacked(root, "dsine_eval/nyuv2", "nyuv2")
     folder = base / ("test" if split == "val" else split)
     need("a folder of NYU Depth v2 with normals", where, folder)
     images = sorted(folder.glob("*_img.png"))

@@ -149,7 +149,7 @@ def plain(folder: Path, split: str) -> ImageDataset:
 def voc2012(root: Path, split: str) -> ImageDataset:
     """Pascal VOC 2012 as unpacked from `VOCtrainval_11-May-2012.tar`: 21 classes; 255, the outlines, means none."""
     where = "VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
-    inner = next((path for path in (root / "VOCdevkit" / "VOC2012", root / "VOC2012") if path.is_dir()), root)
+    inner = unpacked(root, "VOCdevkit/VOC2012", "VOC2012")
     listed = inner / "ImageSets" / "Segmentation" / f"{split}.txt"
     need("the list of images of Pascal VOC 2012", where, listed)
     samples = [
@@ -163,7 +163,7 @@ def voc2012(root: Path, split: str) -> ImageDataset:
 def ade20k(root: Path, split: str) -> ImageDataset:
     """ADE20K as unpacked from `ADEChallengeData2016.zip`: 150 classes; 0, "other", means none, i is class i - 1."""
     where = "ADEChallengeData2016.zip from http://data.csail.mit.edu/places/ADEchallenge/"
-    inner = root / "ADEChallengeData2016" if (root / "ADEChallengeData2016").is_dir() else root
+    inner = unpacked(root, "ADEChallengeData2016")
     folder = {"train": "training", "val": "validation"}.get(split, split)
     images, masks = inner / "images" / folder, inner / "annotations" / folder
     need("a folder of ADE20K", where, images, masks)
@@ -221,6 +221,11 @@ def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:
         samples.append(Sample(image, next((path for path in found if path.exists()), found[0])))
     check_samples(samples, f"images in {folder / 'images'}", where)
     return samples
+
+
+def unpacked(root: Path, *names: str) -> Path:
+    """The first of the folders in ``root`` that an archive unpacks to; ``root`` itself where there is none."""
+    return next((root / name for name in names if (root / name).is_dir()), root)
 
 
 def need(what: str, where: str, *paths: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from brixel.errors import BrixelError
-from brixel.evaluate.bootstrap import interval
+from brixel.evaluate.bootstrap import by_metric, interval
 from brixel.evaluate.datasets.labelled import ImageDataset, centre_square
 from brixel.evaluate.feature_cache import features_of
 from brixel.evaluate.feature_sources import BASE, FeatureSource
@@ -119,7 +119,7 @@ def depth_normals(
         base: Tensor | None = None
         for source in sources:
             probe, found = probe_depth_normals(kind, source, train, val, side, settings=settings, cache=cache)
-            values = {key: torch.tensor([image[key] for image in found], dtype=torch.float64) for key in found[0]}
+            values = by_metric(found)
             row = source.row(model, side) | {key: float(by_image.mean()) for key, by_image in values.items()}
             row["learning_rate"], row["interval"] = probe.learning_rate, interval(values[main])
             if source.name == BASE:

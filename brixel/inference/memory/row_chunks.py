@@ -6,8 +6,9 @@ Shapes: B batch, C channels, H x W cells.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from brixel.model.adapter import resize
 
 Ranges = Sequence[tuple[int, int]]
 """Pairs (start, stop), stop excluded."""
@@ -33,11 +34,11 @@ def resize_rows(
     """The rows ``wanted`` of a map with ``total`` rows that is resized to ``new_hw``, bilinear.
 
     ``maps``: (B, C, n, W), the map's rows from ``start`` on, at least those of :func:`source_rows`. Cell centres are at
-    +0.5, as in `model.adapter.resize`. Returns (B, C, wanted, new W) of ``dtype``, channels last in memory.
+    +0.5, as in :func:`resize`. Returns (B, C, wanted, new W) of ``dtype``, channels last in memory.
     """
     if total == new_hw[0]:
         maps = maps[:, :, wanted[0] - start : wanted[1] - start]
-        return (maps if maps.shape[3] == new_hw[1] else _resize_columns(maps, new_hw[1])).to(dtype)
+        return (maps if maps.shape[3] == new_hw[1] else resize(maps, (maps.shape[2], new_hw[1]))).to(dtype)
     wide = torch.promote_types(maps.dtype, torch.float32)
     rows = torch.arange(*wanted, dtype=wide, device=maps.device)
     positions = ((rows + 0.5) * (total / new_hw[0]) - 0.5).clamp(0, total - 1)
@@ -46,8 +47,5 @@ def resize_rows(
     index = above.long() - start
     below = (above.long() + 1).clamp_max(total - 1) - start
     mixed = torch.lerp(maps[:, :, index].to(wide), maps[:, :, below].to(wide), fraction)  # B C n' W
-    return _resize_columns(mixed.contiguous(memory_format=torch.channels_last), new_hw[1]).to(dtype)
-
-
-def _resize_columns(maps: Tensor, columns: int) -> Tensor:
-    return F.interpolate(maps, size=(maps.shape[2], columns), mode="bilinear", align_corners=False)
+    mixed = mixed.contiguous(memory_format=torch.channels_last)
+    return resize(mixed, (mixed.shape[2], new_hw[1])).to(dtype)

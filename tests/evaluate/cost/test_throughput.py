@@ -29,11 +29,11 @@ def test_the_report_has_images_per_second_and_the_median_ratio(model, tmp_path, 
     draw_images(tmp_path, 1, (28, 28))
     elapsed = iter([9, 9, 9, 0.5, 0.5, 0.625, 0.25, 0.5, 0.5, 0.5, 0.5, 0.8])  # a warm-up and three rounds
 
-    def seconds(call):
+    def seconds(call, device):
         call()
         return next(elapsed)
 
-    monkeypatch.setattr(module, "_seconds", seconds)
+    monkeypatch.setattr(module, "seconds_of", seconds)
     text = throughput([model], tmp_path, rounds=3, batch_size=1, workers=0).markdown("brixel evaluate throughput")
     assert f"| {BARE} | 2.00 | 2.00 to 4.00 | 100.0% |" in text
     assert f"| {EXTRACT} | 1.60 | 1.25 to 2.00 | 62.5% |" in text
