@@ -2,7 +2,7 @@
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 Tag = TypeVar("Tag")
+Result = TypeVar("Result")
 BATCHES_IN_FLIGHT = 4  # batches' worth of images among which those of one size share a batch
-
-Result = Tensor | Exception
-"""An image's features, or the error where it alone cannot be computed."""
-Forward = Callable[[Tensor], Sequence[Result] | Tensor]
 
 
 @dataclass
-class QueuedImage(Generic[Tag]):
+class QueuedImage(Generic[Tag, Result]):
     """An image in the queue until its result is yielded: first its pixels, then its result; neither if it had none."""
 
     pixels: Tensor | None
@@ -27,7 +24,7 @@ class QueuedImage(Generic[Tag]):
 
 
 def run_batches(
-    forward: Forward,
+    forward: Callable[[Tensor], Iterable[Result]],
     items: Iterable[tuple[Tensor | None, Tag]],
     *,
     batch_size: int,
@@ -50,8 +47,9 @@ def run_batches(
         The result and the tag of every item.
     """
     most = BATCHES_IN_FLIGHT * batch_size if batch_size > 1 else 1
-    queue: deque[QueuedImage[Tag]] = deque()
-    groups: dict[torch.Size, list[QueuedImage[Tag]]] = {}  # what waits for its batch, the size of the oldest first
+    queue: deque[QueuedImage[Tag, Result]] = deque()
+    # what waits for its batch, the size of the oldest first
+    groups: dict[torch.Size, list[QueuedImage[Tag, Result]]] = {}
     iterator = iter(items)
     failure: Exception | None = None
     while failure is None:
@@ -61,7 +59,7 @@ def run_batches(
             item, failure = None, error
         if item is None:
             break
-        image = QueuedImage(*item)
+        image: QueuedImage[Tag, Result] = QueuedImage(*item)
         del item  # the queue alone holds the pixels
         queue.append(image)
         if image.pixels is not None:
@@ -81,14 +79,14 @@ def run_batches(
         raise failure
 
 
-def _finished(queue: deque[QueuedImage[Tag]]) -> Iterator[tuple[Result | None, Tag]]:
+def _finished(queue: deque[QueuedImage[Tag, Result]]) -> Iterator[tuple[Result | None, Tag]]:
     """Take those at the front that wait for nothing out of the queue."""
     while queue and queue[0].pixels is None:
         image = queue.popleft()
         yield image.result, image.tag
 
 
-def _run(forward: Forward, group: list[QueuedImage[Tag]]) -> None:
+def _run(forward: Callable[[Tensor], Iterable[Result]], group: list[QueuedImage[Tag, Result]]) -> None:
     pixels = [image.pixels for image in group if image.pixels is not None]
     # no_grad rather than inference_mode: a probe may be trained on the results
     with torch.no_grad():

@@ -10,8 +10,8 @@ from brixel.errors import BrixelError, MemoryLimitError
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.images.load import ImageInput
 from brixel.images.preprocess import ImagePlacement, Preprocessor
-from brixel.inference.batching import Result, run_batches
-from brixel.inference.memory.limited_forward import MemoryLimitedForward, is_out_of_memory
+from brixel.inference.batching import run_batches
+from brixel.inference.memory.limited_forward import ComputedMap, MemoryLimitedForward, is_out_of_memory
 from brixel.inference.prefetch import prefetch
 from brixel.utils.fields import Rule, check_field, whole_number
 
@@ -67,7 +67,7 @@ class FeatureStream:
         except (BrixelError, FileNotFoundError) as error:
             return None, error
 
-    def _compute(self, pixels: Tensor) -> Sequence[Result]:
+    def _compute(self, pixels: Tensor) -> Sequence[ComputedMap | Exception]:
         """The maps of a batch; where it does not fit, of each image alone, or its error."""
         try:
             return self._forward(pixels)
@@ -76,13 +76,15 @@ class FeatureStream:
                 return [error.with_traceback(None)]  # which would hold the pixels
         return [result for image in pixels.split(1) for result in self._compute(image)]
 
-    def _finish(self, features: Result | None, placement: ImagePlacement | Exception) -> FeatureMap | Exception:
-        if isinstance(features, Exception):
-            return features
-        if features is None or isinstance(placement, Exception):
+    def _finish(
+        self, computed: ComputedMap | Exception | None, placement: ImagePlacement | Exception
+    ) -> FeatureMap | Exception:
+        if isinstance(computed, Exception):
+            return computed
+        if computed is None or isinstance(placement, Exception):
             assert isinstance(placement, Exception)
             return placement
-        return placement.feature_map(features, meta=self._forward.meta(features), in_place=True)
+        return placement.feature_map(computed.features, meta=computed.meta, in_place=True)
 
 
 def raise_errors(results: Iterable[FeatureMap | Exception]) -> Iterator[FeatureMap]:

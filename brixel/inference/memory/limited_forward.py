@@ -4,10 +4,10 @@ import functools
 import gc
 import logging
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from brixel.errors import MemoryLimitError
 from brixel.inference.memory.allocation_tracker import copy_with
@@ -30,6 +30,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
+class ComputedMap(NamedTuple):
+    """A dense map (D, 4h, 4w) on the CPU, and what its meta says of tiles: nothing where there were none."""
+
+    features: Tensor
+    meta: Mapping[str, str]
+
+
 class MemoryLimitedForward:
     """Computes the dense maps of a stream of images. What ran out of memory in one batch is not tried in the next.
 
@@ -49,25 +56,18 @@ class MemoryLimitedForward:
         self._student = student
         self._planner = Planner(student, limit, tiles)
         self.budget = MemoryBudget(self._planner, batch)
-        self._metas = WeakTensorKeyDictionary()
         self._warned: set[str] = set()
 
-    def __call__(self, pixels: Tensor) -> list[Tensor]:
-        """Compute the maps (D, 4h, 4w) of ``pixels`` (B, 3, H, W), both on the CPU. Raises MemoryLimitError."""
+    def __call__(self, pixels: Tensor) -> list[ComputedMap]:
+        """Compute the maps of ``pixels`` (B, 3, H, W) on the CPU. Raises MemoryLimitError."""
         job = Job(pixels.shape[0], (pixels.shape[2], pixels.shape[3]))
         maps, meta = self._run(job, pixels, None)
-        for dense in maps:
-            self._metas[dense] = meta
-        return maps
+        return [ComputedMap(dense, meta) for dense in maps]
 
     def fill(self, pixels: Tensor, out: Tensor) -> Mapping[str, str]:
         """Write the map of one image (1, 3, H, W) to ``out`` (D, Hf, Wf), which takes no memory; the map's meta."""
         job = Job(1, (pixels.shape[2], pixels.shape[3]), to_file=True)
         return self._run(job, pixels, out)[1]
-
-    def meta(self, features: Tensor) -> Mapping[str, str]:
-        """What the meta of a map that this computed says of tiles; empty where there were none."""
-        return dict(self._metas[features])
 
     def check(self, padded_hw: tuple[int, int], *, to_file: bool = False) -> None:
         """Raise MemoryLimitError where an image of that size cannot be computed, before its pixels exist."""
