@@ -21,6 +21,7 @@ from brixel.errors import (
 from brixel.extraction.map_folder import MapFolder
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.pca import PcaBasis
+from brixel.inference.upsample import upsample
 
 __version__ = version("brixel")
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ViTConfig",
     "__version__",
     "list_models",
+    "upsample",
 ]
 
 

@@ -11,23 +11,27 @@ from torch import nn
 
 from brixel.backbones.base import Backbone, check_maps
 from brixel.backbones.vit_config import ViTConfig
+from brixel.checkpoints.bundled_universal import load_universal
 from brixel.checkpoints.hub_download import Access, portable_sources
 from brixel.checkpoints.hub_upload import push
-from brixel.checkpoints.locate_files import BUNDLED, locate
-from brixel.checkpoints.model_folder import ADAPTER, CONFIG, read_config, save
+from brixel.checkpoints.locate_files import DEFAULT, locate
+from brixel.checkpoints.model_folder import ADAPTER, CONFIG, FLOAT, read_config, save
 from brixel.checkpoints.release_adapters import choose_release, read_release
 from brixel.checkpoints.saved_backbone import match_module, move_module, read_backbone, resolve_backbone, wrap_module
 from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
+from brixel.errors import BrixelError
 from brixel.images.find_images import SCENE
 from brixel.images.load import ImageInput
 from brixel.inference.comparison_panel import comparison_panel
 from brixel.inference.dense_features import DenseFeatures
-from brixel.model.config import AdapterConfig, BrixelConfig, default_blocks
-from brixel.model.upsampler import Upsampler
+from brixel.model.config import BILINEAR, UNIVERSAL, AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
+from brixel.model.upsampler import AnyUpsampler, GuidedUpsampler, SecondUpsampler, Upsampler, make_upsampler
 from brixel.utils.devices import choose_device, choose_dtype
+from brixel.utils.fields import check_field, one_of
 
 PathLike = str | os.PathLike[str]
-_PATCHES_ON_SHORT_SIDE = 16  # what fresh adapters are made for: 256 px at patch 16, 224 px at patch 14
+FRESH = "fresh"
+_PATCHES_ON_SHORT_SIDE = 16  # where no training says: 256 px at patch 16, 224 px at patch 14
 
 
 class BrixelFeatures(DenseFeatures):
@@ -41,7 +45,7 @@ class BrixelFeatures(DenseFeatures):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: PathLike = BUNDLED,
+        name_or_path: PathLike = DEFAULT,
         *,
         backbone: PathLike | nn.Module | None = None,
         device: str | torch.device = "auto",
@@ -55,8 +59,8 @@ class BrixelFeatures(DenseFeatures):
 
         Args:
             name_or_path: A folder; a repository on the Hub, as a string "ORG/NAME" or "ORG/NAME@REVISION"; or
-                "brixel-tiny", the default: the small model in the package (6.5 M parameters, Apache-2.0; its limits
-                are in `docs/brixel-tiny.md`).
+                a model in the package: "brixel-small", the default (DINOv2-S with an adapter, `docs/brixel-small.md`),
+                or "brixel-tiny" (6.5 M parameters, `docs/brixel-tiny.md`), both under Apache-2.0.
             backbone: The model's backbone, as in :meth:`from_backbone`, where it is not at the sources that the model's
                 config names; required for a model that was made on a module.
             device: Such as "cpu" or "cuda:1"; "auto" is CUDA, then MPS, then the CPU.
@@ -88,7 +92,9 @@ class BrixelFeatures(DenseFeatures):
             vit, config = resolve_backbone(files, config, backbone, dtype, access)
         what = f"{path} does not fit an adapter for {config.backbone.title}"
         with files.reading():
-            upsampler = load_into(lambda: Upsampler(vit.width, config.adapter), read_tensors(path), dtype, what=what)
+            upsampler = load_into(
+                lambda: make_upsampler(config.backbone.vit, config.adapter), read_tensors(path), dtype, what=what
+            )
         config = dataclasses.replace(config, commits={**config.commits, **files.commits})
         if files.snapshot:  # once saved here, the config must not name paths of the machine that it came from
             config = config.with_sources(portable_sources(config.backbone.sources))
@@ -99,6 +105,7 @@ class BrixelFeatures(DenseFeatures):
         cls,
         name_or_path: PathLike | nn.Module,
         *,
+        adapter: str = UNIVERSAL,
         architecture: str | ViTConfig | None = None,
         blocks: Iterable[int] | None = None,
         short_side_px: int | None = None,
@@ -110,7 +117,7 @@ class BrixelFeatures(DenseFeatures):
         local_files_only: bool = False,
         **vit_fields: object,
     ) -> "BrixelFeatures":
-        """Put a fresh adapter on a backbone. It starts as the identity: the backbone's map, upsampled.
+        """Put an adapter on a backbone that needs no training for it, or one to be trained.
 
         Args:
             name_or_path: A name or an alias in :func:`brixel.list_models`, such as "dinov2-small" or "brixel-tiny",
@@ -119,8 +126,11 @@ class BrixelFeatures(DenseFeatures):
                 safetensors); or a module: a model of `transformers` (with ``mean`` and ``std``) or timm, or your own,
                 see :class:`brixel.backbones.base.Backbone`. A path on disk takes precedence over a name. A module is
                 frozen and put in evaluation mode; "auto" keeps its device and dtype.
+            adapter: "universal", the upsampler in the package that sharpens the features of any backbone along the
+                outlines in the image (`docs/universal.md`); "bilinear" interpolation; or "fresh", an untrained adapter
+                for :mod:`brixel.train`, which starts as the universal one.
             architecture: A name or an alias, or a :class:`ViTConfig`; only needed where the files leave it open.
-            blocks: The four blocks, from 0, whose maps the adapter reads; chosen by depth where None.
+            blocks: The four blocks, from 0, whose maps a fresh adapter reads; chosen by depth where None.
             short_side_px: Short side in pixels that :meth:`extract` resizes images to; 16 patches where None.
             device, dtype, revision, token, cache_dir, local_files_only: As in :meth:`from_pretrained`.
             **vit_fields: Fields of :class:`ViTConfig` that replace what the file's format implies, such as ``mean``,
@@ -134,23 +144,24 @@ class BrixelFeatures(DenseFeatures):
             DownloadError: The Hub does not give a file.
             CheckpointError: The files fit no known architecture, or not the one that was given.
         """
+        check_field("adapter", adapter, one_of(UNIVERSAL, BILINEAR, FRESH))
         if isinstance(name_or_path, nn.Module):
             of_files = {"revision": revision, "token": token, "cache_dir": cache_dir, "architecture": architecture}
             settings = {**of_files, "local_files_only": local_files_only, **vit_fields}
             module, described = wrap_module(name_or_path, settings)
             device, dtype = move_module(name_or_path, device, dtype)
-            adapter = _fresh(module, blocks, short_side_px)
-            upsampler = Upsampler(module.width, adapter).to(device, dtype)
-            check_maps(module, adapter.blocks, device, dtype)
-            return cls(module, upsampler, BrixelConfig(described, adapter))
+            config = _adapter_config(adapter, module, blocks, short_side_px)
+            upsampler = _new_upsampler(described, config, dtype).to(device)
+            check_maps(module, config.blocks, device, dtype)
+            return cls(module, upsampler, BrixelConfig(described, config))
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         access = _access(token, cache_dir, local_files_only)
         files = locate(name_or_path, what="backbone", revision=revision, access=access)
         vit, described = read_backbone(files, architecture, dtype, vit_fields)
-        adapter = _fresh(vit, blocks, short_side_px)
-        upsampler = Upsampler(vit.width, adapter).to(dtype)
-        return cls(vit, upsampler, BrixelConfig(described, adapter, files.commits)).to(device)
+        config = _adapter_config(adapter, vit, blocks, short_side_px)
+        upsampler = _new_upsampler(described, config, dtype)
+        return cls(vit, upsampler, BrixelConfig(described, config, files.commits)).to(device)
 
     @classmethod
     def from_release(
@@ -210,7 +221,7 @@ class BrixelFeatures(DenseFeatures):
         upsampler = load_into(build, read_release(adapter_path, shapes_of(build), what=what), dtype, what=what)
         return cls(vit, upsampler, BrixelConfig(described, adapter, files.commits, training)).to(device)
 
-    def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False) -> None:
+    def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False, weights: str = FLOAT) -> None:
         """Write the model into a folder, which is created if it does not exist.
 
         Writes `adapter.safetensors`, the card `README.md` and, last, `config.json`, each whole or not at all. A card
@@ -221,17 +232,21 @@ class BrixelFeatures(DenseFeatures):
             include_backbone: Whether `backbone.safetensors` is written as well, for which the backbone's licence must
                 allow passing it on. Otherwise the config names the sources of the backbone. A backbone that was given
                 as a module cannot be included.
+            weights: Of the backbone: "float", in the dtype of the model, or "int8", whose linear layers are stored as
+                8-bit integers with a scale per output channel. They become floats again when they are loaded, so that
+                only the files are smaller.
 
         Raises:
-            BrixelError: ``folder`` is a file, or the backbone cannot be included.
+            BrixelError: ``folder`` is a file, or the backbone cannot be included, or "int8" is asked for without it.
         """
-        save(self, self.config, Path(folder), include_backbone=include_backbone)
+        save(self, self.config, Path(folder), include_backbone=include_backbone, weights=weights)
 
     def push_to_hub(
         self,
         repository: str,
         *,
         include_backbone: bool = False,
+        weights: str = FLOAT,
         image: ImageInput = SCENE,
         private: bool | None = None,
         token: str | bool | None = None,
@@ -245,6 +260,7 @@ class BrixelFeatures(DenseFeatures):
         Args:
             repository: "ORG/NAME"; created if it does not exist.
             include_backbone: Whether the backbone's weights are uploaded, for which its licence must allow it.
+            weights: As for :meth:`save_pretrained`.
             image: The image of the panel on the card.
             private: Whether a new repository is private; the account's default where None.
             token: Access token for the Hub in place of that of `hf auth login`.
@@ -263,15 +279,33 @@ class BrixelFeatures(DenseFeatures):
             repository,
             lambda: comparison_panel(self, [image]),
             include_backbone=include_backbone,
+            weights=weights,
             private=private,
             token=token,
             message=message,
         )
 
 
-def _fresh(vit: Backbone, blocks: Iterable[int] | None, short_side_px: int | None) -> AdapterConfig:
+def _adapter_config(
+    adapter: str, vit: Backbone, blocks: Iterable[int] | None, short_side_px: int | None
+) -> AdapterConfig:
     side = _PATCHES_ON_SHORT_SIDE * vit.patch_px if short_side_px is None else short_side_px
-    return AdapterConfig(_blocks(blocks, vit), residual_detour=False, short_side_px=side, blend=True)
+    if adapter == FRESH:
+        grids = (max(1, round(side / vit.patch_px)),)
+        return AdapterConfig(
+            _blocks(blocks, vit), residual_detour=False, short_side_px=side, blend=True, generation=2, grids=grids
+        )
+    if blocks is not None:
+        raise BrixelError(f"blocks={blocks!r} goes with adapter='fresh'; a {adapter} adapter reads the last block")
+    return AdapterConfig((vit.depth - 1,), residual_detour=False, short_side_px=side, kind=adapter)
+
+
+def _new_upsampler(backbone: BackboneConfig, config: AdapterConfig, dtype: torch.dtype) -> AnyUpsampler:
+    """An untrained upsampler, but with the package's weights where it is the universal one."""
+    made = make_upsampler(backbone.vit, config).to(dtype)
+    if isinstance(made, GuidedUpsampler | SecondUpsampler):
+        made.universal = load_universal(dtype)
+    return made
 
 
 def _blocks(blocks: Iterable[int] | None, vit: Backbone) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What several test files need: a tiny backbone on disk, written by transformers, and an image."""
 
 import gc
+import socket
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,13 @@ def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_thread() -> None:
     """The models here are tiny: on busy cores, threads that wait for each other make them ten times slower."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection can be opened."""
+    monkeypatch.setattr(socket, "socket", None)
+    monkeypatch.setattr(socket, "getaddrinfo", None)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The public class, on a tiny backbone that transformers wrote."""
 
 import copy
+import dataclasses
 import json
 import pickle
 import shutil
@@ -16,17 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from brixel import BrixelError, BrixelFeatures, CheckpointError, FeatureMap, ImageError
 from brixel.checkpoints.model_folder import read_config
+from brixel.inference.memory.strategies import RowChunks
+from brixel.model.upsampler import Upsampler
 
 
 @pytest.fixture(scope="module")
 def untrained(backbone_folder):
-    return BrixelFeatures.from_backbone(backbone_folder, device="cpu")
+    return BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def model(backbone_folder):
     """As if trained: the last layer is not zero, running statistics are not those of the start."""
-    made = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
+    made = BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu")
     torch.manual_seed(1)
     torch.nn.init.normal_(made.head.out.weight, std=0.1)
     for module in made.adapter.modules():
@@ -45,11 +48,104 @@ def test_facts(untrained):
     assert not untrained.training
 
 
-def test_an_untrained_model_is_the_backbone_upsampled(untrained):
+def test_untrained_models_are_the_backbone_upsampled(untrained, backbone_folder):
     pixels = torch.randn(2, 3, 42, 70)
+    bilinear = BrixelFeatures.from_backbone(backbone_folder, adapter="bilinear", device="cpu")
+    universal = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
+    assert universal.config.adapter.kind == "universal"
     with torch.no_grad():
-        expected = F.interpolate(untrained.backbone_features(pixels), size=(12, 20), mode="bilinear")
-        assert torch.equal(untrained(pixels), expected)
+        low = untrained.backbone_features(pixels)
+        assert torch.equal(bilinear(pixels), F.interpolate(low, size=(12, 20), mode="bilinear"))
+        assert torch.equal(untrained(pixels), universal(pixels))
+        assert (universal(pixels) - bilinear(pixels)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("adapter", "scale"),
+    [
+        *(("universal", 2), ("bilinear", 1), ("fresh", 8)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("universal", 8), ("fresh", 1), ("fresh", 2))),
+    ],
+)
+def test_other_scales(backbone_folder, image_path, adapter, scale):
+    model = BrixelFeatures.from_backbone(backbone_folder, adapter=adapter, device="cpu")
+    usual, other = model.extract(image_path), model.extract(image_path, scale=scale)
+    rows, columns = (cells * scale // 4 for cells in usual.grid_hw)
+    assert abs(other.grid_hw[0] - rows) <= 1
+    assert abs(other.grid_hw[1] - columns) <= 1
+    assert other.stride == tuple(4 / scale * stride for stride in usual.stride)
+    pixels, placement = model.prepare(image_path)
+    with torch.no_grad():
+        expected = placement.feature_map(model.at_scale(scale)(pixels[None])[0])
+    assert torch.equal(other.features, expected.features)
+    (chunked,) = RowChunks(3).run(model.at_scale(scale), pixels[None])
+    torch.testing.assert_close(placement.feature_map(chunked).features, other.features, rtol=0, atol=1e-4)
+    assert model.plan((224, 336), scale=scale, memory_limit="1GiB").strategy == "whole"
+
+
+def test_a_scale_that_is_none_is_refused(untrained, image_path):
+    for scale in (0, 33, 2.5, "4", True):
+        with pytest.raises(BrixelError, match="scale is .*; expected a whole number of cells per patch, 1 to 32"):
+            untrained.extract(image_path, scale=scale)
+    config = dataclasses.replace(untrained.config.adapter, generation=1, grids=())
+    first = BrixelFeatures(untrained.backbone, Upsampler(64, config), untrained.config)
+    with pytest.raises(BrixelError, match="scale is 2; this model's adapter was trained for 4 cells per patch alone"):
+        first.extract(image_path, scale=2)
+
+
+def test_other_adapters_are_refused(backbone_folder):
+    with pytest.raises(BrixelError, match="adapter is 'bicubic'; expected one of 'universal', 'bilinear', 'fresh'"):
+        BrixelFeatures.from_backbone(backbone_folder, adapter="bicubic")
+    with pytest.raises(BrixelError, match=r"blocks=\(0, 1, 2, 3\) goes with adapter='fresh'"):
+        BrixelFeatures.from_backbone(backbone_folder, blocks=(0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("adapter", ["universal", "bilinear", "fresh"])
+def test_models_of_every_kind_are_saved_and_loaded(backbone_folder, image_path, tmp_path, adapter):
+    model = BrixelFeatures.from_backbone(backbone_folder, adapter=adapter, device="cpu", short_side_px=42)
+    model.save_pretrained(tmp_path)
+    again = BrixelFeatures.from_pretrained(tmp_path, device="cpu")
+    assert again.config == model.config
+    assert torch.equal(again.extract(image_path).features, model.extract(image_path).features)
+
+
+def test_weights_of_eight_bits(backbone_folder, image_path, tmp_path):
+    model = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=42)
+    model.save_pretrained(tmp_path / "float", include_backbone=True)
+    model.save_pretrained(tmp_path / "int8", include_backbone=True, weights="int8")
+    sizes = [(tmp_path / kind / "backbone.safetensors").stat().st_size for kind in ("float", "int8")]
+    assert sizes[1] < sizes[0] / 2
+    again = BrixelFeatures.from_pretrained(tmp_path / "int8", device="cpu")
+    assert again.config.backbone.int8
+    for name, weight in model.backbone.state_dict().items():
+        step = weight.abs().amax(-1, keepdim=True) / 127 if name.endswith("weight") and weight.ndim == 2 else 0
+        # half a step, and float16's rounding
+        assert ((again.backbone.state_dict()[name] - weight).abs() <= 0.5 * step + 1e-3 * weight.abs()).all(), name
+    cosine = F.cosine_similarity(again.extract(image_path).features, model.extract(image_path).features, dim=0)
+    assert cosine.mean() > 0.99
+    again.save_pretrained(tmp_path / "again", include_backbone=True)  # as floats, which are not exactly the backbone's
+    assert BrixelFeatures.from_pretrained(tmp_path / "again", device="cpu").config == again.config
+    given = BrixelFeatures.from_pretrained(tmp_path / "int8", backbone=backbone_folder, device="cpu")
+    assert torch.equal(given.extract(image_path).features, model.extract(image_path).features)
+
+
+def test_weights_of_eight_bits_of_another_backbone_are_noticed(backbone_folder, tmp_path):
+    model = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
+    model.save_pretrained(tmp_path / "int8", include_backbone=True, weights="int8")
+    with torch.no_grad():
+        for parameter in model.backbone.parameters():
+            parameter.copy_(parameter.flip(0))
+    model.save_pretrained(tmp_path / "other", include_backbone=True, weights="int8")
+    (tmp_path / "other" / "backbone.safetensors").replace(tmp_path / "int8" / "backbone.safetensors")
+    with pytest.raises(CheckpointError, match="other weights than the adapter was made for"):
+        BrixelFeatures.from_pretrained(tmp_path / "int8", device="cpu")
+
+
+def test_weights_of_eight_bits_need_the_backbone(untrained, tmp_path):
+    with pytest.raises(BrixelError, match="weights='int8' is how the backbone is stored; expected include_backbone"):
+        untrained.save_pretrained(tmp_path, weights="int8")
+    with pytest.raises(BrixelError, match="weights is 'int4'; expected one of 'float', 'int8'"):
+        untrained.save_pretrained(tmp_path, include_backbone=True, weights="int4")
 
 
 def test_extract_gives_the_map_of_the_prepared_image(model, image_path):
@@ -340,7 +436,7 @@ def edited(model, tmp_path, edit):
         ),
         (lambda c: c["adapter"].update(blocks=[0.0, 1, 2, 3]), "expected four indices"),
         (lambda c: c["adapter"].update(blocks=[True, 1, 2, 3]), "expected four indices"),
-        (lambda c: c["adapter"].update(blocks=11), "expected four indices"),
+        (lambda c: c["adapter"].update(blocks=11), "blocks is .11., for a trained adapter; expected four blocks"),
         (lambda c: c["adapter"].update(short_side_px=0), "short_side_px is 0"),
         (lambda c: c["backbone"].update(fingerprint=[]), "other weights"),
         (
@@ -395,6 +491,7 @@ def test_an_adapter_of_another_backbone_is_refused(model, tmp_path):
 def test_settings_of_the_vit_can_be_given(backbone_folder):
     given = BrixelFeatures.from_backbone(
         backbone_folder,
+        adapter="fresh",
         device="cpu",
         position_antialias=True,
         mean=(0.5, 0.5, 0.5),
@@ -408,4 +505,4 @@ def test_settings_of_the_vit_can_be_given(backbone_folder):
     with pytest.raises(BrixelError, match="no setting 'position_antialiasing'; did you mean 'position_antialias'"):
         BrixelFeatures.from_backbone(backbone_folder, position_antialiasing=True)
     with pytest.raises(BrixelError, match="four indices"):
-        BrixelFeatures.from_backbone(backbone_folder, blocks=(1, 2, 3))
+        BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", blocks=(1, 2, 3))

@@ -104,7 +104,7 @@ try:  # told from those of other packages without importing them
     as_backbone(torch.nn.Linear(1, 1))
 except ValueError:
     pass
-brixel.BrixelFeatures.from_pretrained(device="cpu")  # the bundled model
+brixel.BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")  # the bundled model
 late = {"transformers", "timm", "huggingface_hub"} & (set(sys.modules) - loaded)
 assert not late, late
 """

@@ -63,8 +63,8 @@ def test_a_block_on_dinov3_runs_without_access(block, photographs, dinov3, caplo
 def test_what_the_first_block_prints(photographs, capsys):
     exec(compile(BLOCKS[0], "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("FeatureMap((192, 64, 96) ")
-    assert printed[1:] == ["torch.Size([1, 192])", "torch.Size([64, 96])"]
+    assert printed[0].startswith("FeatureMap((384, 64, 96) ")
+    assert printed[1:] == ["torch.Size([1, 384])", "torch.Size([64, 96])"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

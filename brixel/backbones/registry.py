@@ -156,7 +156,15 @@ _ROWS = (
 KNOWN_BACKBONES: Mapping[str, KnownBackbone] = MappingProxyType({row.name: row for row in _ROWS})
 """The published backbones, by name; a weight file is recognised as one of them by its shapes."""
 
-# inside the package, with its adapter, and published nowhere else: a weight file is never recognised as this one
+# inside the package, with their adapters: a weight file is never recognised as one of these
+BRIXEL_SMALL = KnownBackbone(
+    "brixel-small",
+    KNOWN_BACKBONES["dinov2-vits14"].vit,
+    "apache-2.0",
+    huggingface="",
+    timm="",
+    adapter="brixel-small",
+)
 BRIXEL_TINY = KnownBackbone(
     "brixel-tiny",
     ViTConfig(**_SIZES["tiny"], patch_px=16, positions="rotary", norm_eps=1e-5, registers=4),
@@ -165,15 +173,18 @@ BRIXEL_TINY = KnownBackbone(
     timm="",
     adapter="brixel-tiny",
 )
+BUNDLED_BACKBONES: Mapping[str, KnownBackbone] = MappingProxyType(
+    {row.name: row for row in (BRIXEL_SMALL, BRIXEL_TINY)}
+)
 
 
 def list_models() -> tuple[KnownBackbone, ...]:
     """List the models that are known by name.
 
     Returns:
-        The bundled model, then the backbones, each with its aliases, its repositories and its licence.
+        The bundled models, then the backbones, each with its aliases, its repositories and its licence.
     """
-    return (BRIXEL_TINY, *KNOWN_BACKBONES.values())
+    return (*BUNDLED_BACKBONES.values(), *KNOWN_BACKBONES.values())
 
 
 def find_backbone(name: str) -> KnownBackbone | None:

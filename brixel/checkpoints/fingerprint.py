@@ -14,6 +14,7 @@ from brixel.model.config import BackboneConfig
 
 _FINGERPRINT_TENSORS = 32
 _FINGERPRINT_TOLERANCE = 1e-2  # relative: a copy in bfloat16 is within it
+INT8_STEPS = 127  # of the largest weight of a channel; its weights are off by half a step
 
 
 def fingerprint(backbone: Backbone) -> tuple[float, ...]:
@@ -22,9 +23,12 @@ def fingerprint(backbone: Backbone) -> tuple[float, ...]:
     The tensors of our own ViT are the final norm, the patch embedding and the first layer of every block; of any other
     module at most 32 from first to last, matrices and kernels if it has any, as vectors are often all ones or zeros.
     """
-    weights = _known_weights(backbone) if isinstance(backbone, ViT) else _some_weights(cast("nn.Module", backbone))
-    values = [value for weight in weights for value in weight.flatten()[[0, weight.numel() // 2]].tolist()]
+    values = [value for weight in _weights(backbone) for value in weight.flatten()[[0, weight.numel() // 2]].tolist()]
     return tuple(float(f"{value:.4g}") for value in values)
+
+
+def _weights(backbone: Backbone) -> list[Tensor]:
+    return _known_weights(backbone) if isinstance(backbone, ViT) else _some_weights(cast("nn.Module", backbone))
 
 
 def _known_weights(vit: ViT) -> list[Tensor]:
@@ -52,7 +56,11 @@ def digest(modules: Iterable[nn.Module]) -> str:
 def check_fingerprint(config: BackboneConfig, backbone: Backbone, source: str) -> None:
     """Raise CheckpointError if ``backbone``, from ``source``, has other weights than the adapter was made for."""
     theirs, ours = torch.tensor(fingerprint(backbone)), torch.tensor(config.fingerprint)
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=_FINGERPRINT_TOLERANCE, atol=1e-5):
+    allowed = 1e-5 + _FINGERPRINT_TOLERANCE * ours.abs()
+    if config.int8:  # two weights of each tensor
+        steps = [float(weight.abs().max()) / INT8_STEPS for weight in _weights(backbone)]
+        allowed = allowed + torch.tensor(steps).repeat_interleave(2)
+    if theirs.shape != ours.shape or not ((theirs - ours).abs() <= allowed).all():
         origin = f", which came from {', '.join(config.sources)}" if config.sources else ""
         raise CheckpointError(
             f"the backbone at {source} has the shape of {config.title} but other weights than the adapter was made "

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel.backbones.registry import BRIXEL_TINY, KNOWN_BACKBONES, find_backbone
+from brixel.backbones.registry import BUNDLED_BACKBONES, KNOWN_BACKBONES, find_backbone
 from brixel.checkpoints.weight_files import PICKLED, WEIGHT_NAMES, shard_names
 from brixel.errors import BrixelError, DownloadError
 
@@ -65,7 +65,7 @@ def repositories_in(sources: Iterable[str]) -> list[Repository]:
 
 def portable_sources(sources: Iterable[str]) -> tuple[str, ...]:
     """The sources of a config that mean the same on every machine: repositories, and the model in the package."""
-    return tuple(source for source in sources if source == BRIXEL_TINY.name or parse_repository(source))
+    return tuple(source for source in sources if source in BUNDLED_BACKBONES or parse_repository(source))
 
 
 class Snapshot:

@@ -20,7 +20,7 @@ from brixel.checkpoints.hub_download import (
     summary_of,
 )
 from brixel.checkpoints.model_card import CARD, LICENCE, PANEL, is_ours, model_card, read_card
-from brixel.checkpoints.model_folder import ADAPTER, BACKBONE, CONFIG, check_includable, save
+from brixel.checkpoints.model_folder import ADAPTER, BACKBONE, CONFIG, check_includable, config_of_weights, save
 from brixel.errors import BrixelError, DownloadError, UploadError
 from brixel.feature_maps.panel import save_panel
 from brixel.model.config import BrixelConfig
@@ -36,6 +36,7 @@ def push(
     draw: Callable[[], Image.Image],
     *,
     include_backbone: bool,
+    weights: str,
     private: bool | None,
     token: str | bool | None,
     message: str,
@@ -43,7 +44,7 @@ def push(
     """Save a model with its card and the panel that ``draw`` makes, and upload it; returns "ORG/NAME@COMMIT"."""
     repository = check_pushable(name, token)
     check_includable(config.backbone, include_backbone)
-    config = publishable(config, include_backbone)
+    config = publishable(config_of_weights(config, include_backbone, weights), include_backbone)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_panel(draw(), folder / PANEL)
@@ -51,7 +52,7 @@ def push(
         if licence is not None:
             shutil.copy(licence, folder / LICENCE)
         card = model_card(config, repository.name, whole=include_backbone, panel=True, licence=licence is not None)
-        save(student, config, folder, include_backbone=include_backbone, card=card)
+        save(student, config, folder, include_backbone=include_backbone, weights=weights, card=card)
         return upload(folder, repository, private=private, token=token, message=message)
 
 

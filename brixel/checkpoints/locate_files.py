@@ -7,15 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from brixel.backbones.registry import BRIXEL_TINY, KnownBackbone, closest_backbone, find_backbone
+from brixel.backbones.registry import BRIXEL_SMALL, BUNDLED_BACKBONES, KnownBackbone, closest_backbone, find_backbone
 from brixel.checkpoints.hub_download import Access, Repository, Snapshot, parse_repository
 from brixel.checkpoints.huggingface_config import read_json
 from brixel.checkpoints.model_folder import BACKBONE, CONFIG
 from brixel.errors import BrixelError, CheckpointError, DamagedFileError, DownloadError
 
-BUNDLED = BRIXEL_TINY.name
-"""The model in the package, and its backbone."""
-BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
+DEFAULT = BRIXEL_SMALL.name
+"""The model in the package that is loaded unless another is named."""
+BUNDLED_FOLDERS = {name: Path(__file__).parents[1] / "assets" / name for name in BUNDLED_BACKBONES}
+"""The folders of the models in the package, with their backbones."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def locate(
 ) -> ModelFiles:
     """The files that a user named.
 
-    In this order: the model in the package by its name, :data:`BUNDLED` (a folder of that name is "./brixel-tiny"); a
-    path on disk; for models and backbones, a repository on the Hub, as a string ORG/NAME or ORG/NAME@REVISION, whose
-    `config.json` is fetched; for backbones, a name or an alias in the table of models.
+    In this order: a model in the package by its name (a folder of that name is "./brixel-tiny"); a path on disk; for
+    models and backbones, a repository on the Hub, as a string ORG/NAME or ORG/NAME@REVISION, whose `config.json` is
+    fetched; for backbones, a name or an alias in the table of models.
 
     Args:
         name_or_path: What the user named.
@@ -96,8 +97,8 @@ def locate(
         module = ", or a torch module" if what == "backbone" else ""
         raise BrixelError(f"the {what} is a {type(name_or_path).__name__}; expected a path or a name{module}")
     name, access = str(name_or_path), access or Access()
-    if what == "model" and name == BUNDLED:
-        return ModelFiles(BUNDLED_FOLDER)
+    if what == "model" and name in BUNDLED_FOLDERS:
+        return ModelFiles(BUNDLED_FOLDERS[name])
     path = Path(name_or_path).expanduser()
     if path.exists():
         if what == "backbone" and "format_version" in read_json(path / "config.json"):
@@ -157,8 +158,8 @@ class _MissingPathError(BrixelError):
 def _from_source(source: str, downloaded: bool, access: Access) -> ModelFiles:
     if not downloaded and Path(source).exists():
         return ModelFiles(Path(source))
-    if source == BUNDLED:
-        return _known(BRIXEL_TINY, access)
+    if source in BUNDLED_BACKBONES:
+        return _known(BUNDLED_BACKBONES[source], access)
     repository = parse_repository(source)
     if repository is not None:
         return _from_hub(repository, "backbone", access)
@@ -168,7 +169,7 @@ def _from_source(source: str, downloaded: bool, access: Access) -> ModelFiles:
 def _known(row: KnownBackbone, access: Access) -> ModelFiles:
     """The files of a backbone in the table of models."""
     if not row.sources:
-        return ModelFiles(BUNDLED_FOLDER / BACKBONE, bundled=row)
+        return ModelFiles(BUNDLED_FOLDERS[row.name] / BACKBONE, bundled=row)
     return locate_first(row.sources, downloaded=True, access=access, missing=f"no source of {row.name} is available")
 
 

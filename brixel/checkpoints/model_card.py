@@ -4,18 +4,25 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from brixel.backbones.registry import BRIXEL_TINY, LICENCE_URLS, KnownBackbone, find_backbone
+from brixel.backbones.registry import BUNDLED_BACKBONES, LICENCE_URLS, KnownBackbone, find_backbone
 from brixel.backbones.vit_config import ForeignConfig
 from brixel.checkpoints.hub_download import portable_sources, repositories_in
 from brixel.checkpoints.weight_files import shapes_of
-from brixel.model.config import BackboneConfig, BrixelConfig
-from brixel.model.upsampler import UPSCALE, Upsampler
+from brixel.model.config import BILINEAR, TRAINED, UNIVERSAL, BackboneConfig, BrixelConfig
+from brixel.model.upsampler import UPSCALE, make_upsampler
 from brixel.utils.atomic_files import write_text
 from brixel.utils.markdown import markdown_table
 
 CARD, PANEL, LICENCE = "README.md", "panel.png", "LICENSE.md"
 _OURS = "<!-- written by brixel at each save; take this line out to keep what you change -->"
 _PAPER = "https://arxiv.org/abs/2511.05168"
+
+
+_UNRECORDED = {
+    TRAINED: "not recorded",
+    UNIVERSAL: "of the universal upsampler: docs/universal.md of brixel; none for this backbone",
+    BILINEAR: "none",
+}
 
 
 def write_card(folder: Path, text: str) -> None:
@@ -57,7 +64,7 @@ def model_card(config: BrixelConfig, name: str, *, whole: bool, panel: bool = Fa
             *image,
             *_use(config, name, whole),
             *_section("What it is", _facts(config, whole)),
-            *_section("Training", config.training or {"how": "not recorded"}),
+            *_section("Training", config.training or {"how": _UNRECORDED[config.adapter.kind]}),
             *_licence(backbone, known, whole=whole, copied=licence),
         ]
     )
@@ -95,16 +102,27 @@ def _use(config: BrixelConfig, name: str, whole: bool) -> list[str]:
 
 def _facts(config: BrixelConfig, whole: bool) -> Mapping[str, str]:
     backbone, adapter, vit = config.backbone, config.adapter, config.backbone.vit
-    numbers = sum(math.prod(shape) for shape in shapes_of(lambda: Upsampler(vit.width, adapter)).values())
-    in_package = {BRIXEL_TINY.name: "in the package brixel"}
+    numbers = sum(math.prod(shape) for shape in shapes_of(lambda: make_upsampler(vit, adapter)).values())
+    in_package = dict.fromkeys(BUNDLED_BACKBONES, "in the package brixel")
     sources = ", else ".join(in_package.get(source, source) for source in portable_sources(backbone.sources))
     side = adapter.short_side_px
+    trained = f"{numbers / 1e6:.2f} M parameters; blocks {', '.join(map(str, adapter.blocks))}, from 0"
+    upsampler = {
+        TRAINED: {
+            "adapter and head": trained,
+            "trained at": f"{side} px on the short side, for the map of {UPSCALE * side} px",
+        },
+        UNIVERSAL: {"upsampler": f"universal, the same for every backbone; {numbers / 1e6:.2f} M parameters"},
+        BILINEAR: {"upsampler": "bilinear interpolation"},
+    }[adapter.kind]
     return {
         "backbone": backbone.title,
-        "its weights": "in this repository" if whole else sources or "in no repository: give them as `backbone=`",
+        "its weights": f"in this repository{', in 8 bits' if backbone.int8 else ''}"
+        if whole
+        else sources or "in no repository: give them as `backbone=`",
         "commits": ", ".join(f"{name}@{commit}" for name, commit in config.commits.items()) or "not recorded",
-        "adapter and head": f"{numbers / 1e6:.2f} M parameters; blocks {', '.join(map(str, adapter.blocks))}, from 0",
-        "trained at": f"{side} px on the short side, for the map of {UPSCALE * side} px",
+        **upsampler,
+        "images": f"resized to {side} px on the short side unless another size is asked for",
         "a cell of the map": f"{vit.patch_px / UPSCALE:g} px; {vit.width} channels",
         "mean, deviation": f"{vit.mean}, {vit.std}; `extract` normalises images by them",
     }

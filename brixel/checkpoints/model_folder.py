@@ -5,40 +5,67 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
 from brixel.checkpoints.huggingface_config import read_json
+from brixel.checkpoints.int8_weights import quantised_state
 from brixel.checkpoints.model_card import model_card, write_card
 from brixel.checkpoints.weight_files import write_tensors
 from brixel.errors import BrixelError, CheckpointError
 from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig
 from brixel.model.student import Student
 from brixel.utils.atomic_files import write_text
-from brixel.utils.fields import check_names
+from brixel.utils.fields import check_field, check_names, one_of
 
 FORMAT_VERSION = 1
 CONFIG, ADAPTER, BACKBONE = "config.json", "adapter.safetensors", "backbone.safetensors"
+FLOAT, INT8 = "float", "int8"
+
+_ADDED = ("int8", "kind", "generation", "grids")
+"""Fields that version 0.2 does not know: left out where they say nothing, so that it reads what it can read."""
 
 Section = TypeVar("Section")
 
 
 def save(
-    student: Student, config: BrixelConfig, folder: Path, *, include_backbone: bool, card: str | None = None
+    student: Student,
+    config: BrixelConfig,
+    folder: Path,
+    *,
+    include_backbone: bool,
+    weights: str = FLOAT,
+    card: str | None = None,
 ) -> None:
     """Write weights, card and, last, `config.json`; each file whole or not at all.
 
-    ``card``: its text; where None, that of a model that is loaded from this folder.
+    ``weights``: of the backbone, "float" or "int8". ``card``: its text; where None, that of a model that is loaded
+    from this folder.
     """
     check_includable(config.backbone, include_backbone)
+    config = config_of_weights(config, include_backbone, weights)
     if folder.exists() and not folder.is_dir():
         raise BrixelError(f"{folder} is a file; expected a folder to write a model into")
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / ADAPTER, student.upsampler.state_dict())
     if include_backbone:
-        write_tensors(folder / BACKBONE, student.backbone.state_dict())
+        backbone = student.backbone
+        assert isinstance(backbone, nn.Module)
+        write_tensors(folder / BACKBONE, quantised_state(backbone) if weights == INT8 else backbone.state_dict())
     else:
         (folder / BACKBONE).unlink(missing_ok=True)  # of another model, saved here before
     write_card(folder, card or model_card(config, folder.resolve().name, whole=include_backbone))
     write_config(folder / CONFIG, config)
+
+
+def config_of_weights(config: BrixelConfig, include_backbone: bool, weights: str) -> BrixelConfig:
+    """The config of a model that is saved with such weights. BrixelError where they do not go together."""
+    check_field("weights", weights, one_of(FLOAT, INT8))
+    if weights == FLOAT:
+        return config
+    if not include_backbone:
+        raise BrixelError("weights='int8' is how the backbone is stored; expected include_backbone=True with it")
+    return dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, int8=True))
 
 
 def check_includable(backbone: BackboneConfig, include_backbone: bool) -> None:
@@ -53,6 +80,10 @@ def check_includable(backbone: BackboneConfig, include_backbone: bool) -> None:
 def write_config(path: Path, config: BrixelConfig) -> None:
     """Write `config.json`, whole or not at all."""
     content = {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
+    for section, part in ((content["backbone"], config.backbone), (content["adapter"], config.adapter)):
+        for field in dataclasses.fields(part):
+            if field.name in _ADDED and section[field.name] == field.default:
+                del section[field.name]
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from brixel.checkpoints.int8_weights import expanded
 from brixel.checkpoints.key_mapping import State, complain
 from brixel.errors import CheckpointError, DamagedFileError
 from brixel.utils.atomic_files import atomic_path
@@ -34,7 +35,8 @@ Needed = Callable[[str], bool]
 def read_tensors(path: str | os.PathLike[str], needed: Needed = lambda name: True) -> State:
     """All tensors of a weight file, or of a folder that holds one (single or sharded), on the CPU.
 
-    ``needed``: which of them to read, by name; the others are given on the meta device, by their shapes.
+    8-bit integers with scales become floats. ``needed``: which of them to read, by name; the others are given on the
+    meta device, by their shapes.
     Raises FileNotFoundError where there is no weight file, CheckpointError where it cannot be read as tensors.
     """
     source = Path(path)
@@ -42,7 +44,7 @@ def read_tensors(path: str | os.PathLike[str], needed: Needed = lambda name: Tru
         source = weight_file_in(source)
     if not source.is_file():
         raise FileNotFoundError(f"no weight file at {source}")
-    return _read_shards(source, needed) if source.name.endswith(".index.json") else _read_file(source, needed)
+    return expanded(_read_shards(source, needed) if source.name.endswith(".index.json") else _read_file(source, needed))
 
 
 def weight_file_in(folder: Path) -> Path:

@@ -188,7 +188,7 @@ def _throughput(options: argparse.Namespace) -> Report:
     with tempfile.TemporaryDirectory() as folder, torch_threads(options.threads):
         if options.images is None:
             draw_images(Path(folder), options.count, options.size)
-        tiny = functools.partial(BrixelFeatures.from_pretrained, device="cpu")
+        tiny = functools.partial(BrixelFeatures.from_pretrained, TINY, device="cpu")
         models = [(tiny() if name == TINY else random_model(name)).to(device, dtype) for name in options.architectures]
         settings = given(options, "rounds", "batch_size", "workers")
         return throughput(models, options.images or Path(folder), **settings)

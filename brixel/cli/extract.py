@@ -62,7 +62,7 @@ def _extract(options: argparse.Namespace) -> int:
         ending=f".{options.format}",
         shard_bytes=options.shard_size,
         save_dtype=None if options.save_dtype is None else DTYPES[options.save_dtype],
-        **given(options, "overwrite", "batch_size", "workers", "short_side_px", "memory_limit", "tiles"),
+        **given(options, "overwrite", "batch_size", "workers", "scale", "short_side_px", "memory_limit", "tiles"),
     )
     share = ProcessShare.from_environment()
     process = f"process {share.rank} of {share.processes}: " if share.processes > 1 else ""

@@ -13,19 +13,19 @@ from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig
 from brixel.brixel_features import PathLike
 from brixel.checkpoints.hub_download import portable_sources
-from brixel.checkpoints.locate_files import BUNDLED, ModelFiles, locate
+from brixel.checkpoints.locate_files import BUNDLED_FOLDERS, ModelFiles, locate
 from brixel.checkpoints.model_folder import ADAPTER, BACKBONE, CONFIG, read_config
 from brixel.checkpoints.release_adapters import RELEASED
 from brixel.checkpoints.weight_files import shapes_of
 from brixel.cli.options import MODEL_HELP, add_flag, command, print_json, print_table
 from brixel.errors import BrixelError
-from brixel.model.upsampler import UPSCALE, Upsampler
+from brixel.model.upsampler import UPSCALE, make_upsampler
 
 
 def add(commands: Any) -> None:
     """Add the commands."""
     text = "print the facts of a saved model"
-    parser = command(commands, "info", _info, text, "brixel info brixel-tiny")
+    parser = command(commands, "info", _info, text, "brixel info brixel-small")
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     add_flag(parser, "--json")
 
@@ -38,7 +38,7 @@ def model_facts(name_or_path: PathLike) -> dict[str, Any]:
     """The facts of a saved model, from its `config.json`, as plain values by name; ``_px`` are pixels.
 
     Args:
-        name_or_path: A folder, a repository on the Hub, or "brixel-tiny".
+        name_or_path: A folder, a repository on the Hub, "brixel-small" or "brixel-tiny".
 
     Raises:
         BrixelError: As for :meth:`brixel.BrixelFeatures.from_pretrained`.
@@ -62,13 +62,14 @@ def model_facts(name_or_path: PathLike) -> dict[str, Any]:
         "cell_px": vit.patch_px / UPSCALE,
         "mean": list(vit.mean),
         "std": list(vit.std),
+        "adapter": adapter.kind,
         "adapter_weights": _where(files, ADAPTER),
         "blocks": list(adapter.blocks),
         "short_side_px": adapter.short_side_px,
         "blend_of_blocks": adapter.blend,
         "residual_detour": adapter.residual_detour,
         "backbone_parameters": None if isinstance(vit, ForeignConfig) else _parameters(shapes_of(lambda: ViT(vit))),
-        "upsampler_parameters": _parameters(shapes_of(lambda: Upsampler(vit.width, adapter))),
+        "upsampler_parameters": _parameters(shapes_of(lambda: make_upsampler(vit, adapter))),
         "training": dict(config.training),
     }
 
@@ -116,7 +117,7 @@ def _parameters(shapes: dict[str, tuple[int, ...]]) -> int:
 
 def _check_name(name: str) -> None:
     """Raise BrixelError for the name of a backbone, and for one that is close to a known name."""
-    if name == BUNDLED or Path(name).exists():
+    if name in BUNDLED_FOLDERS or Path(name).exists():
         return
     if backbone := find_backbone(name):
         raise BrixelError(

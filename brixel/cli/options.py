@@ -18,7 +18,7 @@ from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.planner import TileMode
 from brixel.utils.memory import format_bytes, parse_bytes
 
-MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] on the Hub, or brixel-tiny"
+MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] on the Hub, brixel-small or brixel-tiny"
 
 _MOVED = {  # of version 0.1
     **{"benchmark": "evaluate cost", "throughput": "evaluate throughput"},
@@ -148,6 +148,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "--device": {"metavar": "DEVICE", "help": "device to compute on: auto, cpu, cuda, cuda:1, mps"},
     "--dtype": {"help": "dtype of the model: auto, float32, bfloat16, float16"},
     "--short-side-px": {"metavar": "PX", "help": "short side that images are resized to, in pixels"},
+    "--scale": {"type": positive, "metavar": "N", "help": "cells of a map per patch, on each axis"},
     "--memory-limit": {
         "metavar": "SIZE",
         "type": byte_count,
@@ -209,7 +210,7 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The model; :func:`load` loads it."""
-    add_flag(parser, "--model", usual="brixel-tiny; with --backbone alone, a fresh adapter")
+    add_flag(parser, "--model", usual="brixel-small; with --backbone alone, the universal upsampler")
     add_flag(parser, "--backbone", usual="that of --model")
     add_flag(parser, "--architecture")
     add_device_options(parser)
@@ -220,6 +221,7 @@ def add_map_options(parser: argparse.ArgumentParser, usual: str = "as the adapte
     note = f"{NATIVE} keeps the size of an image"
     add_flag(parser, "--short-side-px", type=pixels_or_native, note=note, usual=usual)
     deprecated(parser, "--short-side", "--short-side-px")
+    add_flag(parser, "--scale", usual="4; trained adapters have no other")
     add_flag(parser, "--memory-limit", usual="what is free, less a tenth")
     add_flag(parser, "--tiles", default="auto")
 
@@ -258,9 +260,7 @@ def load(options: argparse.Namespace) -> BrixelFeatures:
         return BrixelFeatures.from_pretrained(options.model, backbone=options.backbone, **where)
     if options.backbone is None:
         return BrixelFeatures.from_pretrained(**where)
-    model = BrixelFeatures.from_backbone(options.backbone, architecture=options.architecture, **where)
-    print("brixel: no --model: a fresh adapter, so the dense map is the backbone's own, upsampled", file=sys.stderr)
-    return model
+    return BrixelFeatures.from_backbone(options.backbone, architecture=options.architecture, **where)
 
 
 # ------------------------------------------------------------------------------------------------ output

@@ -35,7 +35,7 @@ def _plan(options: argparse.Namespace) -> int:
         options.size,
         batch=options.batch_size,
         short_side_px=NATIVE if options.short_side_px is None else options.short_side_px,
-        **given(options, "memory_limit", "tiles", "to_file"),
+        **given(options, "scale", "memory_limit", "tiles", "to_file"),
     )
     facts = dataclasses.asdict(plan)
     if options.json:

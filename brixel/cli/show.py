@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
 def _show(options: argparse.Namespace) -> int:
     images = options.images or [SCENE]
     check_panel_path(options.output, images)
-    settings = given(options, "short_side_px", "teacher", "memory_limit", "tiles")
+    settings = given(options, "scale", "short_side_px", "teacher", "memory_limit", "tiles")
     panel = comparison_panel(load(options), images, **settings)
     save_panel(panel, options.output)
     print(options.output)

@@ -41,7 +41,9 @@ def _add_setting(parser: argparse.ArgumentParser, field: "dataclasses.Field[Any]
     if kind is bool:
         parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **settings)
     elif get_origin(kind) is tuple:
-        parser.add_argument(*flags, nargs="+", metavar="FOLDER", **settings)
+        numbers = get_args(kind)[0] is int
+        of_kind = {"type": int, "metavar": "PX"} if numbers else {"metavar": "FOLDER"}
+        parser.add_argument(*flags, nargs="+", **of_kind, **settings)
     elif get_origin(kind) is Literal:
         parser.add_argument(*flags, choices=get_args(kind), **settings)
     else:

@@ -17,19 +17,21 @@ from torch import Tensor
 
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD
 from brixel.brixel_features import BrixelFeatures
+from brixel.checkpoints.bundled_universal import load_universal
 from brixel.checkpoints.fingerprint import digest
 from brixel.errors import BrixelError
 from brixel.evaluate.cost.timing import flops_of, seconds_of
 from brixel.images.crops import DOWNSAMPLING, check_teacher_px, normalised, student_view
-from brixel.model.upsampler import UPSCALE
+from brixel.model.student import Student
+from brixel.model.upsampler import UPSCALE, GuidedUpsampler
 from brixel.utils.devices import dtype_name
 from brixel.utils.eval_mode import evaluation_mode
 from brixel.utils.fields import check_field, check_names, one_of, optional
 
-STUDENT, TEACHER = "student", "teacher"
+STUDENT, UNIVERSAL, TEACHER = "student", "universal", "teacher"
 BASE = "bilinear"  # other sources are compared with it
 INTERPOLATED = ("nearest", "bilinear", "bicubic")
-SOURCES = (*INTERPOLATED, STUDENT, TEACHER)
+SOURCES = (*INTERPOLATED, UNIVERSAL, STUDENT, TEACHER)
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,9 @@ def sources_of(model: BrixelFeatures, names: Sequence[str] = SOURCES) -> list[Fe
 
     Args:
         model: The model.
-        names: "nearest", "bilinear", "bicubic" (the backbone's own map, interpolated), "student" (the dense map), or
-            "teacher" (the backbone on the large image).
+        names: "nearest", "bilinear", "bicubic" (the backbone's own map, interpolated), "universal" (upsampled by the
+            universal upsampler of the package), "student" (the dense map), or "teacher" (the backbone on the large
+            image).
 
     Returns:
         A source per name.
@@ -165,8 +168,13 @@ def _source(model: BrixelFeatures, name: str) -> FeatureSource:
     vit, described = model.config.backbone.vit, model.config.backbone
     identity = f"{described.title} {list(described.fingerprint)} {dtype_name(model.dtype)}"
     if name == STUDENT:
-        identity = f"{identity} adapter {digest((model.adapter, model.head))}"
+        identity = f"{identity} adapter {digest(model.upsampler.children())}"
     call = model if name == STUDENT else model.backbone_features
+    if name == UNIVERSAL:
+        guided = GuidedUpsampler(vit.mean, vit.std)
+        guided.universal = load_universal(model.dtype).to(model.device)
+        identity = f"{identity} universal {digest([guided.universal])}"
+        call = Student(model.backbone, guided, model.blocks[-1:])
 
     def maps(pixels: Tensor) -> Tensor:
         with evaluation_mode(model):

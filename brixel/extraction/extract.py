@@ -23,6 +23,7 @@ from brixel.extraction.pending_images import ExtractionSummary, count_finished_e
 from brixel.extraction.progress import ProgressBar
 from brixel.extraction.writers import FileWriter, MapWriter, ShardWriter, convert
 from brixel.feature_maps.feature_map import FeatureMap
+from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import dtype_name
 from brixel.utils.memory import parse_bytes
 
@@ -41,6 +42,7 @@ def extract_files(
     overwrite: bool = False,
     batch_size: int = 1,
     workers: int = 2,
+    scale: int | None = None,
     short_side_px: int | str | None = None,
     memory_limit: int | str | None = None,
     tiles: str = "auto",
@@ -62,6 +64,7 @@ def extract_files(
         overwrite: extract everything again, over files that exist.
         batch_size: images of one size that are computed at once.
         workers: threads that decode images ahead; 0 for none.
+        scale: cells of the maps per patch, on each axis, as in :meth:`brixel.BrixelFeatures.extract`.
         short_side_px: length in pixels that the short side of an image is resized to, or "native"; None for the
             length that the adapter was trained on.
         memory_limit: limit of the memory on the model's device, in bytes or as text such as "4GiB"; on the CPU it
@@ -79,6 +82,7 @@ def extract_files(
     """
     _check_options(ending, shard_bytes, save_dtype)
     share, summary = ProcessShare.from_environment(), ExtractionSummary()
+    model = model.at_scale(model.scale if scale is None else scale)
     settings = _settings(model, short_side_px, ending if shard_bytes is None else "shards", save_dtype, tiles)
     shard_bytes, memory_limit = _split_memory(shard_bytes, memory_limit, model.device)
     options = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
@@ -208,11 +212,12 @@ def _settings(
     """Everything but the images that the maps depend on, as version 0.1 wrote it into manifests."""
     return {
         "backbone": f"{model.config.backbone.title} {model.config.backbone.fingerprint[:4]}",
-        "weights": digest((model.adapter, model.head)),
+        "weights": digest(model.upsampler.children()),
         "short_side_px": str(model.config.adapter.short_side_px if short_side_px is None else short_side_px),
         "dtype": dtype_name(model.dtype),
         "saved as": f"{kind}, {dtype_name(save_dtype or model.dtype)}",
         "tiles": tiles,
+        **({} if model.scale == UPSCALE else {"scale": str(model.scale)}),
     }
 
 

@@ -8,13 +8,13 @@ from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.panel import build_panel, image_tile, map_tiles, tile_size
 from brixel.images.load import ImageInput, load_image
 from brixel.inference.dense_features import DenseFeatures
-from brixel.model.upsampler import UPSCALE
 
 
 def comparison_panel(
     model: DenseFeatures,
     images: Sequence[ImageInput],
     *,
+    scale: int | None = None,
     short_side_px: int | str | None = None,
     teacher: bool = False,
     memory_limit: int | str | None = None,
@@ -25,8 +25,9 @@ def comparison_panel(
     Args:
         model: The model to show.
         images: Images of any kind that :meth:`DenseFeatures.extract` takes.
+        scale: As for :meth:`DenseFeatures.extract`.
         short_side_px: As for :meth:`DenseFeatures.extract`.
-        teacher: Also show the backbone's map of the image at four times the size, which the dense map approximates.
+        teacher: Also show the backbone's map of the image at ``scale`` times the size, which the map approximates.
         memory_limit: As for :meth:`DenseFeatures.extract`; it does not hold for the teacher.
         tiles: As for :meth:`DenseFeatures.extract`.
 
@@ -40,18 +41,20 @@ def comparison_panel(
     rows = []
     for image in images:
         rgb = load_image(image)
-        dense = model.extract(rgb, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles)
+        dense = model.extract(rgb, scale=scale, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles)
         backbone = model.extract_backbone(rgb, short_side_px=short_side_px)
         maps = {"backbone, bilinear": backbone.resize(dense.grid_hw), "brixel": dense}
         if teacher:
-            maps["teacher"] = model.extract_backbone(rgb, short_side_px=_teacher_px(dense))
+            maps["teacher"] = model.extract_backbone(
+                rgb, short_side_px=_teacher_px(dense, model.scale if scale is None else scale)
+            )
         size_hw = tile_size(dense)
         title = "image {} x {}".format(*dense.image_hw)
         rows.append([image_tile(rgb.numpy(), size_hw, title), *map_tiles(maps, size_hw)])
     return build_panel(rows)
 
 
-def _teacher_px(dense: FeatureMap) -> int:
-    """Four times the short side that the image had in the model."""
+def _teacher_px(dense: FeatureMap, scale: int) -> int:
+    """``scale`` times the short side that the image had in the model."""
     resized_hw = (int(side) for side in dense.meta["resized_hw"].split("x"))
-    return UPSCALE * min(resized_hw)
+    return scale * min(resized_hw)

@@ -18,7 +18,7 @@ from brixel.inference.memory.planner import Job, Plan, Planner
 from brixel.inference.stream import FeatureStream, prepare_image, raise_errors
 from brixel.model.config import BrixelConfig
 from brixel.model.student import Student
-from brixel.model.upsampler import UPSCALE, Upsampler
+from brixel.model.upsampler import AnyUpsampler
 from brixel.utils.devices import dtype_name
 from brixel.utils.eval_mode import evaluation_mode
 
@@ -30,23 +30,24 @@ class DenseFeatures(Student):
 
     Args:
         backbone: The frozen vision transformer.
-        upsampler: Adapter and head.
+        upsampler: The upsampler.
         config: What they are; saved with them.
     """
 
-    def __init__(self, backbone: Backbone, upsampler: Upsampler, config: BrixelConfig) -> None:
+    def __init__(self, backbone: Backbone, upsampler: AnyUpsampler, config: BrixelConfig) -> None:
         super().__init__(backbone, upsampler, config.adapter.blocks)
         self.config = config
 
     @property
     def stride_px(self) -> float:
         """Distance between neighbouring cells of the dense map, in pixels of the model's input: a quarter patch."""
-        return self.patch_px / UPSCALE
+        return self.patch_px / self.scale
 
     def extract(
         self,
         image: ImageInput,
         *,
+        scale: int | None = None,
         short_side_px: int | str | None = None,
         memory_limit: int | str | None = None,
         tiles: str = "auto",
@@ -58,6 +59,7 @@ class DenseFeatures(Student):
 
         Args:
             image: A path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W).
+            scale: Cells of the map per patch, on each axis; 4 where None. Trained adapters have 4 only.
             short_side_px: The short side in pixels after resizing, aspect kept; None for the size the adapter was
                 trained on, "native" for the image's own.
             memory_limit: Bytes or text such as "4GiB" that bounds what is allocated on the model's device, weights
@@ -75,9 +77,12 @@ class DenseFeatures(Student):
             BrixelError: An argument is out of range, or ``out`` cannot be written.
         """
         if out is None:
-            maps = self.stream([image], short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles, workers=0)
+            maps = self.stream(
+                [image], scale=scale, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles, workers=0
+            )
             return next(maps)
-        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles)
+        scaled = self.at_scale(self.scale if scale is None else scale)
+        forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles)
         preprocessor, path = self.preparation(short_side_px), check_map_path(out)
         pixels, placement = preprocessor(image, lambda padded_hw: forward.check(padded_hw, to_file=True))
 
@@ -85,7 +90,7 @@ class DenseFeatures(Student):
             return {**placement.meta, **forward.fill(pixels[None], cells)}
 
         geometry = placement.patch_grid
-        shape, stride = (self.embed_dim, *geometry.map_hw(UPSCALE)), geometry.map_stride(UPSCALE)
+        shape, stride = (self.embed_dim, *geometry.map_hw(scaled.scale)), geometry.map_stride(scaled.scale)
         return make_map_file(path, shape, self.dtype, fill, image_hw=geometry.image_hw, stride=stride)
 
     def stream(
@@ -93,6 +98,7 @@ class DenseFeatures(Student):
         images: Iterable[ImageInput],
         *,
         batch_size: int = 1,
+        scale: int | None = None,
         short_side_px: int | str | None = None,
         memory_limit: int | str | None = None,
         tiles: str = "auto",
@@ -104,6 +110,7 @@ class DenseFeatures(Student):
             images: Images of any kind that :meth:`extract` takes.
             batch_size: Images that share a batch at most. They must have one size after resizing; a few of other sizes
                 may lie between them. Fewer share one where the limit is too small for all their maps.
+            scale: As for :meth:`extract`.
             short_side_px: As for :meth:`extract`.
             memory_limit: As for :meth:`extract`; it also bounds images and maps that wait.
             tiles: As for :meth:`extract`.
@@ -121,6 +128,7 @@ class DenseFeatures(Student):
         results = self.stream_all(
             images,
             batch_size=batch_size,
+            scale=scale,
             short_side_px=short_side_px,
             memory_limit=memory_limit,
             tiles=tiles,
@@ -133,6 +141,7 @@ class DenseFeatures(Student):
         images: Iterable[ImageInput],
         *,
         batch_size: int = 1,
+        scale: int | None = None,
         short_side_px: int | str | None = None,
         memory_limit: int | str | None = None,
         tiles: str = "auto",
@@ -143,6 +152,7 @@ class DenseFeatures(Student):
         Args:
             images: As for :meth:`stream`, as all other arguments.
             batch_size: Images that share a batch at most.
+            scale: Cells of the map per patch, on each axis.
             short_side_px: The short side in pixels after resizing.
             memory_limit: Bytes or text such as "4GiB".
             tiles: "auto", "never" or "always".
@@ -154,7 +164,8 @@ class DenseFeatures(Student):
         Raises:
             BrixelError: An argument is out of range.
         """
-        forward = MemoryLimitedForward(self, limit=memory_limit, tiles=tiles, batch=batch_size)
+        scaled = self.at_scale(self.scale if scale is None else scale)
+        forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles, batch=batch_size)
         stream = FeatureStream(forward, self.preparation(short_side_px), batch_size=batch_size, workers=workers)
         return stream.maps_or_errors(images)
 
@@ -196,6 +207,7 @@ class DenseFeatures(Student):
         image_hw: tuple[int, int],
         *,
         batch: int = 1,
+        scale: int | None = None,
         memory_limit: int | str | None = None,
         tiles: str = "auto",
         short_side_px: int | str | None = NATIVE,
@@ -206,6 +218,7 @@ class DenseFeatures(Student):
         Args:
             image_hw: Height and width of the images in pixels.
             batch: Number of images at once.
+            scale: As for :meth:`extract`.
             memory_limit: As for :meth:`extract`.
             tiles: As for :meth:`extract`.
             short_side_px: As for :meth:`extract`, but "native" unless given.
@@ -219,7 +232,8 @@ class DenseFeatures(Student):
             BrixelError: An argument is out of range.
         """
         geometry = plan_patch_grid(image_hw, self.patch_px, self.preparation(short_side_px).short_side_px)
-        return Planner(self, memory_limit, tiles).plan(Job(batch, geometry.padded_hw, to_file))
+        scaled = self.at_scale(self.scale if scale is None else scale)
+        return Planner(scaled, memory_limit, tiles).plan(Job(batch, geometry.padded_hw, to_file))
 
     def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
         """Compute the frozen backbone's own map of one image, which brixel starts from.

@@ -6,26 +6,44 @@ from typing import Any
 
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
 from brixel.errors import BrixelError
-from brixel.utils.fields import Rule, boolean, check_fields, number, optional, several, text, text_table, whole_number
+from brixel.utils.fields import (
+    Rule,
+    boolean,
+    check_fields,
+    number,
+    one_of,
+    optional,
+    several,
+    text,
+    text_table,
+    whole_number,
+)
+
+TRAINED, UNIVERSAL, BILINEAR = "trained", "universal", "bilinear"
+KINDS = (TRAINED, UNIVERSAL, BILINEAR)
 
 
 def _ascending(value: Any) -> tuple[int, ...]:
-    blocks: tuple[int, ...] = several(whole_number(), "", count=4).convert(value)
-    if list(blocks) != sorted(blocks):
+    blocks: tuple[int, ...] = several(whole_number(), "").convert(value)
+    if list(blocks) != sorted(blocks) or len(blocks) not in (1, 4):
         raise ValueError
     return blocks
 
 
 _ADAPTER_RULES = {
-    "blocks": Rule("four indices from 0, in ascending order", _ascending),
+    "blocks": Rule("four indices from 0, in ascending order (one for kinds that read the last map alone)", _ascending),
     "residual_detour": boolean(),
     "short_side_px": whole_number(1),
     "blend": boolean(),
+    "kind": one_of(*KINDS),
+    "generation": whole_number(1, 3),
+    "grids": several(whole_number(1), "whole numbers above 0, ascending", single=False),
 }
 _BACKBONE_RULES = {
     "architecture": optional(text()),
     "sources": several(text(), "a list of paths and names of repositories", single=False),
     "fingerprint": several(number(), "a list of finite numbers", single=False),
+    "int8": boolean(),
 }
 _BRIXEL_RULES = {
     "commits": text_table("commits by name of repository"),
@@ -37,7 +55,11 @@ _BRIXEL_RULES = {
 class AdapterConfig:
     """What distinguishes one upsampler from another, apart from the backbone's width.
 
-    ``blocks``: the four blocks, from 0, whose maps it reads; the last must be the backbone's last.
+    ``kind``: "trained" for this backbone; "universal", the network in the package that needs no training; or "bilinear"
+    interpolation. ``blocks``: the four blocks, from 0, whose maps it reads; the last must be the backbone's last. Kinds
+    that are not trained read that one alone. ``generation``: of a trained one; the second starts from the universal
+    upsampler, the first, as the authors' release, from interpolation. ``grids``: of the second generation, sides of the
+    patch grids that it was trained at.
     ``residual_detour``: see `model.head.Head`. ``short_side_px``: short side of the images it was trained on.
     ``blend``: see `model.adapter.Adapter`.
     """
@@ -46,9 +68,22 @@ class AdapterConfig:
     residual_detour: bool
     short_side_px: int
     blend: bool = False
+    kind: str = TRAINED
+    generation: int = 1
+    grids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, _ADAPTER_RULES, prefix="AdapterConfig.")
+        if len(self.blocks) != (4 if self.kind == TRAINED else 1):
+            raise BrixelError(
+                f"AdapterConfig.blocks is {list(self.blocks)}, for a {self.kind} adapter; expected four blocks for a "
+                "trained one, the last block for others"
+            )
+        if (self.generation == 2) != bool(self.grids) or list(self.grids) != sorted(set(self.grids)):
+            raise BrixelError(
+                f"AdapterConfig.grids is {list(self.grids)} for generation {self.generation}; expected sides of patch "
+                "grids in ascending order for generation 2, none for generation 1"
+            )
 
 
 def default_blocks(depth: int) -> tuple[int, ...]:
@@ -65,13 +100,15 @@ class BackboneConfig:
     ``architecture``: its name in the table of models, or None for a custom one. ``vit``: all of its configuration,
     or what is known of one that was given as a module. ``sources``: where its weights are, in order of preference:
     paths on disk, ORG/NAME[@REVISION] on the Hub, or the name of a bundled model; a module has none.
-    ``fingerprint``: some of its weights, which distinguish it from others of its size.
+    ``fingerprint``: some of its weights, which distinguish it from others of its size. ``int8``: whether the model was
+    saved with 8-bit weights of its backbone, which are not exactly those.
     """
 
     architecture: str | None
     sources: tuple[str, ...]
     vit: ViTConfig | ForeignConfig
     fingerprint: tuple[float, ...]
+    int8: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, _BACKBONE_RULES, prefix="BackboneConfig.")

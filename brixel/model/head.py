@@ -173,6 +173,12 @@ class Head(nn.Module):
         dense = tokens_of(base).baddbmm_(details, self.out.weight.mT.expand(details.shape[0], -1, -1))
         return map_of(dense, (base.shape[2], base.shape[3]))
 
+    def residual(self, prior: Tensor, queries: Tensor, size_hw: tuple[int, int]) -> Tensor:
+        """What :meth:`forward` adds to the upsampled base, interpolated to another grid: (B, D, H, W)."""
+        fine_hw = (prior.shape[2], prior.shape[3])
+        details = map_of(self.details(self.fusion(prior, queries)), fine_hw)
+        return map_of(self.out(tokens_of(resize(details, size_hw))), size_hw)
+
     def details(self, joined: Tensor) -> Tensor:
         """The input of the last layer: (B, T, H, W) -> (B, H*W, T); a cell depends on cells up to four away."""
         aligned = joined.permute(0, 2, 3, 1)  # B H W T

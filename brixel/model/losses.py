@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
@@ -34,6 +35,7 @@ class LossWeights:
         edge: Weight of :func:`edge_loss`.
         spectral: Weight of :func:`spectral_loss`.
         true_rings: Its argument ``shifted``.
+        cosine: Weight of :func:`cosine_loss`.
 
     Raises:
         BrixelError: A weight is negative or not finite, or all are zero.
@@ -43,36 +45,60 @@ class LossWeights:
     edge: float = 1.0
     spectral: float = 0.1
     true_rings: bool = True
+    cosine: float = 0.0
 
     def __post_init__(self) -> None:
-        weights = (self.l1, self.edge, self.spectral)
+        weights = (self.l1, self.edge, self.spectral, self.cosine)
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-            raise BrixelError(f"weights l1, edge, spectral are {weights}; expected finite, none below 0, one above 0")
+            raise BrixelError(
+                f"weights l1, edge, spectral, cosine are {weights}; expected finite, none below 0, one above 0"
+            )
 
 
-def total_loss(student: Tensor, teacher: Tensor, weights: LossWeights) -> tuple[Tensor, dict[str, Tensor]]:
+@dataclass(frozen=True)
+class FeatureScale:
+    """Mean and standard deviation of a teacher's features by channel, (D,) each.
+
+    With it one recipe suits backbones whose features have other scales.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+def total_loss(
+    student: Tensor, teacher: Tensor, weights: LossWeights, scale: FeatureScale | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the weighted sum of the losses.
 
     Args:
         student: The student's maps, (B, D, H, W).
         teacher: The teacher's maps, (B, D, H, W).
         weights: The weights; a loss of weight zero is not computed.
+        scale: If given, the mean is subtracted before all losses, and features are divided by the standard deviation
+            before all but the cosine.
 
     Returns:
-        The sum, and its parts "l1", "edge" and "spectral", as far as computed, unweighted and detached.
+        The sum, and its parts "l1", "edge", "spectral" and "cosine_loss", as far as computed, unweighted and detached.
 
     Raises:
         BrixelError: As the losses do.
     """
     student, teacher = _widened(student, teacher)  # once for all losses
     parts: dict[str, Tensor] = {}
+    if scale is not None:
+        student, teacher = (maps - scale.mean[:, None, None].to(maps) for maps in (student, teacher))
+    if weights.cosine:
+        parts["cosine_loss"] = cosine_loss(student, teacher)
+    if scale is not None:
+        student, teacher = (maps / scale.std[:, None, None].to(maps) for maps in (student, teacher))
     if weights.l1:
         parts["l1"] = l1_loss(student, teacher)
     if weights.edge:
         parts["edge"] = edge_loss(student, teacher)
     if weights.spectral:
         parts["spectral"] = spectral_loss(student, teacher, shifted=weights.true_rings)
-    total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
+    total = torch.stack([getattr(weights, name.removesuffix("_loss")) * part for name, part in parts.items()]).sum()
     return total, {name: part.detach() for name, part in parts.items()}
 
 
@@ -91,6 +117,23 @@ def l1_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     student, teacher = _widened(student, teacher)
     return (student - teacher).abs().mean()
+
+
+def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Compute 1 minus the cosine similarity, averaged over all cells.
+
+    Args:
+        student: The student's maps, (B, D, H, W).
+        teacher: The teacher's maps, (B, D, H, W).
+
+    Returns:
+        A scalar.
+
+    Raises:
+        BrixelError: The maps differ in shape, or have another number of axes.
+    """
+    student, teacher = _widened(student, teacher)
+    return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
 
 
 def principal_directions(

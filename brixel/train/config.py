@@ -18,11 +18,13 @@ from brixel.utils.toml import read_toml
 
 # the recipe of the authors' release, apart from its three epochs: set them with ``steps``
 RELEASE = MappingProxyType(
-    {"optimizer": "adam", "lr": 1e-3, "schedule": "release", "weight_decay": 0.0, "clip_norm": 0.0, "ema": 0.0,
-     "true_rings": False, "fit": 0}
+    {"generation": 1, "optimizer": "adam", "lr": 1e-3, "schedule": "release", "weight_decay": 0.0, "clip_norm": 0.0,
+     "ema": 0.0, "cosine": 0.0, "edge": 1.0, "spectral": 0.1, "true_rings": False, "fit": 0}
 )  # fmt: skip
 PRESETS = MappingProxyType({"default": MappingProxyType({}), "release": RELEASE})
 RENAMED = {"val_pictures": "val_images"}  # from the names in files of version 0.1
+# what files of versions 0.1 and 0.2, which state all settings of their time, do not state
+BEFORE_SECOND_GENERATION = MappingProxyType({"generation": 1, "cosine": 0.0})
 # settings without effect on the result: they may change when a run is resumed
 INCIDENTAL = frozenset({"out", "workers", "log_every", "save_every", "device", "cache_dir", "about"})
 
@@ -46,11 +48,24 @@ class TrainConfig:
     architecture: str | None = _setting(
         None, optional(text(empty=True)), "architecture of the backbone, where its files leave it open"
     )
+    generation: int = _setting(
+        2, whole(1, 3), "2: the adapter starts from the universal upsampler; 1: from interpolation, as in the release"
+    )
+    train_universal: bool = _setting(
+        False, boolean(), "train the universal upsampler in the adapter as well, which is fixed otherwise"
+    )
+    sizes: tuple[int, ...] = _setting(
+        (), several(whole(1), "sides in pixels"), "sides of the student's crops in pixels, one after another in turn"
+    )
     steps: int = _setting(2000, whole(1), "optimiser steps of the whole run")
-    batch_size: int = _setting(16, whole(1), "crops per process and micro-batch")
+    batch_size: int = _setting(
+        16, whole(1), "crops per process and micro-batch; of larger sizes fewer, as many cells as of the smallest"
+    )
     accumulate: int = _setting(1, whole(1), "micro-batches per step")
     teacher_px: int | None = _setting(
-        None, optional(whole(1)), "side of the teacher's crops, four times the student's; default: 64 patches"
+        None,
+        optional(whole(1)),
+        "side of the teacher's crops, four times the student's; in place of sizes; default: 64 patches",
     )
     max_zoom: float = _setting(1.5, number(1), "largest random zoom of a crop; 1: crops span the image's short side")
     flip: bool = _setting(True, boolean(), "mirror half of the crops")
@@ -60,7 +75,11 @@ class TrainConfig:
     fit: int = _setting(
         2048, whole(), "crops to fit the blend of the backbone's maps to, before the first step; 0: keep the last map"
     )
-    cache: int = _setting(0, whole(), "fixed crops whose teacher maps are kept on disk; 0: run the teacher every step")
+    cache: int = _setting(
+        0,
+        whole(),
+        "fixed crops whose teacher maps are kept on disk, of larger sizes fewer; 0: run the teacher every step",
+    )
     cache_dir: str | None = _setting(
         None, optional(text(empty=True)), "folder of the cached teacher maps; default: 'cache' in the output folder"
     )
@@ -75,8 +94,9 @@ class TrainConfig:
     ema: float = _setting(0.99, number(0, below=1), "decay of the averaged weights, which are the ones saved; 0: none")
     drop_path: float = _setting(0.3, number(0, below=1), "rate of stochastic depth in the adapter")
     l1: float = _setting(1.0, number(0), "weight of the L1 loss")
-    edge: float = _setting(1.0, number(0), "weight of the edge loss")
-    spectral: float = _setting(0.1, number(0), "weight of the spectral loss")
+    cosine: float = _setting(1.0, number(0), "weight of 1 - cosine similarity of centred features")
+    edge: float = _setting(0.0, number(0), "weight of the edge loss")
+    spectral: float = _setting(0.0, number(0), "weight of the spectral loss")
     true_rings: bool = _setting(True, boolean(), "spectral loss: rings of true frequency, unlike the release")
     val_images: int = _setting(24, whole(), "images to validate on, at most; 0: no validation")
     val_every: int = _setting(200, whole(1), "steps between validations")
@@ -89,17 +109,37 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, {field.name: field.metadata["rule"] for field in dataclasses.fields(self)})
-        if not self.l1 + self.edge + self.spectral:
-            raise BrixelError("l1, edge and spectral are all 0; expected at least one above")
+        if not self.l1 + self.cosine + self.edge + self.spectral:
+            raise BrixelError("l1, cosine, edge and spectral are all 0; expected at least one above")
+        if self.sizes and self.teacher_px is not None:
+            raise BrixelError("sizes and teacher_px are both given; expected one of them: teacher_px is 4 x a size")
+        if list(self.sizes) != sorted(set(self.sizes)):
+            raise BrixelError(f"sizes are {list(self.sizes)}; expected ascending ones, each once")
 
     @property
     def loss_weights(self) -> LossWeights:
         """The weights of the losses."""
-        return LossWeights(self.l1, self.edge, self.spectral, self.true_rings)
+        return LossWeights(self.l1, self.edge, self.spectral, self.true_rings, self.cosine)
 
-    def crops_per_step(self, world_size: int) -> int:
-        """Crops of all processes that an optimiser step sees."""
-        return self.batch_size * self.accumulate * world_size
+    def scaled(self, crops: int, index: int) -> int:
+        """Of ``crops`` of the smallest size, as many of the size with that index as have the same cells; at least 1."""
+        if len(self.sizes) < 2 or not crops:
+            return crops
+        return max(1, round(crops * (self.sizes[0] / self.sizes[index]) ** 2))
+
+    @property
+    def size_count(self) -> int:
+        """Number of sizes."""
+        return max(1, len(self.sizes))
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Crops per process and micro-batch, by size."""
+        return [self.scaled(self.batch_size, index) for index in range(self.size_count)]
+
+    def crops_per_step(self, world_size: int) -> float:
+        """Crops of all processes that an optimiser step sees, on average over the sizes."""
+        return sum(self.batch_sizes) / self.size_count * self.accumulate * world_size
 
 
 def fields() -> list[tuple["dataclasses.Field[Any]", Any]]:
@@ -109,7 +149,7 @@ def fields() -> list[tuple["dataclasses.Field[Any]", Any]]:
 
 
 _ARGS = "".join(f"    {field.name}: {field.metadata['help']}.\n" for field in dataclasses.fields(TrainConfig))
-_RAISES = "    BrixelError: A value has the wrong type or is out of range, or all three losses have weight 0.\n"
+_RAISES = "    BrixelError: A value has the wrong type or is out of range, or all losses have weight 0.\n"
 TrainConfig.__doc__ = f"{TrainConfig.__doc__}\n\nArgs:\n{_ARGS}\nRaises:\n{_RAISES}"
 
 
@@ -121,6 +161,8 @@ def make_config(settings: Mapping[str, Any], *, preset: str = "default") -> Trai
     """
     check_names([preset], PRESETS, "unknown preset")
     settings = {RENAMED.get(name, name): value for name, value in settings.items()}
+    if {"fit", "ema", "seed", "out"} <= settings.keys() and "generation" not in settings:
+        settings = {**BEFORE_SECOND_GENERATION, **settings}
     check_names(settings, [field.name for field in dataclasses.fields(TrainConfig)], "unknown setting")
     required = [field.name for field in dataclasses.fields(TrainConfig) if field.default is MISSING]
     missing = [name for name in required if settings.get(name) is None]

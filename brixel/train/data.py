@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,24 +116,35 @@ def _generator(purpose: str, seed: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-class PositionSampler(Sampler[int]):
-    """The positions of one rank, for ``steps`` steps from ``start_step`` on: all that a restart needs is the step.
+class CropSources(Dataset[Any]):
+    """Several sources of crops, one per size; an item is named by the source's index and a position in it."""
 
-    Step s reads positions s*G ... s*G + G-1 for a global batch of G; rank r the r-th of ``world_size`` equal slices.
+    def __init__(self, sources: Sequence[Dataset[Any]]) -> None:
+        self.sources = tuple(sources)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        source, position = key
+        return self.sources[source][position]
+
+
+class MicroBatchSampler(Sampler[list[tuple[int, int]]]):
+    """The micro-batches of one rank, from number ``start`` to before ``stop``: all that a restart needs is the number.
+
+    Micro-batch m takes its crops from source m mod n, of n sources. The k-th micro-batch of a source, over all ranks
+    together, reads its positions k*G ... k*G + G-1, with G = ``sizes[source]`` * ``world_size``; rank r the r-th of
+    ``world_size`` equal slices.
     """
 
-    def __init__(self, *, start_step: int, steps: int, global_batch: int, rank: int = 0, world_size: int = 1) -> None:
-        if global_batch <= 0 or global_batch % world_size:
-            nearest = max(1, global_batch // world_size) * world_size
-            raise BrixelError(
-                f"a global batch of {global_batch} does not divide among {world_size} processes; take {nearest}"
-            )
+    def __init__(self, sizes: Sequence[int], *, start: int, stop: int, rank: int = 0, world_size: int = 1) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
-        self.steps, self.global_batch = range(start_step, start_step + steps), global_batch
-        self.slice = range(rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
+        assert min(sizes) > 0, sizes
+        self.sizes, self.numbers, self.rank, self.world_size = tuple(sizes), range(start, stop), rank, world_size
 
     def __len__(self) -> int:
-        return len(self.steps) * len(self.slice)
+        return len(self.numbers)
 
-    def __iter__(self) -> Iterator[int]:
-        return (step * self.global_batch + offset for step in self.steps for offset in self.slice)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for number in self.numbers:
+            turn, source = divmod(number, len(self.sizes))
+            first = (turn * self.world_size + self.rank) * self.sizes[source]
+            yield [(source, position) for position in range(first, first + self.sizes[source])]

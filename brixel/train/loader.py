@@ -6,7 +6,7 @@ Shapes: B batch, T side of the teacher's crop and S = T/4 of the student's in pi
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,36 +14,59 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
+from brixel.errors import BrixelError
 from brixel.images.crops import CropSettings
 from brixel.model.config import BackboneConfig
 from brixel.train.config import TrainConfig
-from brixel.train.data import CropDataset, PositionSampler, collate, find_training_images, shuffled_index
+from brixel.train.data import (
+    CropDataset,
+    CropSources,
+    MicroBatchSampler,
+    collate,
+    find_training_images,
+    shuffled_index,
+)
 from brixel.train.distributed import DistributedContext, barrier
-from brixel.train.setup import teacher_side_px
+from brixel.train.setup import teacher_sides_px
 from brixel.train.teacher_cache import TeacherCache
 
 Teacher = Callable[[Tensor], Tensor]
 """From normalised pixels (B, 3, T, T) to maps (B, D, 4h, 4w)."""
 
 
-def crop_dataset(
+def crop_datasets(
     config: TrainConfig, folders: Sequence[str], vit: ViTConfig | ForeignConfig, *, random: bool
-) -> CropDataset:
-    """Crops of the images in ``folders``: random ones for training, centre crops for validation."""
-    settings = CropSettings(
-        teacher_side_px(config, vit.patch_px), config.max_zoom, config.flip, config.small, config.seed, random
-    )
-    return CropDataset(find_training_images([Path(folder) for folder in folders]), settings, mean=vit.mean, std=vit.std)
+) -> list[CropDataset]:
+    """Crops of the images in ``folders``, by size: random ones for training, centre crops for validation."""
+    images = find_training_images([Path(folder) for folder in folders])
+    return [
+        CropDataset(
+            images,
+            CropSettings(side_px, config.max_zoom, config.flip, config.small, config.seed, random),
+            mean=vit.mean,
+            std=vit.std,
+        )
+        for side_px in teacher_sides_px(config, vit.patch_px)
+    ]
 
 
-class ShuffledCache(Dataset[tuple[Tensor, Tensor]]):
-    """The items of a cache by position, shuffled anew in every epoch."""
+class PairDataset(Protocol):
+    """What crops of one size are read from: a map-style dataset, such as :class:`TeacherCache`."""
 
-    def __init__(self, cache: TeacherCache, seed: int) -> None:
-        self.cache, self.seed = cache, seed
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Normalised pixels of the student's crop (3, S, S), and the teacher's map of it (D, 4h, 4w); float32."""
+
+
+class ShuffledPairs(Dataset[tuple[Tensor, Tensor]]):
+    """The items of a dataset by position, shuffled anew in every epoch."""
+
+    def __init__(self, pairs: PairDataset, seed: int) -> None:
+        self.pairs, self.seed = pairs, seed
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        return self.cache[shuffled_index(position, len(self.cache), self.seed)]
+        return self.pairs[shuffled_index(position, len(self.pairs), self.seed)]
 
 
 class TrainingData:
@@ -56,37 +79,50 @@ class TrainingData:
         teacher: Teacher,
         teacher_name: str,
         context: DistributedContext,
+        crops: Sequence[PairDataset] | None = None,
     ) -> None:
         self.config, self.teacher, self.context = config, teacher, context
         vit = dataclasses.asdict(backbone.vit)
         self.teacher_id = {"name": teacher_name, "vit": vit, "weights": backbone.fingerprint}
         self.skipped: set[str] = set()  # paths of images that could not be used so far
-        dataset = crop_dataset(config, config.images, backbone.vit, random=True)
-        self.image_count = len(dataset)
-        self.source: CropDataset | ShuffledCache = dataset
-        if config.cache:
-            cache = self._cached(dataset, config.cache, Path(config.cache_dir or Path(config.out) / "cache"))
-            self.source = ShuffledCache(cache, config.seed)
-        self.held_out: TeacherCache | None = None
+        self.sources: list[CropDataset] | list[ShuffledPairs] = []
+        if crops is None:
+            datasets = crop_datasets(config, config.images, backbone.vit, random=True)
+            self.content = f"{len(datasets[0])}"
+            self.sources = self._cached_sources(datasets) if config.cache else datasets
+        else:
+            if len(crops) != config.size_count:
+                raise BrixelError(
+                    f"{len(crops)} datasets of crops for {config.size_count} sizes; expected one for each"
+                )
+            self.content = " and ".join(str(len(pairs)) for pairs in crops) + " crops given in code"
+            self.sources = [ShuffledPairs(pairs, config.seed) for pairs in crops]
+        self.held_out: list[TeacherCache] = []
         if config.val and config.val_images:
-            dataset = crop_dataset(config, config.val, backbone.vit, random=False)
-            self.held_out = self._cached(dataset, min(len(dataset), config.val_images), Path(config.out) / "val")
+            self.held_out = [
+                self._cached(
+                    dataset, min(len(dataset), config.val_images), self._own_folder(Path(config.out) / "val", index)
+                )
+                for index, dataset in enumerate(crop_datasets(config, config.val, backbone.vit, random=False))
+            ]
 
     def micro_batches(self, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels (B, 3, S, S) and teacher maps (B, D, 4h, 4w) on the device, ``config.accumulate`` pairs per step."""
+        """Pixels (B, 3, S, S) and teacher maps (B, D, 4h, 4w) on the device, ``config.accumulate`` pairs per step.
+
+        The sizes take turns.
+        """
         config, device = self.config, self.context.device
-        is_live = isinstance(self.source, CropDataset)  # the teacher runs now, its maps are not in a cache
-        sampler = PositionSampler(
-            start_step=start_step,
-            steps=config.steps - start_step,
-            global_batch=config.crops_per_step(self.context.world_size),
+        is_live = isinstance(self.sources[0], CropDataset)  # the teacher runs now, its maps are not in a cache
+        sampler = MicroBatchSampler(
+            config.batch_sizes,
+            start=start_step * config.accumulate,
+            stop=config.steps * config.accumulate,
             rank=self.context.rank,
             world_size=self.context.world_size,
         )
         loader: DataLoader[Any] = DataLoader(
-            self.source,
-            batch_size=config.batch_size,
-            sampler=sampler,
+            CropSources(self.sources),
+            batch_sampler=sampler,
             num_workers=config.workers,
             collate_fn=collate if is_live else None,
             pin_memory=device.type == "cuda",
@@ -101,6 +137,18 @@ class TrainingData:
             else:
                 pixels, maps = batch
                 yield pixels.to(device, non_blocking=True), maps.to(device, non_blocking=True)
+
+    def _cached_sources(self, datasets: Sequence[CropDataset]) -> list[ShuffledPairs]:
+        folder = Path(self.config.cache_dir or Path(self.config.out) / "cache")
+        counts = (self.config.scaled(self.config.cache, index) for index in range(len(datasets)))
+        return [
+            ShuffledPairs(self._cached(dataset, count, self._own_folder(folder, index)), self.config.seed)
+            for index, (dataset, count) in enumerate(zip(datasets, counts, strict=True))
+        ]
+
+    def _own_folder(self, folder: Path, index: int) -> Path:
+        """A folder for each of several sizes."""
+        return folder / str(self.config.sizes[index]) if len(self.config.sizes) > 1 else folder
 
     def _cached(self, dataset: CropDataset, count: int, folder: Path) -> TeacherCache:
         """The cache in ``folder``, which rank 0 builds and all processes open."""

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from brixel.model.upsampler import Upsampler
+from brixel.model.upsampler import AnyUpsampler
 from brixel.train.config import TrainConfig
 
 
@@ -34,12 +34,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class WeightAverage:
     """Exponential moving average of an upsampler's parameters; its buffers are copied."""
 
-    def __init__(self, module: Upsampler, decay: float) -> None:
+    def __init__(self, module: AnyUpsampler, decay: float) -> None:
         self.decay = decay
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, module: Upsampler, step: int) -> None:
+    def update(self, module: AnyUpsampler, step: int) -> None:
         """Move towards ``module`` after step ``step``, counted from 0; the decay is smaller in the first steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for average, current in zip(self.module.parameters(), module.parameters(), strict=True):

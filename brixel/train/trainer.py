@@ -6,11 +6,12 @@ state to the same weights. Only the upsampler (adapter and head) is trained; the
 Shapes: B batch, S side of the student's crop in pixels, D width, h x w the student's grid.
 """
 
+import dataclasses
 import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from brixel.brixel_features import BrixelFeatures
-from brixel.checkpoints.model_folder import ADAPTER
+from brixel.checkpoints.model_folder import ADAPTER, CONFIG, read_config
 from brixel.checkpoints.weight_files import read_tensors
 from brixel.errors import BrixelError
-from brixel.model.losses import total_loss
+from brixel.model.losses import FeatureScale, total_loss
+from brixel.model.upsampler import SecondUpsampler
 from brixel.train.checkpoint import Parts, TrainingState, load_state, save_state
 from brixel.train.config import TrainConfig, write_settings
 from brixel.train.distributed import DistributedContext, all_reduce_mean, barrier, distributed_context, sync_batch_norm
-from brixel.train.fit_blend import fit_blend, is_fresh, micro_batches_to_fit
-from brixel.train.loader import Teacher, TrainingData
+from brixel.train.fit_blend import BlendFit, TargetScale, is_fresh, micro_batches_to_fit
+from brixel.train.loader import PairDataset, Teacher, TrainingData
 from brixel.train.monitoring import Metrics
 from brixel.train.optim import WeightAverage, learning_rate, make_optimizer
 from brixel.train.setup import prepare_model
@@ -39,7 +41,11 @@ SETTINGS, STATE, METRICS = "train.toml", "state.pt", "metrics.jsonl"
 
 
 def distill(
-    config: TrainConfig, *, model: BrixelFeatures | None = None, teacher: Teacher | None = None
+    config: TrainConfig,
+    *,
+    model: BrixelFeatures | None = None,
+    teacher: Teacher | None = None,
+    crops: Sequence[PairDataset] | None = None,
 ) -> BrixelFeatures:
     """Train an adapter and head for a frozen backbone.
 
@@ -51,6 +57,8 @@ def distill(
         model: The model to train, in place of a fresh adapter on ``config.backbone``. It is changed in place.
         teacher: From crops (B, 3, T, T), normalised as for the backbone, to maps (B, D, T/p, T/p), with T px the side
             of a crop and p px that of a patch. None: the backbone itself.
+        crops: Training crops of your own in place of those of ``config.images``, a dataset for each size: item i is the
+            student's crop (3, S, S), normalised, and the teacher's map (D, 4h, 4w), both float32.
 
     Returns:
         The best model: the averaged weights with the highest centred cosine similarity to the teacher on held-out
@@ -63,7 +71,7 @@ def distill(
     with distributed_context(config.device) as context:
         cuda_devices = [context.device] if context.device.type == "cuda" else []
         with torch.random.fork_rng(cuda_devices):
-            return Trainer(config, context, model, teacher).train()
+            return Trainer(config, context, model, teacher, crops).train()
 
 
 class Trainer:
@@ -75,8 +83,9 @@ class Trainer:
         context: DistributedContext,
         model: BrixelFeatures | None = None,
         teacher: Teacher | None = None,
+        crops: Sequence[PairDataset] | None = None,
     ) -> None:
-        self.config, self.context, self.out = config, context, Path(config.out)
+        self.config, self.context, self.out, self.crops = config, context, Path(config.out), crops
         torch.manual_seed(config.seed)  # for the weights of a fresh adapter
         self.model = prepare_model(config, model).to(context.device)
         self.model_was_given = model is not None
@@ -96,14 +105,16 @@ class Trainer:
     def train(self) -> BrixelFeatures:
         """Take the steps that are left, and return the best model."""
         resumed = self._resume()
-        data = TrainingData(self.config, self.model.config.backbone, self.teacher, self.teacher_name, self.context)
+        data = TrainingData(
+            self.config, self.model.config.backbone, self.teacher, self.teacher_name, self.context, self.crops
+        )
         if not resumed:
-            self._fit_blend(data)
+            self._fit(data)
         metrics = Metrics(self.out / METRICS, self.state.step) if self.context.is_main else None
         validator = Validator(self.averaged_model, data)
         wrapped = self._wrap()
         micro_batches = data.micro_batches(self.state.step)
-        start_s, image_count = time.perf_counter(), 0
+        start_s, image_count = time.perf_counter(), 0.0
         with self._progress_bar(total=self.config.steps, initial=self.state.step, unit="step") as bar:
             while self.state.step < self.config.steps:
                 loss, parts = self.step(wrapped, micro_batches)
@@ -132,14 +143,26 @@ class Trainer:
             write_settings(self.out / SETTINGS, self.config)
         return resumed
 
-    def _fit_blend(self, data: TrainingData) -> None:
-        """Fit a fresh blend to the first crops of the run; a trained one stays as it is."""
-        blend, count = self.model.adapter.blend, micro_batches_to_fit(self.config, self.context.world_size)
-        if blend is None or not count or not is_fresh(blend):
+    def _fit(self, data: TrainingData) -> None:
+        """Fit a fresh blend to the first crops of the run, and measure the teacher's scale on them."""
+        blend, upsampler = self.model.adapter.blend, self.model.upsampler
+        fit = BlendFit(blend) if blend is not None and self.config.fit and is_fresh(blend) else None
+        scale = TargetScale(upsampler) if isinstance(upsampler, SecondUpsampler) else None
+        count = micro_batches_to_fit(self.config, self.context.world_size)
+        if fit is None and scale is None:
             return
         micro_batches = itertools.islice(data.micro_batches(self.state.step), count)
         with self._progress_bar(micro_batches, desc="fit", total=count, unit="batch") as bar:
-            fit_blend(blend, self._block_maps, bar, self.context)
+            for pixels, teacher in bar:
+                if scale is not None:
+                    scale.add(teacher)
+                if fit is not None:
+                    with torch.no_grad():
+                        fit.add(self._block_maps(pixels), teacher)
+        if scale is not None:
+            scale.store(self.context)
+        if fit is not None:
+            fit.solve(self.context)
         self.average.module.load_state_dict(self.module.state_dict())
 
     def _wrap(self) -> nn.Module:
@@ -154,6 +177,9 @@ class Trainer:
         if not self.model_was_given:
             return BrixelFeatures.from_pretrained(self.out, backbone=self.config.backbone, device=self.context.device)
         self.averaged_model.upsampler.load_state_dict(read_tensors(self.out / ADAPTER))
+        self.averaged_model.config = dataclasses.replace(  # that of the best, not of the last validation
+            self.averaged_model.config, training=read_config(self.out / CONFIG).training
+        )
         return self.averaged_model
 
     # ---------------------------------------------------------------- one step
@@ -195,7 +221,13 @@ class Trainer:
             with torch.no_grad():
                 maps = self._block_maps(pixels)
             student: Tensor = wrapped(pixels, maps)
-        return total_loss(student, target, self.config.loss_weights)
+        return total_loss(student, target, self.config.loss_weights, self._feature_scale())
+
+    def _feature_scale(self) -> FeatureScale | None:
+        upsampler = self.model.upsampler
+        if not isinstance(upsampler, SecondUpsampler):
+            return None
+        return FeatureScale(upsampler.feature_mean, upsampler.feature_std)
 
     def _block_maps(self, pixels: Tensor) -> list[Tensor]:
         return self.model.backbone.block_maps(pixels, self.model.blocks)

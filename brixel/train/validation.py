@@ -24,7 +24,7 @@ from brixel.evaluate.fidelity import (
 from brixel.train.checkpoint import TrainingState
 from brixel.train.loader import TrainingData
 from brixel.train.monitoring import Metrics, draw_crops, draw_curve
-from brixel.train.setup import describe_crops
+from brixel.train.setup import describe_crops, describe_loss
 from brixel.train.teacher_cache import TeacherCache
 from brixel.utils.devices import describe_machine
 
@@ -84,23 +84,22 @@ def _figures(metrics: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class Validator:
-    """Validates a model and writes to the output folder: panel, curve, the last and the best model."""
+    """Validates a model at every size, and writes to the output folder: panel, curve, the last and the best model."""
 
     def __init__(self, model: BrixelFeatures, data: TrainingData) -> None:
         self.model, self.data = model, data
         self.config, self.context = data.config, data.context
-        self.held_out: HeldOut | None = None  # measured at the first validation
+        self.held_out: list[HeldOut] = []  # by size, measured at the first validation
 
     def run(self, state: TrainingState, metrics: Metrics) -> None:
         """Validate after step ``state.step``, log the result, and save the model; updates ``state.best``."""
-        out, crops, device = Path(self.config.out), self.data.held_out, self.context.device
+        out, device = Path(self.config.out), self.context.device
         self.model.eval()
         record: dict[str, float] = {"step": state.step}
-        if crops is not None:
-            self.held_out = self.held_out or HeldOut(crops, self.model.backbone_features, device)
-            record |= self.held_out.validate(self.model)
+        if self.data.held_out:
+            record |= self._figures()
             metrics.add(record)
-            draw_crops(out / f"panel-{state.step:06d}.png", self.model, crops, device)
+            draw_crops(out / f"panel-{state.step:06d}.png", self.model, self.data.held_out[-1], device)
         draw_curve(out / "curve.png", metrics.records())
         self.model.config = dataclasses.replace(self.model.config, training=self._facts(record))
         self.model.save_pretrained(out / LAST)
@@ -110,17 +109,30 @@ class Validator:
             state.best = score
             self.model.save_pretrained(out)
 
+    def _figures(self) -> dict[str, float]:
+        """The figures averaged over the sizes and, where there are several, those of each, by name and size."""
+        if not self.held_out:
+            device = self.context.device
+            self.held_out = [HeldOut(crops, self.model.backbone_features, device) for crops in self.data.held_out]
+        by_size = [held_out.validate(self.model) for held_out in self.held_out]
+        means = {name: sum(figures[name] for figures in by_size) / len(by_size) for name in by_size[0]}
+        if len(by_size) > 1:
+            for size, figures in zip(self.config.sizes, by_size, strict=True):
+                means |= {f"{name}_{size}px": value for name, value in figures.items()}
+        return means
+
     def _facts(self, figures: Mapping[str, float]) -> dict[str, str]:
         """The training section of the model's config and card: texts by title, without names of folders."""
-        config, batch = self.config, self.config.crops_per_step(self.context.world_size)
+        config = self.config
+        batch = f"{config.crops_per_step(self.context.world_size):g} crops each"
         about = f", {config.about}" if config.about else ""
         facts = {
-            "images": f"{self.data.image_count}{about}; crops of {describe_crops(config, self.model.patch_px)}",
-            "steps": f"{figures['step']} of {config.steps}, {batch} crops each; {config.optimizer}, rate {config.lr:g}",
-            "loss": f"{config.l1:g} L1 + {config.edge:g} edge + {config.spectral:g} spectral",
+            "images": f"{self.data.content}{about}; crops of {describe_crops(config, self.model.patch_px)}",
+            "steps": f"{figures['step']} of {config.steps}, {batch}; {config.optimizer}, rate {config.lr:g}",
+            "loss": describe_loss(config),
         }
-        if self.data.held_out is not None:
-            title = f"on {len(self.data.held_out)} held-out crops"
+        if self.data.held_out:
+            title = f"on {len(self.data.held_out[0])} held-out crops"
             for name, text in (
                 ("cosine", "cosine to the teacher"),
                 ("centred_cosine", "centred cosine to the teacher"),

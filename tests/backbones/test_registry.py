@@ -17,7 +17,7 @@ PUBLISHED = {"brixel-tiny": 5.49, "dinov3-vits16": 21.6, "dinov2-vitl14": 304.4,
 def test_names_aliases_and_repositories_occur_once():
     rows = brixel.list_models()
     assert len(rows) > 40
-    assert rows[0].name == "brixel-tiny"
+    assert [row.name for row in rows[:2]] == ["brixel-small", "brixel-tiny"]
     names = [name for row in rows for name in (row.name, *row.aliases, *row.sources)]
     assert len(set(names)) == len(names)
 
@@ -64,7 +64,7 @@ def test_an_unknown_name_names_the_closest(wrong, close):
 
 
 def test_where_no_name_is_close_the_names_are_listed_without_aliases():
-    with pytest.raises(BrixelError, match="'nothing'; known: brixel-tiny, dinov2-vitb14, ") as caught:
+    with pytest.raises(BrixelError, match="'nothing'; known: brixel-small, brixel-tiny, dinov2-vitb14, ") as caught:
         known_backbone("nothing")
     assert "dinov2-small" not in str(caught.value)
     assert find_backbone("nothing") is None
@@ -93,5 +93,6 @@ def test_the_command_prints_a_line_for_each(capsys):
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["name", "also", "parameters", "patch", "width", "licence", "gated", "adapter", "sources"]
     assert [line.split()[0] for line in lines] == [row.name for row in brixel.list_models()]
-    assert "5.49 M" in lines[0]
+    assert "22.06 M" in lines[0]
+    assert "5.49 M" in lines[1]
     assert lines[0].endswith("in the package")

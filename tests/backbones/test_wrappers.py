@@ -95,8 +95,6 @@ def test_dinov2_is_the_same_as_our_own_vit(tmp_path, hw, registers):
     model.save_pretrained(tmp_path)
     ours = BrixelFeatures.from_backbone(tmp_path, device="cpu")
     theirs = BrixelFeatures.from_backbone(model, mean=ours.config.backbone.vit.mean, std=ours.config.backbone.vit.std)
-    theirs.adapter.load_state_dict(ours.adapter.state_dict())
-    theirs.head.load_state_dict(ours.head.state_dict())
     pixels = torch.randn(2, 3, *hw)
     blocks = (3, 0, 2)
     with torch.no_grad():
@@ -169,7 +167,7 @@ def test_a_timm_style_model_is_the_same_as_its_twin(pixels):
     twin, style = Own(), TimmStyle()
     style.load_state_dict(twin.state_dict() | style.state_dict() | twin.state_dict())
     style.blocks = style.layers
-    model = BrixelFeatures.from_backbone(style)
+    model = BrixelFeatures.from_backbone(style, adapter="fresh")
     assert isinstance(model.backbone, TimmBackbone)
     assert model.config.backbone.vit == ForeignConfig(
         "TimmStyle", WIDTH, DEPTH, PATCH, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3)
@@ -182,7 +180,7 @@ def test_a_timm_style_model_is_the_same_as_its_twin(pixels):
 
 def test_a_users_own(image_path):
     own = Own().train()
-    model = BrixelFeatures.from_backbone(own, short_side_px=32)
+    model = BrixelFeatures.from_backbone(own, adapter="fresh", short_side_px=32)
     assert model.backbone is own
     assert not own.training
     assert not any(parameter.requires_grad for parameter in own.parameters())
@@ -214,7 +212,7 @@ def test_our_own_vit_as_a_module(backbone_folder, tmp_path):
 def test_saved_and_loaded(make, tmp_path, pixels):
     module = make()
     fields = NORMAL if isinstance(module, transformers.PreTrainedModel) else {}
-    model = BrixelFeatures.from_backbone(module, blocks=(0, 0, 1, 3), **fields)
+    model = BrixelFeatures.from_backbone(module, adapter="fresh", blocks=(0, 0, 1, 3), **fields)
     shaken(model.head)
     model.save_pretrained(tmp_path)
     again = BrixelFeatures.from_pretrained(tmp_path, backbone=module)
@@ -239,7 +237,7 @@ def test_a_short_run(tmp_path):
     config = TrainConfig(backbone="my own", images=images, val=images, out=str(tmp_path / "out"), **settings)
     own = Own()
     before = {name: weight.clone() for name, weight in own.state_dict().items()}
-    model = distill(config, model=BrixelFeatures.from_backbone(own))
+    model = distill(config, model=BrixelFeatures.from_backbone(own, adapter="fresh"))
     torch.testing.assert_close(own.state_dict(), before, rtol=0, atol=0)
     again = BrixelFeatures.from_pretrained(tmp_path / "out", backbone=own)
     assert again.config.adapter.short_side_px == 16
@@ -271,7 +269,7 @@ def raising(pixels, blocks):
             lambda: type("Half", (nn.Module,), {"block_maps": raising, "width": 64})(),
             "Half has no patch_px, depth, mean, std;",
         ),
-        (lambda: Own(80), "the backbone is 80 wide; the adapter needs a multiple of 32"),
+        (lambda: Own(80), "the backbone is 80 wide; a trained adapter needs a multiple of 32"),
         (lambda: changed(width="64"), "Own.width is '64'; expected a whole number from 1 up"),
         (lambda: changed(mean=(0.5, 0.5)), r"Own.mean is \(0.5, 0.5\); expected three numbers"),
         (lambda: changed(std=(0, 1, 1)), r"Own.std is \(0, 1, 1\); expected three numbers"),
@@ -289,7 +287,7 @@ def raising(pixels, blocks):
 )
 def test_what_does_not_fit_is_refused(make, message):
     with pytest.raises(BrixelError, match=message):
-        BrixelFeatures.from_backbone(make())
+        BrixelFeatures.from_backbone(make(), adapter="fresh")
 
 
 def test_models_of_another_kind_are_refused():
@@ -304,7 +302,7 @@ def test_models_of_another_kind_are_refused():
     shallow = transformers_model("ViT")
     shallow.config.num_hidden_layers = 6
     with pytest.raises(BrixelError, match="ViTModel gave as hidden states 5, .*; expected 7 of"):
-        BrixelFeatures.from_backbone(shallow, **NORMAL)
+        BrixelFeatures.from_backbone(shallow, adapter="fresh", **NORMAL)
 
 
 def test_what_is_no_module():
@@ -325,7 +323,7 @@ def test_settings_of_files_are_refused_for_modules():
 def test_pixels_that_are_no_whole_patches(make):
     module = make()
     fields = NORMAL if isinstance(module, transformers.PreTrainedModel) else {}
-    model = BrixelFeatures.from_backbone(module, **fields)
+    model = BrixelFeatures.from_backbone(module, adapter="fresh", **fields)
     with pytest.raises(
         BrixelError, match=r"pixels have shape \(1, 3, 8, 12\); expected \(B, 3, H, W\), H and W multiples"
     ):

@@ -45,7 +45,7 @@ def backbone_files(backbone_folder):
 def saved(backbone_folder, tmp_path_factory):
     """Two folders of one model, with its backbone and without, whose sources are a gated repository and a free one."""
     whole, part = (tmp_path_factory.mktemp("saved") / name for name in ("whole", "part"))
-    model = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
+    model = BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu", short_side_px=28)
     model.config = model.config.with_sources([GATED, FREE])
     model.save_pretrained(whole, include_backbone=True)
     model.save_pretrained(part)
@@ -692,8 +692,8 @@ def refuse(*arguments):
 socket.socket.connect = socket.getaddrinfo = refuse
 from brixel import BrixelFeatures
 from brixel.checkpoints import locate_files
-locate_files.BUNDLED_FOLDER = Path(sys.argv[1])
-assert BrixelFeatures.from_pretrained(device="cpu").embed_dim == 64
+locate_files.BUNDLED_FOLDERS["brixel-tiny"] = Path(sys.argv[1])
+assert BrixelFeatures.from_pretrained("brixel-tiny", device="cpu").embed_dim == 64
 assert not {name for name in sys.modules if name.startswith(("huggingface_hub", "httpx"))}
 socket.socket.connect, socket.getaddrinfo = connect, lookup
 print("ready", flush=True)

@@ -36,7 +36,7 @@ def backbone(hub, backbone_folder):
 @pytest.fixture(scope="module")
 def local_model(backbone_folder):
     """A model whose backbone is in a folder of this machine."""
-    return BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
+    return BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu", short_side_px=28)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def push(model, name=OURS, **options):
 
 
 def test_what_was_pushed_loads_again(hub, backbone, tmp_path):
-    model = BrixelFeatures.from_backbone(backbone, device="cpu", short_side_px=28)
+    model = BrixelFeatures.from_backbone(backbone, adapter="fresh", device="cpu", short_side_px=28)
     name = model.push_to_hub(OURS, token=WRITER, message="A first one")
     repo = hub.repos[OURS]
     assert set(repo.files) == {".gitattributes", "README.md", "adapter.safetensors", "config.json", "panel.png"}
@@ -110,7 +110,7 @@ def test_a_backbone_that_is_nowhere_is_refused(hub, backbone, backbone_folder, l
 def test_the_bundled_model(hub, tmp_path):
     """Others have its backbone in their package, so that the adapter alone can be uploaded."""
     hub.writers["us"] = (WRITER,)
-    model = BrixelFeatures.from_pretrained(device="cpu")
+    model = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")
     push(model)
     files = hub.repos[OURS].files
     assert set(files) == {".gitattributes", "README.md", "adapter.safetensors", "config.json", "panel.png"}

@@ -11,7 +11,9 @@ from brixel.cli.app import main
 @pytest.fixture(scope="session")
 def saved(backbone_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28).save_pretrained(folder)
+    BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu", short_side_px=28).save_pretrained(
+        folder
+    )
     return folder
 
 

@@ -25,7 +25,7 @@ def test_info_needs_no_weights(run, model_folder, capsys):
     printed = {name: value.strip() for name, value in printed}
     assert printed["backbone weights"] == printed["adapter weights"] == "missing"
     assert printed["backbone sources"] == "/nowhere/backbone"
-    assert printed["upsampler parameters"].startswith("0.3")
+    assert printed["upsampler parameters"].startswith("0.5")
 
 
 def test_info_as_json_has_plain_values(run, model_folder, backbone_folder, capsys):

@@ -23,12 +23,13 @@ def test_plan_prints_the_fields(run, saved, whole, monkeypatch, capsys):
     flags = ("--memory-limit", "60MiB", "--tiles", "never", "--batch-size", 2, "--to-file")
     assert run("plan", "112x168", "--model", saved, *flags) == 0
     limits = {"memory_limit": 60 * 2**20, "tiles": "never", "batch": 2, "to_file": True, "short_side_px": "native"}
+    limits["scale"] = None
     assert asked == [{"image_hw": (112, 168), **limits}]
     printed = capsys.readouterr().out
     rows = dict(line.split("  ", 1) for line in printed.splitlines()[:-1])
     rows = {name: value.strip() for name, value in rows.items()}
     assert (rows["tile"], rows["overlap"], rows["tiles"]) == ("56 x 70 px", "14 px", "4")
-    assert (rows["padded"], rows["peak"], rows["limit"]) == ("112 x 112 px", "5 MiB", "60 MiB")
+    assert (rows["padded"], rows["peak"], rows["limit"]) == ("112 x 112 px", "7 MiB", "60 MiB")
     assert printed.endswith("an approximation: tiles do not attend to one another\n")
 
 

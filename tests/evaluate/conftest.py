@@ -10,7 +10,7 @@ from brixel import BrixelFeatures
 def model(backbone_folder):
     """A student whose adapter and head change the maps."""
     torch.manual_seed(0)
-    model = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
+    model = BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu")
     with torch.no_grad():
         for parameter in (*model.adapter.parameters(), *model.head.parameters()):
             parameter.add_(0.05 * torch.randn_like(parameter))

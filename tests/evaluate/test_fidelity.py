@@ -137,7 +137,9 @@ def test_the_model_is_left_in_the_mode_it_was_in(model, squares):
 
 
 def test_a_fresh_student_is_bilinear(backbone_folder, squares):
-    report = fidelity(BrixelFeatures.from_backbone(backbone_folder, device="cpu"), squares, [56, 112])
+    report = fidelity(
+        BrixelFeatures.from_backbone(backbone_folder, adapter="bilinear", device="cpu"), squares, [56, 112]
+    )
     for side in (56, 112):
         rows = by_name(report, side)
         for kind in ("l1", "cosine", "edge", "spectral"):
@@ -333,7 +335,7 @@ def test_equal_cosines_are_not_better():
 
 
 def test_a_fresh_student_is_better_in_no_image(backbone_folder, squares):
-    report = fidelity(BrixelFeatures.from_backbone(backbone_folder, device="cpu"), squares, [112])
+    report = fidelity(BrixelFeatures.from_backbone(backbone_folder, adapter="bilinear", device="cpu"), squares, [112])
     row = by_name(report, 112)["student"]
     assert row["better"] == row["centred_better"] == [0, 2]
     assert "| 0 of 2 |" in report.markdown("command")

@@ -10,7 +10,7 @@ from brixel import BrixelFeatures
 
 @pytest.fixture(scope="session")
 def model(backbone_folder):
-    return BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=28)
+    return BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu", short_side_px=28)
 
 
 @pytest.fixture

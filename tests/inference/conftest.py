@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from brixel import BrixelFeatures
 from brixel.backbones.registry import known_backbone
 from brixel.backbones.vit import ViT
 from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig
-from brixel.model.upsampler import Upsampler
+from brixel.model.upsampler import make_upsampler
 
 
 @pytest.fixture(scope="session")
 def tiny() -> BrixelFeatures:
     """The bundled model with four of its twelve blocks, as a prediction takes its time block by block."""
-    bundled = BrixelFeatures.from_pretrained(device="cpu")
+    bundled = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")
     adapter = dataclasses.replace(bundled.config.adapter, blocks=(0, 1, 2, 3))
     vit = dataclasses.replace(bundled.config.backbone.vit, depth=4)
     config = dataclasses.replace(
@@ -34,12 +35,13 @@ def tiny() -> BrixelFeatures:
 def random_model() -> Callable[..., BrixelFeatures]:
     """Makes a small model in which every weight matters: width 64, four blocks; images of two patches a side."""
 
-    def make(architecture: str, *, blend: bool, detour: bool) -> BrixelFeatures:
+    def make(architecture: str, *, blend: bool = False, detour: bool = False, **fields: Any) -> BrixelFeatures:
         torch.manual_seed(0)
         vit = dataclasses.replace(known_backbone(architecture).vit, depth=4, width=64, heads=4)
-        adapter = AdapterConfig((0, 1, 2, 3), residual_detour=detour, short_side_px=2 * vit.patch_px, blend=blend)
+        blocks = (0, 1, 2, 3) if fields.get("kind", "trained") == "trained" else (3,)
+        adapter = AdapterConfig(blocks, detour, short_side_px=2 * vit.patch_px, blend=blend, **fields)
         config = BrixelConfig(BackboneConfig(None, (), vit, ()), adapter)
-        model = BrixelFeatures(ViT(vit), Upsampler(64, adapter), config)
+        model = BrixelFeatures(ViT(vit), make_upsampler(vit, adapter), config)
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
         for module in model.modules():
@@ -55,6 +57,18 @@ def random_model() -> Callable[..., BrixelFeatures]:
 def patch14(random_model) -> BrixelFeatures:
     """A random DINOv2: patches of 14 px, learned positions, a fresh adapter's blend."""
     return random_model("dinov2-vits14", blend=True, detour=False)
+
+
+@pytest.fixture(scope="session")
+def guided(random_model) -> BrixelFeatures:
+    """A random DINOv2 with the universal upsampler, of random weights."""
+    return random_model("dinov2-vits14", kind="universal")
+
+
+@pytest.fixture(scope="session")
+def second(random_model) -> BrixelFeatures:
+    """A random DINOv3 with a trained upsampler of the second generation."""
+    return random_model("dinov3-vits16", blend=True, generation=2, grids=(2, 4))
 
 
 @pytest.fixture(scope="session")

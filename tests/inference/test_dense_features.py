@@ -32,7 +32,7 @@ def test_a_file_says_that_its_map_was_made_of_tiles(tiny, waves, tmp_path, monke
 
 
 def test_a_map_in_half_precision_goes_to_a_file_as_float32(waves, tmp_path):
-    half = BrixelFeatures.from_pretrained(device="cpu", dtype="bfloat16")
+    half = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu", dtype="bfloat16")
     made = half.extract(waves, short_side_px=64, out=tmp_path / "map.npy")
     assert made.features.dtype == torch.float32
     assert torch.equal(made.features, half.extract(waves, short_side_px=64).features.float())

@@ -87,7 +87,7 @@ def test_a_map_that_was_yielded_is_not_held(tiny, images):
 
 @pytest.mark.gpu
 def test_results_on_cuda_leave_it_before_they_wait(images):
-    model = BrixelFeatures.from_pretrained(device="cuda", dtype="float32")
+    model = BrixelFeatures.from_pretrained("brixel-tiny", device="cuda", dtype="float32")
     expected = [model.extract(image, short_side_px="native").features for image in images]
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

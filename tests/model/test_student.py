@@ -279,7 +279,7 @@ def test_short_side_must_be_a_positive_whole_number(side: object) -> None:
 
 @pytest.mark.parametrize("width", [16, 80, 100])
 def test_width_must_be_a_multiple_of_the_groups(width: int) -> None:
-    with pytest.raises(BrixelError, match=f"the backbone is {width} wide; the adapter needs a multiple of 32"):
+    with pytest.raises(BrixelError, match=f"the backbone is {width} wide; a trained adapter needs a multiple of 32"):
         Upsampler(width, AdapterConfig(BLOCKS, residual_detour=False, short_side_px=256))
 
 

@@ -327,7 +327,7 @@ def test_an_offset_goes_with_the_plain_bicubic_rule_alone(references: dict[str, 
 def test_a_student_on_it_runs_and_comes_back(
     name: str, include_backbone: bool, references: dict[str, Reference], image_path: Path, tmp_path: Path
 ) -> None:
-    model = BrixelFeatures.from_backbone(references[name][1], device="cpu")
+    model = BrixelFeatures.from_backbone(references[name][1], adapter="fresh", device="cpu")
     assert model.config.adapter.blocks == (0, 1, 2, 3)
     assert (model.device.type, model.dtype) == ("cpu", torch.float32)
     assert len(fingerprint(model.backbone)) == 2 * (2 + DEPTH)

@@ -15,9 +15,18 @@ OTHER = {
     **{"backbone": "bb", "images": ("j", "k"), "out": "oo", "val": ("v",), "architecture": "dinov2-vits14"},
     **{"steps": 7, "batch_size": 3, "accumulate": 2, "teacher_px": 112, "max_zoom": 2.0, "flip": False},
     **{"small": "skip", "cache": 9, "cache_dir": "c", "optimizer": "adam", "lr": 1e-5, "weight_decay": 0.5},
-    **{"warmup": 3, "schedule": "release", "clip_norm": 0.0, "ema": 0.5, "drop_path": 0.0, "l1": 0.5, "edge": 0.0},
-    **{"spectral": 1e-7, "true_rings": False, "val_images": 0, "val_every": 5, "save_every": 6, "log_every": 7},
-    **{"workers": 0, "seed": 2**40, "device": "cpu", "fit": 5, "about": "a few"},
+    **{"warmup": 3, "schedule": "release", "clip_norm": 0.0, "ema": 0.5, "drop_path": 0.0, "l1": 0.5, "edge": 0.5},
+    **{
+        "spectral": 1e-7,
+        "cosine": 0.5,
+        "true_rings": False,
+        "val_images": 0,
+        "val_every": 5,
+        "save_every": 6,
+        "log_every": 7,
+    },
+    **{"cosine": 0.5, "workers": 0, "seed": 2**40, "device": "cpu", "fit": 5, "about": "a few"},
+    **{"generation": 1, "sizes": (28, 42), "train_universal": True},
 }
 KINDS = {field.name: kind for field, kind in fields()}
 WHOLE = [name for name, kind in KINDS.items() if kind is int or kind == int | None]
@@ -33,7 +42,9 @@ def new(**settings: object) -> TrainConfig:
 
 def test_the_lists_above_name_every_setting():
     assert set(OTHER) == set(KINDS)
-    assert sorted([*WHOLE, *REAL, *CHOICES, *TEXTS, *FOLDERS, "flip", "true_rings"]) == sorted(KINDS)
+    assert sorted(
+        [*WHOLE, *REAL, *CHOICES, *TEXTS, *FOLDERS, "flip", "true_rings", "sizes", "train_universal"]
+    ) == sorted(KINDS)
     default = new()
     for name, value in OTHER.items():
         assert getattr(default, name) != value, name
@@ -95,8 +106,8 @@ def test_a_wrong_value_names_the_setting_when_the_configuration_is_made(name, va
 
 
 def test_losses_that_are_all_off_are_refused():
-    with pytest.raises(BrixelError, match="l1, edge and spectral"):
-        new(l1=0, edge=0, spectral=0)
+    with pytest.raises(BrixelError, match="l1, cosine, edge and spectral"):
+        new(l1=0, cosine=0, edge=0, spectral=0)
 
 
 @pytest.mark.parametrize("name", ["backbone", "images", "out"])
@@ -129,9 +140,38 @@ def test_the_configuration_is_frozen_hashable_and_equal_by_value():
 
 
 def test_the_weights_of_the_losses():
-    config = new(l1=0.5, edge=2, spectral=0, true_rings=False)
-    assert config.loss_weights == LossWeights(0.5, 2.0, 0.0, False)
-    assert new().loss_weights == LossWeights()
+    config = new(l1=0.5, edge=2, spectral=0, true_rings=False, cosine=3)
+    assert config.loss_weights == LossWeights(0.5, 2.0, 0.0, False, 3.0)
+    assert new().loss_weights == LossWeights(1.0, 0.0, 0.0, True, 1.0)
+
+
+def test_larger_sizes_have_fewer_crops():
+    config = new(sizes=(112, 168, 224), batch_size=9)
+    assert config.batch_sizes == [9, 4, 2]
+    assert [config.scaled(1000, index) for index in range(3)] == [1000, 444, 250]
+    assert config.crops_per_step(2) == 10
+    assert new(sizes=(112, 1120), batch_size=1).batch_sizes == [1, 1]
+    assert new(batch_size=9, accumulate=2).crops_per_step(3) == 54
+    assert new(sizes=(112,), batch_size=9).batch_sizes == [9]
+
+
+@pytest.mark.parametrize("sizes", [(224, 112), (112, 112)])
+def test_sizes_that_do_not_ascend_are_refused(sizes):
+    with pytest.raises(BrixelError, match="sizes are .*; expected ascending ones, each once"):
+        new(sizes=sizes)
+
+
+def test_sizes_and_the_teacher_s_side_are_not_given_together():
+    with pytest.raises(BrixelError, match="sizes and teacher_px are both given"):
+        new(sizes=(112,), teacher_px=448)
+
+
+def test_a_complete_file_of_version_0_2_is_of_the_first_generation():
+    """All settings of that time are in the files that runs write."""
+    old = {"fit": 2048, "ema": 0.99, "seed": 0, **NEEDED}
+    assert (make_config(old).generation, make_config(old).cosine) == (1, 0.0)
+    assert make_config({**old, "generation": 2}).generation == 2
+    assert make_config(NEEDED).generation == 2
 
 
 @pytest.mark.parametrize(("name", "meant"), [("learning_rte", None), ("step", "steps"), ("warm_up", "warmup")])
@@ -180,7 +220,9 @@ def test_unusual_paths_survive_the_file(tmp_path, path):
     assert make_config(read_settings(tmp_path / "train.toml")) == config
 
 
-@pytest.mark.parametrize("settings", [{}, OTHER, {"lr": 1e-300, "l1": 1e22, "weight_decay": 0.1 + 0.2}, {"val": ()}])
+@pytest.mark.parametrize(
+    "settings", [{}, {**OTHER, "teacher_px": None}, {"lr": 1e-300, "l1": 1e22, "weight_decay": 0.1 + 0.2}, {"val": ()}]
+)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_setting_survives_the_file_whatever_the_preset(tmp_path, settings, preset):
     config = make_config({**NEEDED, **settings}, preset=preset)

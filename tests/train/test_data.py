@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader
 from brixel import BrixelError
 from brixel.backbones.vit_config import IMAGENET_MEAN, IMAGENET_STD
 from brixel.images.crops import CropSettings, check_teacher_px, student_view, teacher_crop
-from brixel.train.data import CropDataset, PositionSampler, collate, find_training_images, shuffled_index
+from brixel.train.data import (
+    CropDataset,
+    CropSources,
+    MicroBatchSampler,
+    collate,
+    find_training_images,
+    shuffled_index,
+)
 
 T = 32
 
@@ -321,9 +328,9 @@ def test_workers_and_restarts_read_the_same(album, tmp_path, batch_size):
     dataset = dataset_of(tmp_path, max_zoom=1.5)
 
     def read(workers, start_step, steps):
-        sampler = PositionSampler(start_step=start_step, steps=steps, global_batch=batch_size)
-        loader = DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate)
-        return list(loader)
+        sampler = MicroBatchSampler([batch_size], start=start_step, stop=start_step + steps)
+        sources = CropSources([dataset])
+        return list(DataLoader(sources, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
 
     whole = read(0, 0, 6)
     restarted = read(2 if batch_size > 1 else 0, 0, 2) + read(0, 2, 4)
@@ -378,22 +385,20 @@ def test_the_error_without_usable_images_gives_reasons(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_divide_the_same_global_batches(world_size):
-    options = {"start_step": 5, "steps": 3, "global_batch": 8, "world_size": world_size}
-    samplers = [PositionSampler(**options, rank=rank) for rank in range(world_size)]
-    parts = [torch.tensor(list(sampler)).reshape(3, -1) for sampler in samplers]
+def test_ranks_divide_the_same_positions(world_size):
+    options = {"start": 5, "stop": 8, "world_size": world_size}
+    samplers = [MicroBatchSampler([8 // world_size], **options, rank=rank) for rank in range(world_size)]
+    parts = [torch.tensor([[position for _, position in batch] for batch in sampler]) for sampler in samplers]
     assert torch.equal(torch.cat(parts, dim=1), torch.arange(40, 64).reshape(3, 8))
-    assert {len(sampler) for sampler in samplers} == {24 // world_size}
+    assert {len(sampler) for sampler in samplers} == {3}
 
 
-def test_a_restarted_sampler_continues_at_its_step():
-    whole = list(PositionSampler(start_step=0, steps=9, global_batch=6, rank=1, world_size=3))
-    assert whole[8:] == list(PositionSampler(start_step=4, steps=5, global_batch=6, rank=1, world_size=3))
-    assert list(PositionSampler(start_step=4, steps=0, global_batch=6)) == []
+def test_sizes_take_turns_and_each_reads_its_own_positions():
+    batches = list(MicroBatchSampler([3, 1], start=0, stop=5))
+    assert batches == [[(0, 0), (0, 1), (0, 2)], [(1, 0)], [(0, 3), (0, 4), (0, 5)], [(1, 1)], [(0, 6), (0, 7), (0, 8)]]
 
 
-def test_a_batch_that_does_not_divide_is_an_error():
-    with pytest.raises(BrixelError, match="a global batch of 10 does not divide among 4 processes; take 8"):
-        PositionSampler(start_step=0, steps=1, global_batch=10, world_size=4)
-    with pytest.raises(BrixelError, match="a global batch of 0 .* take 4"):
-        PositionSampler(start_step=0, steps=1, global_batch=0, world_size=4)
+def test_a_restarted_sampler_continues_at_its_micro_batch():
+    whole = list(MicroBatchSampler([4, 2, 1], start=0, stop=9, rank=1, world_size=3))
+    assert whole[4:] == list(MicroBatchSampler([4, 2, 1], start=4, stop=9, rank=1, world_size=3))
+    assert list(MicroBatchSampler([6], start=4, stop=4)) == []

@@ -95,7 +95,7 @@ def batch_norm():
 
 class Teacher:
     def __init__(self, fault=None, call=None):
-        self.model = BrixelFeatures.from_backbone(task["backbone"], device="cpu")
+        self.model = BrixelFeatures.from_backbone(task["backbone"], adapter="fresh", device="cpu")
         self.fault, self.call, self.calls = fault, call, 0
     def __call__(self, pixels):
         self.calls += len(pixels) > 1  # not those for validation, which rank 0 alone makes

@@ -13,7 +13,7 @@ from brixel import BrixelError, BrixelFeatures
 from brixel.model.adapter import Adapter
 from brixel.train import TrainConfig, distill
 from brixel.train.distributed import DistributedContext
-from brixel.train.fit_blend import RIDGE, fit_blend, is_fresh, micro_batches_to_fit
+from brixel.train.fit_blend import RIDGE, BlendFit, TargetScale, is_fresh, micro_batches_to_fit
 from brixel.train.loader import TrainingData
 
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
@@ -22,6 +22,13 @@ WIDTH = 32
 
 def fresh_blend():
     return Adapter(WIDTH, blend=True).blend
+
+
+def fit_blend(blend, block_maps, micro_batches, context):
+    fit = BlendFit(blend)
+    for pixels, teacher in micro_batches:
+        fit.add(block_maps(pixels), teacher)
+    fit.solve(context)
 
 
 def backbone_maps(pixels, seed=0):
@@ -138,7 +145,9 @@ def test_maps_that_do_not_fit_are_refused():
         ({"fit": 100, "steps": 5}, 5),
         ({"fit": 100, "steps": 3, "accumulate": 2}, 6),
         ({"fit": 100, "steps": 50, "cache": 24}, 3),
-        ({"fit": 0, "steps": 50}, 0),
+        ({"fit": 0, "steps": 50, "generation": 1}, 0),
+        ({"fit": 0, "steps": 50}, 8),  # for the teacher's scale
+        ({"fit": 100, "steps": 50, "sizes": (56, 112)}, 20),
     ],
 )
 def test_the_fit_uses_no_more_crops_than_the_run_reads(settings, count):
@@ -163,7 +172,7 @@ def blend_of(folder):
 
 
 def test_a_run_fits_its_blend_and_keeps_it(config, tmp_path):
-    fitted = BrixelFeatures.from_backbone(config.backbone, device="cpu")
+    fitted = BrixelFeatures.from_backbone(config.backbone, adapter="fresh", device="cpu")
     data = TrainingData(config, fitted.config.backbone, fitted.backbone_features, "the backbone", ALONE)
     micro_batches = list(data.micro_batches(0))
     fit_blend(fitted.adapter.blend, partial(fitted.backbone.block_maps, blocks=fitted.blocks), micro_batches, ALONE)
@@ -172,6 +181,25 @@ def test_a_run_fits_its_blend_and_keeps_it(config, tmp_path):
     assert not is_fresh(fitted.adapter.blend)
     assert torch.equal(weight, fitted.adapter.blend.weight)
     assert torch.equal(bias, fitted.adapter.blend.bias)
+
+
+def test_a_run_measures_the_teacher_s_scale(config, tmp_path):
+    distill(config)
+    model = BrixelFeatures.from_pretrained(tmp_path / "out", device="cpu")
+    data = TrainingData(config, model.config.backbone, model.backbone_features, "the backbone", ALONE)
+    cells = torch.cat([teacher.transpose(0, 1).flatten(1) for _, teacher in data.micro_batches(0)], 1)
+    torch.testing.assert_close(model.upsampler.feature_mean, cells.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.upsampler.feature_std, cells.std(1, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_channel_that_never_changes_keeps_a_scale_above_zero(config):
+    upsampler = BrixelFeatures.from_backbone(config.backbone, adapter="fresh", device="cpu").upsampler
+    scale, teacher = TargetScale(upsampler), torch.randn(2, 64, 4, 4)
+    teacher[:, 5] = 3
+    scale.add(teacher)
+    scale.store(ALONE)
+    assert upsampler.feature_mean[5] == 3
+    assert 0.01 < upsampler.feature_std[5] < 0.1
 
 
 def test_without_a_fit_the_blend_stays_the_last_map(config, tmp_path):

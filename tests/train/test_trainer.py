@@ -24,7 +24,7 @@ from brixel.checkpoints.model_folder import read_config
 from brixel.train import TrainConfig, distill
 from brixel.train.config import make_config, read_settings
 from brixel.train.optim import WeightAverage, learning_rate, make_optimizer
-from brixel.train.setup import teacher_side_px
+from brixel.train.setup import teacher_sides_px
 from brixel.train.validation import HeldOut
 
 TEACHER_PX, WIDTH = 112, 64
@@ -66,12 +66,16 @@ def plain(backbone_folder, drawn, tmp_path_factory):
     return out
 
 
+FIRST_GENERATION = {"generation": 1, "cosine": 0.0, "edge": 1.0, "spectral": 0.1}
+"""The loop is the same; for the second see `test_second_generation.py`."""
+
+
 def short_run(backbone, images, out, **settings):
     return TrainConfig(
         **{
             **{"backbone": str(backbone), "images": str(images), "out": str(out), "teacher_px": TEACHER_PX},
             **{"steps": 4, "batch_size": 2, "warmup": 1, "drop_path": 0.3, "val_every": 4, "save_every": 2},
-            **{"log_every": 1, "workers": 0, "device": "cpu", "fit": 0, **settings},
+            **{"log_every": 1, "workers": 0, "device": "cpu", "fit": 0, **FIRST_GENERATION, **settings},
         }
     )
 
@@ -99,7 +103,7 @@ class Teacher:
     """The backbone as a callable; ``faults``: exceptions or values, by number of the call from 0."""
 
     def __init__(self, backbone, faults=None):
-        self.model = BrixelFeatures.from_backbone(backbone, device="cpu")
+        self.model = BrixelFeatures.from_backbone(backbone, adapter="fresh", device="cpu")
         self.faults, self.shapes = faults or {}, []
 
     def __call__(self, pixels):
@@ -169,7 +173,7 @@ def test_the_result_is_a_folder_for_from_pretrained(trained, backbone_folder, dr
         assert model.config.adapter.short_side_px == TEACHER_PX // 4
         assert model.extract(image).features.shape[0] == WIDTH
     assert torch.equal(given.extract(image).features, best.extract(image).features)
-    fresh = BrixelFeatures.from_backbone(backbone_folder, device="cpu", short_side_px=TEACHER_PX // 4)
+    fresh = BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu", short_side_px=TEACHER_PX // 4)
     assert not torch.equal(fresh.extract(image).features, best.extract(image).features)
 
 
@@ -558,7 +562,7 @@ def test_the_result_depends_on_the_seed_and_not_on_the_callers_random_state(conf
 def own_model(backbone_folder):
     """A model whose adapter is not fresh."""
     torch.manual_seed(3)
-    model = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
+    model = BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu")
     with torch.no_grad():
         model.head.out.weight.normal_(std=0.01)
     return model
@@ -585,7 +589,7 @@ def test_a_given_model_needs_no_backbone_on_the_disk(config, own_model, drawn):
 
 
 def test_a_given_model_of_half_precision_is_trained_in_single(config, backbone_folder):
-    model = BrixelFeatures.from_backbone(backbone_folder, device="cpu", dtype="bfloat16")
+    model = BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu", dtype="bfloat16")
     distill(changed(config, steps=1), model=model)
     assert {tensor.dtype for tensor in state_of(config.out)["module"].values()} == {torch.float32, torch.int64}
 
@@ -664,8 +668,9 @@ def test_a_size_that_does_not_fit_the_patches_is_refused(config, teacher_px, adv
 
 
 def test_the_default_size_of_the_teacher_is_64_patches():
-    assert teacher_side_px(TrainConfig("b", "i", "o"), 14) == 896
-    assert teacher_side_px(TrainConfig("b", "i", "o"), 16) == 1024
+    assert teacher_sides_px(TrainConfig("b", "i", "o"), 14) == [896]
+    assert teacher_sides_px(TrainConfig("b", "i", "o"), 16) == [1024]
+    assert teacher_sides_px(TrainConfig("b", "i", "o", sizes=(112, 168)), 14) == [448, 672]
 
 
 def test_a_backbone_that_is_missing_is_named(config):

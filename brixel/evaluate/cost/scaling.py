@@ -17,6 +17,7 @@ from brixel.evaluate.cost.timing import (
     LARGE,
     SLOW_EVERY,
     STUDENT,
+    UNIVERSAL,
     flops_of,
     peak_bytes_of,
     random_student,
@@ -25,6 +26,7 @@ from brixel.evaluate.cost.timing import (
     variants,
 )
 from brixel.evaluate.report import Report
+from brixel.model.universal import UniversalUpsampler
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import choose_device, choose_dtype, describe_machine, dtype_name
 
@@ -94,7 +96,12 @@ def _count(name: str, image_px: Sequence[int]) -> list[dict[str, Any]]:
     """A row per size and variant, with what needs no computing."""
     with torch.device("meta"):
         student = random_student(name)
-    parameters = [sum(weight.numel() for weight in part.parameters()) for part in (student.backbone, student)]
+    with torch.device("meta"):
+        universal = UniversalUpsampler()
+    backbone, added, upsampler = (
+        sum(weight.numel() for weight in part.parameters()) for part in (student.backbone, universal, student.upsampler)
+    )
+    parameters = {BACKBONE: backbone, LARGE: backbone, UNIVERSAL: backbone + added, STUDENT: backbone + upsampler}
     patch_px = student.patch_px
     rows = []
     for side in (max(1, round(wanted / patch_px)) * patch_px for wanted in image_px):
@@ -108,7 +115,7 @@ def _count(name: str, image_px: Sequence[int]) -> list[dict[str, Any]]:
                 {
                     **{"architecture": name, "student_px": side, "variant": variant},
                     **{"image_px": side * (UPSCALE if variant == LARGE else 1), "output_cells": f"{cells} x {cells}"},
-                    "parameters": parameters[variant == STUDENT] / 1e6,
+                    "parameters": parameters[variant] / 1e6,
                     "gflop": gflop,
                 }
             )

@@ -23,11 +23,11 @@ from brixel.checkpoints.fingerprint import fingerprint
 from brixel.errors import BrixelError
 from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
 from brixel.model.student import Student
-from brixel.model.upsampler import UPSCALE, Upsampler
+from brixel.model.upsampler import UPSCALE, GuidedUpsampler, Upsampler
 from brixel.utils.memory import peak_bytes
 
 Key = TypeVar("Key")
-STUDENT, BACKBONE, LARGE = "student", "backbone alone", "backbone alone, image x 4"
+STUDENT, UNIVERSAL, BACKBONE, LARGE = "student", "universal", "backbone alone", "backbone alone, image x 4"
 WARM_UP = 3
 SLOW_EVERY = 5  # rounds
 
@@ -73,8 +73,12 @@ def variants(student: Student, image_px: int, batch: int = 1) -> dict[str, Calla
     def image(side: int) -> Tensor:
         return torch.randn(batch, 3, side, side).to(student.device, student.dtype)
 
+    with student.device:
+        guided = GuidedUpsampler(student.backbone.mean, student.backbone.std).to(student.dtype)
+    universal = Student(student.backbone, guided, student.blocks[-1:])
     return {
         BACKBONE: lambda: student.backbone_features(image(image_px)),
+        UNIVERSAL: lambda: universal(image(image_px)),
         STUDENT: lambda: student(image(image_px)),
         LARGE: lambda: student.backbone_features(image(UPSCALE * image_px)),
     }

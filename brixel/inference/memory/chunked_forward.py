@@ -14,7 +14,7 @@ Shapes: one image, D width, h x w patch grid, S channels of the prior, T of the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,13 +23,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brixel.backbones.vit import ViT
+from brixel.inference.memory.chunked_universal import universal_in_chunks
 from brixel.inference.memory.chunked_vit import block_maps_in_chunks
 from brixel.inference.memory.row_chunks import Ranges, resize_rows, row_ranges, source_rows
 from brixel.model.adapter import HEADS, PRIOR_CHANNELS, Adapter, Extractor, map_of, resize, tokens_of
 from brixel.model.deformable_attention import empty_table, inner_rows
-from brixel.model.head import DOWN_TAPS, SMOOTH_TAPS, Fusion, Head, fused_variance, stencil, without_autocast
+from brixel.model.head import (
+    DOWN_TAPS,
+    SMOOTH_TAPS,
+    TRUNK_CHANNELS,
+    Fusion,
+    Head,
+    fused_variance,
+    stencil,
+    without_autocast,
+)
 from brixel.model.student import Student
-from brixel.model.upsampler import UPSCALE
+from brixel.model.upsampler import UPSCALE, GuidedUpsampler, SecondUpsampler, Upsampler
 
 _HEAD_REACH = 4  # rows of the dense map: three depthwise convolutions and a grouped one
 _PRIOR_REACH = 2  # rows at an eighth of the pixels: four convolutions and a pooling reach less far
@@ -68,14 +78,77 @@ class Chunks:
 def dense_map_in_chunks(student: Student, pixels: Tensor, out: Tensor, chunks: Chunks) -> None:
     """Write the dense map of one image to ``out``: all of its cells, or the upper left ones that ``out`` covers.
 
-    ``pixels``: (1, 3, H, W), on any device. ``out``: (D, Hf, Wf), on any device, Hf <= 4h and Wf <= 4w.
+    ``pixels``: (1, 3, H, W), on any device. ``out``: (D, Hf, Wf), on any device, Hf <= sh and Wf <= sw for the scale s.
     """
     pixels = pixels.to(student.device, student.dtype)
-    adapter, head, rows = student.adapter, student.head, chunks.rows
+    maps = _backbone_maps(student, pixels, chunks)
+    upsampler = student.upsampler
+    if isinstance(upsampler, Upsampler):
+        _first_in_chunks(upsampler, pixels, maps, out, chunks.rows)
+        return
+    size_hw = (student.scale * maps[-1].shape[2], student.scale * maps[-1].shape[3])
+    if isinstance(upsampler, SecondUpsampler):
+        _second_in_chunks(upsampler, pixels, maps, out, size_hw, chunks.rows)
+        return
+    (last,) = maps
+    if isinstance(upsampler, GuidedUpsampler):
+        universal_in_chunks(upsampler.universal, last, upsampler.guide(pixels), out, size_hw, chunks.rows)
+        return
+    for start, stop in chunks.rows:
+        top, bottom = student.scale * start, min(student.scale * stop, out.shape[1])
+        if top < bottom:
+            out[:, top:bottom] = _resized(last, (top, bottom), size_hw)[0, :, :, : out.shape[2]]
+
+
+def _first_in_chunks(upsampler: Upsampler, pixels: Tensor, maps: list[Tensor], out: Tensor, rows: Ranges) -> None:
+    """The first generation of trained upsamplers."""
+    prior, queries, base = _adapter_in_chunks(upsampler.adapter, pixels, maps, rows)
+    del pixels
+    fused = _fuse(upsampler.head.fusion, prior, queries, rows)
+    del queries
+    _write_rows(upsampler.head, fused, base, out, rows)
+
+
+def _second_in_chunks(
+    upsampler: SecondUpsampler,
+    pixels: Tensor,
+    maps: list[Tensor],
+    out: Tensor,
+    size_hw: tuple[int, int],
+    rows: Ranges,
+) -> None:
+    """The second generation: what the universal upsampler gives is written first, and the residual is added to it."""
+    last, guide = maps[-1], upsampler.guide(pixels)
+    gain = upsampler.gain((last.shape[2], last.shape[3])).to(last.dtype)
+    prior, queries, base = _adapter_in_chunks(upsampler.adapter, pixels, maps, rows)
+    del pixels
+    fused = _fuse(upsampler.head.fusion, prior, queries, rows)
+    del queries
+    details = prior.new_empty(1, *prior.shape[2:], TRUNK_CHANNELS).permute(0, 3, 1, 2)  # 1 T 4h 4w
+    for (top, bottom), part in _detail_rows(upsampler.head, fused, rows):
+        details[:, :, top:bottom] = part
+    del prior, fused
+    base = upsampler.mixed(last, base, gain)
+    universal_in_chunks(upsampler.universal, base, guide, out, size_hw, rows, similar=last)
+    del base, last, guide
+    scale = (gain * upsampler.feature_std)[:, None, None].to(out.device)
+    for start, stop in rows:
+        top, bottom = (row * size_hw[0] // rows[-1][1] for row in (start, stop))
+        kept = min(bottom, out.shape[1])
+        if top >= kept:
+            break
+        part = tokens_of(_resized(details, (top, kept), size_hw))
+        residual = map_of(upsampler.head.out(part), (kept - top, size_hw[1]))[0, :, :, : out.shape[2]]
+        out[:, top:kept].addcmul_(residual.to(out.device, out.dtype), scale.to(out.dtype))
+
+
+def _adapter_in_chunks(
+    adapter: Adapter, pixels: Tensor, maps: list[Tensor], rows: Ranges
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :class:`Adapter` gives: prior, queries (1, 2h*2w, D) and base. Empties ``maps``."""
     extractors = cast("list[Extractor]", list(adapter.extractors))
 
     # 1. what the extractors and the head read of the backbone
-    maps = _backbone_maps(student, pixels, chunks)
     grid_hw = (maps[0].shape[2], maps[0].shape[3])
     columns = 2 * grid_hw[1]  # of the query grid
     base = _base(adapter, maps, rows)
@@ -87,24 +160,33 @@ def dense_map_in_chunks(student: Student, pixels: Tensor, out: Tensor, chunks: C
 
     # 2. pixels to prior and queries
     prior, queries = _prior_and_queries(adapter, pixels, grid_hw, rows)
-    del pixels
 
     # 3. the refiner
     for extractor in extractors:
         table = tables.pop(0) if tables else _table(extractor, last, rows)
         _extract(extractor, queries, table, columns, rows)
         del table
-    del last
+    return prior, queries, base
 
-    # 4. the head
-    scale, shift = _scale_and_shift(head.fusion, prior, queries, rows)
-    of_prior, of_queries, bias = head.fusion.weights(scale.to(prior.dtype), shift.to(prior.dtype))
+
+@dataclass(frozen=True)
+class _Fused:
+    """The two parts that the fusion adds: the prior (1, S, 4h, 4w) with its weights, and a map (1, T, 2h, 2w)."""
+
+    prior: Tensor
+    of_prior: Tensor
+    coarse: Tensor
+
+
+def _fuse(fusion: Fusion, prior: Tensor, queries: Tensor, rows: Ranges) -> _Fused:
+    scale, shift = _scale_and_shift(fusion, prior, queries, rows)
+    of_prior, of_queries, bias = fusion.weights(scale.to(prior.dtype), shift.to(prior.dtype))
+    columns = prior.shape[3] // 2
     coarse = torch.empty(1, queries.shape[1], bias.shape[2], dtype=prior.dtype, device=prior.device)  # 1 2h*2w T
     for start, stop in rows:
         chunk = _query_rows(start, stop, columns)
         coarse[:, chunk] = torch.baddbmm(bias, queries[:, chunk], of_queries)
-    del queries
-    _write_rows(head, prior, coarse, of_prior, base, out, rows)
+    return _Fused(prior, of_prior, map_of(coarse, (prior.shape[2] // 2, columns)))
 
 
 def _backbone_maps(student: Student, pixels: Tensor, chunks: Chunks) -> list[Tensor]:
@@ -222,29 +304,35 @@ def _framed_rows(maps: Tensor, wanted: tuple[int, int], wide: torch.dtype) -> Te
     return F.pad(rows, (1, 1, top, bottom), mode="replicate")
 
 
-def _write_rows(
-    head: Head, prior: Tensor, coarse: Tensor, of_prior: Tensor, base: Tensor, out: Tensor, rows: Ranges
-) -> None:
-    """The head after the fusion's norm. ``coarse``: (1, 2h*2w, T), the queries' part of the joined map."""
+def _detail_rows(head: Head, fused: _Fused, rows: Ranges) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """The input of the head's last layer by chunk: rows of the dense map, and their details (1, T, rows, 4w)."""
+    fine_hw = (fused.prior.shape[2], fused.prior.shape[3])
+    for start, stop in rows:
+        top, bottom = UPSCALE * start, UPSCALE * stop
+        reached = (max(0, top - _HEAD_REACH), min(fine_hw[0], bottom + _HEAD_REACH))
+        joined = _resized(fused.coarse, reached, fine_hw)
+        joined = torch.baddbmm(tokens_of(joined), tokens_of(fused.prior[:, :, reached[0] : reached[1]]), fused.of_prior)
+        details = head.details(map_of(joined, (reached[1] - reached[0], fine_hw[1])))
+        del joined
+        kept = details[:, (top - reached[0]) * fine_hw[1] : (bottom - reached[0]) * fine_hw[1]]
+        del details
+        yield (top, bottom), map_of(kept, (bottom - top, fine_hw[1]))
+
+
+def _write_rows(head: Head, fused: _Fused, base: Tensor, out: Tensor, rows: Ranges) -> None:
+    """The head of the first generation after the fusion's norm."""
     height, width = base.shape[2:]
     fine_hw = (UPSCALE * height, UPSCALE * width)
-    coarse_map = map_of(coarse, (2 * height, 2 * width))
     if head.residual_detour:
         base = resize(base, (max(1, height // 2), max(1, width // 2)))
-    for start, stop in rows:
-        top, bottom = UPSCALE * start, min(UPSCALE * stop, out.shape[1])
-        if top >= bottom:
-            break
-        reached = (max(0, top - _HEAD_REACH), min(fine_hw[0], UPSCALE * stop + _HEAD_REACH))
-        joined = _resized(coarse_map, reached, fine_hw)
-        joined = torch.baddbmm(tokens_of(joined), tokens_of(prior[:, :, reached[0] : reached[1]]), of_prior)
-        details = head.details(map_of(joined, (reached[1] - reached[0], fine_hw[1]))).to(base.dtype)
-        del joined
-        details = details[:, (top - reached[0]) * fine_hw[1] : (bottom - reached[0]) * fine_hw[1]]
+    needed = [(start, stop) for start, stop in rows if UPSCALE * start < out.shape[1]]
+    for (top, bottom), details in _detail_rows(head, fused, needed):
+        bottom = min(bottom, out.shape[1])
         upsampled = _resized(base, (top, bottom), fine_hw)
-        dense = tokens_of(upsampled).add_(head.out.bias).baddbmm_(details, head.out.weight.mT[None])
+        part = tokens_of(details[:, :, : bottom - top]).to(base.dtype)
+        dense = tokens_of(upsampled).add_(head.out.bias).baddbmm_(part, head.out.weight.mT[None])
         out[:, top:bottom] = map_of(dense, (bottom - top, fine_hw[1]))[0, :, :, : out.shape[2]]
-        del upsampled, dense, details
+        del upsampled, dense, details, part
 
 
 def _resized(maps: Tensor, wanted: tuple[int, int], new_hw: tuple[int, int]) -> Tensor:

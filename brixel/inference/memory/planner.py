@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from brixel.backbones.base import Backbone
 from brixel.backbones.vit import ViT
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.feature_maps.host_copy import crop
 from brixel.inference.memory.allocation_tracker import AllocationTracker, copy_with, storage_bytes, weights_and_buffers
 from brixel.inference.memory.strategies import TILE_SIDES, RowChunks, Strategy, Tiles, Whole, new_outputs, patch_grid_of
 from brixel.model.student import Student
-from brixel.model.upsampler import UPSCALE
+from brixel.model.universal import CELLS, STEM_CHANNELS
+from brixel.model.upsampler import TrainedUpsampler, Upsampler
 from brixel.utils.devices import dtype_name
 from brixel.utils.memory import MARGIN, format_bytes, free_bytes, parse_bytes
 
@@ -32,9 +34,11 @@ HALF_INT = 2**31 - 1
 """Several kernels count elements in 32 bits: no tensor of a whole pass may have more."""
 _INDICES_PER_PATCH = 1024  # of one extractor: 4 queries, 16 heads, 4 points, 4 corners
 _STEM_PER_PIXEL = 16  # 64 channels at half the resolution
+_PER_WINDOW = 8000  # of the universal upsampler, per patch: inner products, cosines, the low-resolution map
+_PER_OUTPUT_CELL = 700  # guide, stem, trunk, weights
 _SIZE_STEPS = 256
 
-_PEAKS: "weakref.WeakKeyDictionary[Student, dict[Any, int]]" = weakref.WeakKeyDictionary()
+_PEAKS: "weakref.WeakKeyDictionary[Backbone, dict[Any, int]]" = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,7 @@ class Job:
     def map_bytes(self, student: Student) -> int:
         """Bytes of one image's map, 0 where it goes to a file."""
         height, width = self.grid_hw(student)
-        return 0 if self.to_file else UPSCALE**2 * height * width * student.embed_dim * student.dtype.itemsize
+        return 0 if self.to_file else student.scale**2 * height * width * student.embed_dim * student.dtype.itemsize
 
 
 def pixel_bytes(padded_hw: tuple[int, int]) -> int:
@@ -100,8 +104,8 @@ def pixel_bytes(padded_hw: tuple[int, int]) -> int:
 def predict_peak(student: Student, strategy: Strategy, job: Job, device: torch.device | None = None) -> int:
     """Peak bytes on ``device`` (the model's own where None), weights included, of computing a job."""
     device = student.device if device is None else device
-    key = (strategy, job, device, student.dtype, storage_bytes(student))
-    known = _PEAKS.setdefault(student, {})
+    key = (strategy, job, device, student.dtype, student.scale, type(student.upsampler), storage_bytes(student))
+    known = _PEAKS.setdefault(student.backbone, {})
     if key not in known:
         known[key] = _count(student, strategy, job, device)
     return known[key]
@@ -151,9 +155,13 @@ def surely_fits(student: Student, job: Job, spare_bytes: int) -> bool:
 def bound_bytes(student: Student, job: Job) -> int:
     """An upper bound of what a whole pass takes, without the weights."""
     height, width = job.grid_hw(student)
-    patch_px, channels = student.patch_px, student.embed_dim
-    # per patch: dense maps twice, queries, tokens and what attention and feed-forward make of them; points; the stem
-    elements = (2 * UPSCALE**2 + 60) * channels + 8 * _INDICES_PER_PATCH + 4 * _STEM_PER_PIXEL * patch_px**2
+    patch_px, channels, scale = student.patch_px, student.embed_dim, student.scale
+    # per patch: dense maps twice, queries, tokens and what attention and feed-forward make of them
+    elements = (2 * scale**2 + 60) * channels
+    if isinstance(student.upsampler, TrainedUpsampler):
+        elements += 8 * _INDICES_PER_PATCH + 4 * _STEM_PER_PIXEL * patch_px**2  # points; the stem
+    if not isinstance(student.upsampler, Upsampler):
+        elements += 2 * (CELLS + 1) * channels + _PER_WINDOW + _PER_OUTPUT_CELL * scale**2 + 8 * patch_px**2
     patches = max(4, height * width)  # what does not depend on the size is less than three of them
     return 8 * job.batch * patches * elements
 
@@ -168,8 +176,12 @@ def _held_bytes(student: Student, job: Job, device: torch.device | None) -> int:
 def _is_countable(student: Student, batch: int, job: Job) -> bool:
     """Whether a whole pass of ``batch`` images stays within what kernels count."""
     height, width = job.grid_hw(student)
-    patch_px, channels = student.patch_px, student.embed_dim
-    per_patch = max(_INDICES_PER_PATCH, UPSCALE**2 * channels, _STEM_PER_PIXEL * patch_px**2)
+    patch_px, channels, scale = student.patch_px, student.embed_dim, student.scale
+    per_patch = scale**2 * channels
+    if isinstance(student.upsampler, TrainedUpsampler):
+        per_patch = max(per_patch, _INDICES_PER_PATCH, _STEM_PER_PIXEL * patch_px**2)
+    if not isinstance(student.upsampler, Upsampler):
+        per_patch = max(per_patch, (CELLS + 1) * channels, 4 * STEM_CHANNELS * scale**2)
     return batch * height * width * per_patch <= HALF_INT
 
 

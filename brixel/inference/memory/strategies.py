@@ -16,7 +16,6 @@ from brixel.inference.memory.chunked_forward import Chunks, dense_map_in_chunks
 from brixel.inference.memory.row_chunks import row_ranges
 from brixel.inference.memory.tiling import Tiling, blend_weights, plan_tiling
 from brixel.model.student import Student
-from brixel.model.upsampler import UPSCALE
 
 TILE_SIDES = (64, 48, 32, 24, 16, 12, 8)
 """Sides of tiles that are tried, in patches: at 64 a ViT-B spends half its time on attention, beyond it soon more."""
@@ -195,17 +194,17 @@ def patch_grid_of(student: Student, padded_hw: Sequence[int]) -> tuple[int, int]
 
 
 def new_outputs(student: Student, pixels: Tensor) -> list[Tensor]:
-    """Empty tensors on the CPU for the maps of a batch: B of (D, 4h, 4w), of the model's dtype."""
+    """Empty tensors on the CPU for the maps of a batch: B of (D, sh, sw), of the model's dtype."""
     height, width = patch_grid_of(student, pixels.shape[2:])
-    shape = (student.embed_dim, UPSCALE * height, UPSCALE * width)
+    shape = (student.embed_dim, student.scale * height, student.scale * width)
     return [torch.empty(shape, dtype=student.dtype) for _ in range(pixels.shape[0])]
 
 
 def _blend_tiles(student: Student, tiling: Tiling, image: Tensor, out: Tensor, count: int) -> None:
     """Write the map of one image (3, H, W) to ``out`` as the blended maps of its first ``count`` tiles."""
-    patch_px = student.patch_px
+    patch_px, scale = student.patch_px, student.scale
     down, across = (
-        blend_weights(starts, tile, cells, UPSCALE).to(out.dtype)
+        blend_weights(starts, tile, cells, scale).to(out.dtype)
         for starts, tile, cells in zip((tiling.tops, tiling.lefts), tiling.tile_hw, tiling.grid_hw, strict=True)
     )
     height_px, width_px = (patch_px * cells for cells in tiling.tile_hw)
@@ -213,9 +212,9 @@ def _blend_tiles(student: Student, tiling: Tiling, image: Tensor, out: Tensor, c
     for index, (top, left) in enumerate(tiling.tiles()[:count]):
         y, x = top * patch_px, left * patch_px
         tile = _to_model(student, image[None, :, y : y + height_px, x : x + width_px])
-        dense = student(tile)[0]  # D 4t 4t
-        cells = out[:, UPSCALE * top :, UPSCALE * left :][:, : dense.shape[1], : dense.shape[2]]
-        weights = down[index // len(tiling.lefts), :, None] * across[index % len(tiling.lefts)]  # 4t 4t
+        dense = student(tile)[0]  # D st st
+        cells = out[:, scale * top :, scale * left :][:, : dense.shape[1], : dense.shape[2]]
+        weights = down[index // len(tiling.lefts), :, None] * across[index % len(tiling.lefts)]  # st st
         dense, weights = dense[:, : cells.shape[1], : cells.shape[2]], weights[: cells.shape[1], : cells.shape[2]]
         cells.addcmul_(dense.to(out.device, out.dtype), weights)
         del tile, dense

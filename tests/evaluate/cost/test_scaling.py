@@ -13,7 +13,7 @@ from brixel.cli.app import main
 from brixel.errors import BrixelError
 from brixel.evaluate.cost import scaling, timing
 from brixel.evaluate.cost.scaling import cost
-from brixel.evaluate.cost.timing import BACKBONE, LARGE, STUDENT
+from brixel.evaluate.cost.timing import BACKBONE, LARGE, STUDENT, UNIVERSAL
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_parameters_are_counted_by_part(counted):
 
 @pytest.mark.slow
 def test_teachers_beyond_the_limit_are_left_out(counted):
-    assert [row["variant"] for row in counted.rows if row["student_px"] == 2048] == [BACKBONE, STUDENT]
+    assert [row["variant"] for row in counted.rows if row["student_px"] == 2048] == [BACKBONE, UNIVERSAL, STUDENT]
 
 
 def test_times_are_medians_and_ratios_of_the_same_round(shallow, monkeypatch):
@@ -72,14 +72,14 @@ def test_times_are_medians_and_ratios_of_the_same_round(shallow, monkeypatch):
         (key,) = slow
         assert key[1] == LARGE
         base = torch.arange(1.0, rounds + 1).tolist()
-        by_variant = {BACKBONE: base, STUDENT: [3 * second for second in base], LARGE: [10.0, 60.0]}
+        by_variant = {BACKBONE: base, UNIVERSAL: base, STUDENT: [3 * second for second in base], LARGE: [10.0, 60.0]}
         next(clock)
         return {key: by_variant[key[1]] for key in calls}
 
     monkeypatch.setattr(scaling, "seconds_in_turn", seconds)
     report = cost(["dinov3-vits16"], [32, 64], rounds=6, device="cpu")
     assert next(clock) == 2  # once per size
-    backbone, student, teacher = report.rows[:3]
+    backbone, _, student, teacher = report.rows[:4]
     assert (backbone["ms"], backbone["ms_range"], backbone["ratio"]) == (3500, (1000, 6000), 1)
     assert (student["ms"], student["ratio"], student["per_second"]) == (10500, 3, 1 / 10.5)
     assert teacher["ratio"] == 10  # of the backbone in rounds 0 and 5
@@ -92,7 +92,7 @@ def test_every_variant_is_timed_and_the_recipe_says_how(shallow):
     threads = torch.get_num_threads()
     report = cost(["dinov3-vits16"], [32], rounds=6, threads=1, device="cpu")
     assert torch.get_num_threads() == threads
-    assert [row["variant"] for row in report.rows] == [BACKBONE, STUDENT, LARGE]
+    assert [row["variant"] for row in report.rows] == [BACKBONE, UNIVERSAL, STUDENT, LARGE]
     assert all(0 < row["ms_range"][0] <= row["ms"] <= row["ms_range"][1] for row in report.rows)
     assert "float32, 6 rounds in turn (x 4: one of 5); " in report.recipe
     assert f"1 threads; torch {torch.__version__}" in report.recipe
@@ -107,7 +107,7 @@ def test_the_command_times_every_batch_size(shallow, tmp_path, monkeypatch, caps
     assert [(row["variant"], row["batch"], row["per_second"]) for row in rows[:3]] == [
         (BACKBONE, 1, 2),
         (BACKBONE, 4, 8),
-        (STUDENT, 1, 2),
+        (UNIVERSAL, 1, 2),
     ]
     assert "| 1 | 500.0 | 500.0 to 500.0 | 500.0 | 1.00 | 2.00 | 3 |" in capsys.readouterr().out
     assert (tmp_path / "cost.png").exists()

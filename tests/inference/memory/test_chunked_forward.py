@@ -50,6 +50,17 @@ def test_chunks_of_a_released_model_equal_the_whole(released, grid_hw, rows):
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [2, 4, 5])
+@pytest.mark.parametrize(("grid_hw", "rows"), [((1, 1), 1), ((5, 7), 3)])
+@pytest.mark.parametrize("fields", [{"kind": "bilinear"}, {"kind": "universal"}, {"generation": 2, "grids": (2, 4)}])
+def test_chunks_of_other_kinds_equal_the_whole_at_every_scale(random_model, fields, grid_hw, rows, scale):
+    for blend in (False, True) if "grids" in fields else (False,):
+        model = random_model("dinov2-vits14", blend=blend, **fields).at_scale(scale)
+        whole, chunked = whole_and_chunks(model, grid_hw, rows)
+        assert whole.shape == (64, scale * grid_hw[0], scale * grid_hw[1])
+        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4)
+
+
 def test_chunks_in_bfloat16_are_as_near_to_float32_as_the_whole_is(random_model):
     model = random_model("dinov3-vits16", blend=True, detour=False)
     pixels = torch.randn(1, 3, 96, 80)

@@ -51,14 +51,17 @@ def test_a_map_in_row_chunks_is_the_map(tiny, waves):
     limit = predict_peak(tiny, RowChunks(1), Job(1, (144, 272)))
     limited = tiny.extract(waves, short_side_px="native", memory_limit=limit, tiles="never")
     assert tiny.plan((130, 260), memory_limit=limit, tiles="never").strategy == "row_chunks"
-    torch.testing.assert_close(limited.features, whole.features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(limited.features, whole.features, rtol=1e-4, atol=1e-4)
     assert (limited.meta, limited.image_hw, limited.stride) == (whole.meta, whole.image_hw, whole.stride)
     assert limited.features.is_contiguous()
 
 
 @pytest.mark.parametrize(
     ("mib", "strategy"),
-    [(18, "whole"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((17.2, "row_chunks"), (16, "tiles")))],
+    [
+        (22.5, "whole"),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((19.5, "row_chunks"), (18.3, "tiles"))),
+    ],
 )
 def test_the_limit_holds_while_a_map_is_made(tiny, waves, mib, strategy):
     """From prepared pixels on, counted from outside; the image itself is small beside them."""
@@ -143,7 +146,7 @@ def test_the_batch_then_the_chunk_is_halved_and_remembered(tiny, waves, monkeypa
     ]
     assert len(maps) == 9
     for feature_map in maps:
-        torch.testing.assert_close(feature_map.features, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(feature_map.features, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -160,7 +163,7 @@ def test_a_file_never_holds_a_partly_filled_map(tiny, waves, monkeypatch, tmp_pa
     whole = tiny.extract(waves, short_side_px="native").features
     failing(monkeypatch, lambda strategy: strategy.name == "whole" or strategy.rows > 2, ERRORS[0])
     made = tiny.extract(waves, short_side_px="native", out=tmp_path / "map.npy")
-    torch.testing.assert_close(made.features, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made.features, whole, rtol=1e-4, atol=1e-4)
     failing(monkeypatch, lambda strategy: True, ERRORS[0])
     with pytest.raises(MemoryLimitError):
         tiny.extract(waves[:32, :48], short_side_px="native", out=tmp_path / "other.npy")

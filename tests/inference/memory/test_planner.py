@@ -75,9 +75,27 @@ def test_the_prediction_holds_for_patches_of_14_and_a_blend(patch14, strategy):
     assert 0.9 * predicted <= counted_peak(patch14, strategy, job) <= predicted
 
 
+@pytest.mark.parametrize(
+    ("name", "scale", "strategy"),
+    [
+        ("guided", 4, RowChunks(2)),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in itertools.product(("guided", "second"), (4, 8), (Whole(), RowChunks(2), Tiles(8)))
+        ),
+    ],
+)
+def test_the_prediction_holds_for_every_kind_and_scale(request, name, scale, strategy):
+    model = request.getfixturevalue(name).at_scale(scale)
+    job = Job(1, (12 * model.patch_px, 11 * model.patch_px))
+    predicted = predict_peak(model, strategy, job)
+    assert 0.9 * predicted <= counted_peak(model, strategy, job) <= predicted
+
+
 @pytest.mark.slow
-def test_the_bound_that_spares_a_prediction_is_above_it(tiny, patch14):
-    for model, side, batch in itertools.product((tiny, patch14), (4, 16, 40), (1, 4)):
+def test_the_bound_that_spares_a_prediction_is_above_it(tiny, patch14, guided, second):
+    models = (tiny, patch14, guided, second, guided.at_scale(8), guided.at_scale(1))
+    for model, side, batch in itertools.product(models, (4, 16, 40), (1, 4)):
         job = Job(batch, (side * model.patch_px, side * model.patch_px))
         predicted = predict_peak(model, Whole(batch), job)
         spare = predicted - storage_bytes(model)

@@ -60,7 +60,7 @@ def test_an_overlap_that_leaves_no_step_is_refused(side, overlap):
 class Pointwise(torch.nn.Module):
     """In the place of a student: a cell knows its own patch alone, so that tiles change nothing."""
 
-    patch_px, embed_dim = 4, 3
+    patch_px, embed_dim, scale = 4, 3, 4
     device, dtype = torch.device("cpu"), torch.float32
 
     def forward(self, pixels):
@@ -99,7 +99,7 @@ def jumps(features):
 
 def test_nothing_jumps_where_a_tile_ends():
     """On the drawn scene the step from row to row is no larger at the edges of tiles than inside them."""
-    model = BrixelFeatures.from_pretrained(device="cpu")
+    model = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")
     scene = np.asarray(Image.open(SCENE).resize((512, 512)))
     pixels = (torch.from_numpy(scene.copy()).permute(2, 0, 1)[None] / 255 - 0.45) / 0.23
     tiles = Tiles(16)
