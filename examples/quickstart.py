@@ -18,7 +18,7 @@ def load(folder: str | None = None) -> BrixelFeatures:
         return BrixelFeatures.from_pretrained()
     if (Path(folder) / "adapter.safetensors").exists():
         return BrixelFeatures.from_pretrained(folder)
-    return BrixelFeatures.from_backbone(folder)  # with a fresh adapter
+    return BrixelFeatures.from_backbone(folder)  # with the universal upsampler
 
 
 def main(path: str, folder: str | None = None, output: str = "features.safetensors") -> None:
