@@ -59,6 +59,9 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--drop-path", type=float, default=0.3)
+    parser.add_argument(
+        "--gain", type=float, default=1.0, help="factor on the learned gains, chosen on held-out images"
+    )
     parser.add_argument("--weights", choices=("float", "int8"), default="int8", help="of the backbone, in the file")
     parser.add_argument("--name", default="", help="of the model in the package")
     parser.add_argument("--short-side-px", type=int, default=SHORT_SIDE_PX)
@@ -83,6 +86,8 @@ def main() -> None:
     name = Path(options.backbone).name
     crops = [Crops(MapSet(options.maps / f"{name}-{4 * size}"), model) for size in options.sizes]
     model = distill(config, model=model, crops=crops)
+    with torch.no_grad():
+        model.upsampler.gain.gains.mul_(options.gain)
     adapter = dataclasses.replace(model.config.adapter, short_side_px=options.short_side_px)
     config = dataclasses.replace(model.config, adapter=adapter)
     if options.name:  # in the package, and published where the backbone is

@@ -301,6 +301,7 @@ def release_state(model):
     return state
 
 
+@pytest.mark.slow
 def test_convert_by_name_and_push(hub, backbone, dense_vitb, tmp_path, monkeypatch, capsys):
     path, row = dense_vitb
     monkeypatch.setenv("HF_TOKEN", WRITER)

@@ -56,6 +56,7 @@ def test_plan_as_json_is_that_of_python(run, saved, whole, capsys):
     assert captured.err == ""
 
 
+@pytest.mark.slow
 def test_plan_takes_the_short_side(run, saved, capsys):
     arguments = ("--model", saved, "--memory-limit", "4GiB", "--device", "cpu", "--json")
     assert run("plan", "3000x4000", "--short-side-px", 56, *arguments) == 0

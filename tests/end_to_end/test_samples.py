@@ -108,6 +108,7 @@ def test_a_training_run_goes_on_to_the_same_weights(samples):
     assert sums == pytest.approx(expected["sums"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_chooses_its_best_model_anew(samples):
     """Version 0.1 kept the best raw cosine, here 0.99, with which centred cosines cannot be compared."""
     run = samples / "run"

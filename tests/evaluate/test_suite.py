@@ -44,6 +44,7 @@ def suite(tmp_path, backbone_folder):
     return path
 
 
+@pytest.mark.slow
 def test_a_suite_that_was_killed_goes_on(suite, tmp_path):
     parts, begun = read_suite(suite), []
     assert [(part.task.kind, part.task.teacher_px) for part in parts] == [
@@ -110,6 +111,7 @@ def test_where_a_part_fails_the_report_is_of_the_others(suite, tmp_path, monkeyp
     assert len(json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))) == 1
 
 
+@pytest.mark.slow
 def test_parts_of_a_model_that_changed_are_run_again(suite, backbone_folder, tmp_path):
     model = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
     model.save_pretrained(tmp_path / "model", include_backbone=True)
@@ -129,6 +131,7 @@ def test_parts_of_a_model_that_changed_are_run_again(suite, backbone_folder, tmp
     assert lines[0] == "3 parts are run again, because their model has changed: tiny"
 
 
+@pytest.mark.slow
 def test_other_data_is_another_table(suite, tmp_path):
     (tmp_path / "others").mkdir()
     Image.new("RGB", (70, 60), "red").save(tmp_path / "others" / "a.png")

@@ -166,6 +166,7 @@ class Sampler(nn.Module):
         return sample_points(values, points, weights)
 
 
+@pytest.mark.slow
 def test_export_with_dynamic_sizes_equals_eager() -> None:
     batch, height, width, queries = (torch.export.Dim(name, min=1, max=512) for name in ("b", "h", "w", "n"))
     sizes = {"values": {0: batch, 1: height, 2: width}, "points": {0: batch, 1: queries}}
@@ -177,6 +178,7 @@ def test_export_with_dynamic_sizes_equals_eager() -> None:
         torch.testing.assert_close(exported(*sampling), sample_points(*sampling), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     torch.compiler.reset()
     compiled = torch.compile(sample_points, fullgraph=True, backend="aot_eager")

@@ -208,6 +208,7 @@ def test_without_a_fit_the_blend_stays_the_last_map(config, tmp_path):
     assert is_fresh(model.adapter.blend)
 
 
+@pytest.mark.slow
 def test_a_blend_that_was_trained_before_is_left_alone(config, tmp_path):
     first = distill(config)
     weight = first.adapter.blend.weight.detach().clone()

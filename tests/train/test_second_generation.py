@@ -182,6 +182,7 @@ def test_losses_do_not_depend_on_the_scale_of_the_features():
     torch.testing.assert_close(parts["cosine_loss"], cosine_loss(*centred), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_every_size(backbone_folder, images, tmp_path):
     facts = plan(run_of(backbone_folder, images, tmp_path / "out"))
     assert facts["maps"] == "(64, 8, 8) and (64, 12, 12), from blocks 0, 1, 2, 3"

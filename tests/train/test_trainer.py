@@ -549,6 +549,7 @@ def test_the_callers_random_state_is_not_changed(config, backbone_folder, worker
     assert random_states() == before
 
 
+@pytest.mark.slow
 def test_the_result_depends_on_the_seed_and_not_on_the_callers_random_state(config, plain, tmp_path):
     torch.manual_seed(2)
     distill(config)

@@ -88,6 +88,7 @@ def test_times_are_medians_and_ratios_of_the_same_round(shallow, monkeypatch):
     assert "| 3500.0 | 1000.0 to 6000.0 | 5500.0 | 1.00 | 0.29 | 3 |" in text
 
 
+@pytest.mark.slow
 def test_every_variant_is_timed_and_the_recipe_says_how(shallow):
     threads = torch.get_num_threads()
     report = cost(["dinov3-vits16"], [32], rounds=6, threads=1, device="cpu")

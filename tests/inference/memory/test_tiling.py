@@ -97,6 +97,7 @@ def jumps(features):
     return (features[:, 1:] - features[:, :-1]).norm(dim=0).mean(dim=-1)
 
 
+@pytest.mark.slow
 def test_nothing_jumps_where_a_tile_ends():
     """On the drawn scene the step from row to row is no larger at the edges of tiles than inside them."""
     model = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")
