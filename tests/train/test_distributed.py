@@ -168,7 +168,7 @@ def task(backbone_folder, drawn, tmp_path_factory):
         "wide": {"val": str(drawn)},
         "cached": {"val": str(drawn), "cache": 6},
         **{name: {"accumulate": 2, "drop_path": 0.3, "fit": 0} for name in ("whole", "halved")},
-        "nan": {"edge": 0.0, "spectral": 0.0, "fit": 0},
+        "nan": {"generation": 1, "fit": 0},  # the second generation would read the crop before its first step
     }
     return {
         **{name: {**common, **settings, "out": str(folder / name)} for name, settings in runs.items()},
