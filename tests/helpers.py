@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brixel.model.universal import UniversalUpsampler
+
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 """Reference material beside the checkout; tests that need it carry the marker `shared`."""
@@ -41,3 +43,13 @@ def state_of(out: str | Path) -> dict[str, Any]:
 def records_of(out: str | Path) -> list[dict[str, Any]]:
     """The metrics of a run, line by line."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def random_universal(dtype: torch.dtype = torch.float32) -> UniversalUpsampler:
+    """A universal upsampler in which every weight matters."""
+    torch.manual_seed(0)
+    universal = UniversalUpsampler()
+    with torch.no_grad():
+        for parameter in universal.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return universal.to(dtype).eval()

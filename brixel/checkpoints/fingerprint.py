@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from brixel.backbones.base import Backbone, weights_of
 from brixel.backbones.vit import ViT
+from brixel.checkpoints.int8_weights import LARGEST
 from brixel.errors import CheckpointError
 from brixel.model.config import BackboneConfig
 
 _FINGERPRINT_TENSORS = 32
 _FINGERPRINT_TOLERANCE = 1e-2  # relative: a copy in bfloat16 is within it
-INT8_STEPS = 127  # of the largest weight of a channel; its weights are off by half a step
 
 
 def fingerprint(backbone: Backbone) -> tuple[float, ...]:
@@ -58,7 +58,7 @@ def check_fingerprint(config: BackboneConfig, backbone: Backbone, source: str) -
     theirs, ours = torch.tensor(fingerprint(backbone)), torch.tensor(config.fingerprint)
     allowed = 1e-5 + _FINGERPRINT_TOLERANCE * ours.abs()
     if config.int8:  # two weights of each tensor
-        steps = [float(weight.abs().max()) / INT8_STEPS for weight in _weights(backbone)]
+        steps = [float(weight.abs().max()) / LARGEST for weight in _weights(backbone)]
         allowed = allowed + torch.tensor(steps).repeat_interleave(2)
     if theirs.shape != ours.shape or not ((theirs - ours).abs() <= allowed).all():
         origin = f", which came from {', '.join(config.sources)}" if config.sources else ""

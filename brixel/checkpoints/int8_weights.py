@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from brixel.checkpoints.key_mapping import State
 
 _SCALE = "_scale"
-_LARGEST = 127
+LARGEST = 127
+"""Of the integers: the largest weight of a channel is so many steps, and every weight is off by half a step at most."""
 EXPANDED_DTYPE = torch.float16
 """What integers become when they are read; its rounding is far below theirs, and it takes half of float32's memory."""
 
@@ -27,24 +28,23 @@ def quantised_state(module: nn.Module) -> State:
 def _quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """(out, in) -> int8 (out, in) and float32 (out,)."""
     wide = weight.detach().float()
-    scale = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST
-    return (wide / scale[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8), scale
+    scale = wide.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+    return (wide / scale[:, None]).round().clamp(-LARGEST, LARGEST).to(torch.int8), scale
 
 
 def expanded(state: State) -> State:
     """A state that was read, with integers and their scales as one tensor again; others as they are."""
-    scales = {key for key in state if key.endswith(_SCALE) and key.removesuffix(_SCALE) in state}
-    result: State = {}
-    for key, tensor in state.items():
-        scale = state.get(key + _SCALE)
-        if key in scales and _is_integer(state[key.removesuffix(_SCALE)]):
-            continue
-        if scale is None or tensor.dtype != torch.int8:
-            result[key] = tensor
-        else:
-            result[key] = (tensor.float() * scale.float()[:, None]).to(EXPANDED_DTYPE)
-    return result
+    integers = {
+        key for key, tensor in state.items() if key + _SCALE in state and (tensor.dtype == torch.int8 or tensor.is_meta)
+    }
+    scales = {key + _SCALE for key in integers}
+    return {
+        key: _expanded(tensor, state[key + _SCALE]) if key in integers and not tensor.is_meta else tensor
+        for key, tensor in state.items()
+        if key not in scales
+    }
 
 
-def _is_integer(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.int8 or tensor.is_meta
+def _expanded(integers: Tensor, scale: Tensor) -> Tensor:
+    """int8 (out, in) and (out,) -> (out, in)."""
+    return (integers.float() * scale.float()[:, None]).to(EXPANDED_DTYPE)

@@ -221,7 +221,7 @@ def add_map_options(parser: argparse.ArgumentParser, usual: str = "as the adapte
     note = f"{NATIVE} keeps the size of an image"
     add_flag(parser, "--short-side-px", type=pixels_or_native, note=note, usual=usual)
     deprecated(parser, "--short-side", "--short-side-px")
-    add_flag(parser, "--scale", usual="4; trained adapters have no other")
+    add_flag(parser, "--scale", usual="4; trained adapters of the first generation have no other")
     add_flag(parser, "--memory-limit", usual="what is free, less a tenth")
     add_flag(parser, "--tiles", default="auto")
 

@@ -82,7 +82,7 @@ def extract_files(
     """
     _check_options(ending, shard_bytes, save_dtype)
     share, summary = ProcessShare.from_environment(), ExtractionSummary()
-    model = model.at_scale(model.scale if scale is None else scale)
+    model = model.at_scale(scale)
     settings = _settings(model, short_side_px, ending if shard_bytes is None else "shards", save_dtype, tiles)
     shard_bytes, memory_limit = _split_memory(shard_bytes, memory_limit, model.device)
     options = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}

@@ -45,9 +45,7 @@ def comparison_panel(
         backbone = model.extract_backbone(rgb, short_side_px=short_side_px)
         maps = {"backbone, bilinear": backbone.resize(dense.grid_hw), "brixel": dense}
         if teacher:
-            maps["teacher"] = model.extract_backbone(
-                rgb, short_side_px=_teacher_px(dense, model.scale if scale is None else scale)
-            )
+            maps["teacher"] = model.extract_backbone(rgb, short_side_px=_teacher_px(dense, model.at_scale(scale).scale))
         size_hw = tile_size(dense)
         title = "image {} x {}".format(*dense.image_hw)
         rows.append([image_tile(rgb.numpy(), size_hw, title), *map_tiles(maps, size_hw)])

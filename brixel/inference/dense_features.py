@@ -59,7 +59,8 @@ class DenseFeatures(Student):
 
         Args:
             image: A path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W).
-            scale: Cells of the map per patch, on each axis; 4 where None. Trained adapters have 4 only.
+            scale: Cells of the map per patch, on each axis; 4 where None. Trained adapters of the first generation have
+                4 only.
             short_side_px: The short side in pixels after resizing, aspect kept; None for the size the adapter was
                 trained on, "native" for the image's own.
             memory_limit: Bytes or text such as "4GiB" that bounds what is allocated on the model's device, weights
@@ -81,7 +82,7 @@ class DenseFeatures(Student):
                 [image], scale=scale, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles, workers=0
             )
             return next(maps)
-        scaled = self.at_scale(self.scale if scale is None else scale)
+        scaled = self.at_scale(scale)
         forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles)
         preprocessor, path = self.preparation(short_side_px), check_map_path(out)
         pixels, placement = preprocessor(image, lambda padded_hw: forward.check(padded_hw, to_file=True))
@@ -164,7 +165,7 @@ class DenseFeatures(Student):
         Raises:
             BrixelError: An argument is out of range.
         """
-        scaled = self.at_scale(self.scale if scale is None else scale)
+        scaled = self.at_scale(scale)
         forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles, batch=batch_size)
         stream = FeatureStream(forward, self.preparation(short_side_px), batch_size=batch_size, workers=workers)
         return stream.maps_or_errors(images)
@@ -232,7 +233,7 @@ class DenseFeatures(Student):
             BrixelError: An argument is out of range.
         """
         geometry = plan_patch_grid(image_hw, self.patch_px, self.preparation(short_side_px).short_side_px)
-        scaled = self.at_scale(self.scale if scale is None else scale)
+        scaled = self.at_scale(scale)
         return Planner(scaled, memory_limit, tiles).plan(Job(batch, geometry.padded_hw, to_file))
 
     def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:

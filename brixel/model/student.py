@@ -47,11 +47,11 @@ class Student(nn.Module):
         self.scale = UPSCALE
         self.eval()
 
-    def at_scale(self, scale: int) -> Self:
+    def at_scale(self, scale: int | None) -> Self:
         """The same model, with the same weights in memory, whose maps have another number of cells per patch.
 
         Args:
-            scale: Cells per patch, on each axis.
+            scale: Cells per patch, on each axis; None for the model's own.
 
         Returns:
             The model itself for its own scale, else a shallow copy.
@@ -59,7 +59,7 @@ class Student(nn.Module):
         Raises:
             BrixelError: ``scale`` is out of range, or the adapter was trained for 4 alone.
         """
-        scale = check_field("scale", scale, _SCALE)
+        scale = self.scale if scale is None else check_field("scale", scale, _SCALE)
         if scale == self.scale:
             return self
         if not self.upsampler.any_scale:

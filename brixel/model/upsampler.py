@@ -50,7 +50,20 @@ class BilinearUpsampler(AnyUpsampler):
         return resize(maps[-1], (scale * height, scale * width))
 
 
-class GuidedUpsampler(AnyUpsampler):
+class _SeesImage(AnyUpsampler):
+    """An upsampler that needs the image as it was before the backbone's normalisation."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def guide(self, pixels: Tensor) -> Tensor:
+        """The image in [0, 1] of normalised pixels (B, 3, H, W)."""
+        mean, std = (torch.tensor(values, dtype=pixels.dtype, device=pixels.device) for values in (self.mean, self.std))
+        return pixels * std[:, None, None] + mean[:, None, None]
+
+
+class GuidedUpsampler(_SeesImage):
     """The universal upsampler on a backbone: it reads the last map and the image.
 
     Args:
@@ -59,19 +72,14 @@ class GuidedUpsampler(AnyUpsampler):
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
+        super().__init__(mean, std)
         self.universal = UniversalUpsampler()
-        self.mean, self.std = tuple(mean), tuple(std)
 
     def forward(self, pixels: Tensor, maps: Sequence[Tensor], scale: int = UPSCALE) -> Tensor:
         """Upsample the last map, guided by the pixels; see :meth:`AnyUpsampler.forward`."""
         height, width = maps[-1].shape[2:]
         out: Tensor = self.universal(maps[-1], self.guide(pixels), (scale * height, scale * width))
         return out
-
-    def guide(self, pixels: Tensor) -> Tensor:
-        """The image in [0, 1] of normalised pixels (B, 3, H, W)."""
-        return _image(pixels, self.mean, self.std)
 
 
 class Upsampler(AnyUpsampler):
@@ -101,7 +109,7 @@ class Upsampler(AnyUpsampler):
         return self.head(*self.adapter(pixels, maps))
 
 
-class SecondUpsampler(AnyUpsampler):
+class SecondUpsampler(_SeesImage):
     """A trained upsampler of the second generation: the universal one, and what adapter and head know of this backbone.
 
     The map is U(last) + g (U(base) - U(last) + residual), with the universal upsampler U, the adapter's ``base``, the
@@ -119,7 +127,7 @@ class SecondUpsampler(AnyUpsampler):
     """
 
     def __init__(self, width: int, config: AdapterConfig, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
+        super().__init__(mean, std)
         _check_width(width)
         self.adapter = Adapter(width, blend=config.blend)
         self.head = Head(width, residual_detour=False)
@@ -127,7 +135,6 @@ class SecondUpsampler(AnyUpsampler):
         self.gain = SizeGain(config.grids)
         self.register_buffer("feature_mean", torch.zeros(width))
         self.register_buffer("feature_std", torch.ones(width))
-        self.mean, self.std = tuple(mean), tuple(std)
 
     feature_mean: Tensor
     """Mean of the teacher's features by channel, (D,); losses are computed on (features - mean) / ``feature_std``."""
@@ -148,17 +155,8 @@ class SecondUpsampler(AnyUpsampler):
         """What U is applied to: the last map, and the gain's share of the way to the base; all (B, D, h, w)."""
         return last if self.adapter.blend is None else torch.lerp(last, base, gain)
 
-    def guide(self, pixels: Tensor) -> Tensor:
-        """The image in [0, 1] of normalised pixels (B, 3, H, W)."""
-        return _image(pixels, self.mean, self.std)
-
 
 TrainedUpsampler = Upsampler | SecondUpsampler
-
-
-def _image(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    means, deviations = (torch.tensor(values, dtype=pixels.dtype, device=pixels.device) for values in (mean, std))
-    return pixels * deviations[:, None, None] + means[:, None, None]
 
 
 def _check_width(width: int) -> None:

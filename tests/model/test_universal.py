@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import random_universal
 from torch import Tensor
 
 from brixel.model.universal import (
@@ -23,16 +24,6 @@ SIZES = [  # grid, output
     *(((1, 1), (4, 4)), ((1, 7), (4, 28)), ((6, 1), (24, 4))),  # one cell, one row, one column
     *(((5, 7), (13, 22)), ((7, 5), (50, 39)), ((4, 6), (4, 6)), ((3, 3), (4, 11))),  # any
 ]
-
-
-def random_universal(dtype: torch.dtype = torch.float32) -> UniversalUpsampler:
-    """One in which every weight matters."""
-    torch.manual_seed(0)
-    universal = UniversalUpsampler()
-    with torch.no_grad():
-        for parameter in universal.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return universal.to(dtype).eval()
 
 
 def inputs(grid: tuple[int, int], size: tuple[int, int], width: int = 24, batch: int = 2) -> tuple[Tensor, Tensor]:

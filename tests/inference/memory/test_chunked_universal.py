@@ -2,20 +2,11 @@
 
 import pytest
 import torch
+from helpers import random_universal
 
 from brixel.inference.memory.allocation_tracker import AllocationTracker
 from brixel.inference.memory.chunked_universal import universal_in_chunks
 from brixel.inference.memory.row_chunks import row_ranges
-from brixel.model.universal import UniversalUpsampler
-
-
-def random_universal() -> UniversalUpsampler:
-    torch.manual_seed(0)
-    universal = UniversalUpsampler()
-    with torch.no_grad():
-        for parameter in universal.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return universal.eval()
 
 
 @pytest.mark.parametrize("rows", [1, 3])
