@@ -80,7 +80,7 @@ def test_other_scales(backbone_folder, image_path, adapter, scale):
     assert torch.equal(other.features, expected.features)
     (chunked,) = RowChunks(3).run(model.at_scale(scale), pixels[None])
     torch.testing.assert_close(placement.feature_map(chunked).features, other.features, rtol=0, atol=1e-4)
-    assert model.plan((224, 336), scale=scale, memory_limit="1GiB").strategy == "whole"
+    assert model.plan((224, 336), scale=scale, memory_limit="1GiB", short_side_px="native").strategy == "whole"
 
 
 def test_a_scale_that_is_none_is_refused(untrained, image_path):

@@ -26,6 +26,7 @@ from brixel.cli.options import (
 from brixel.errors import BrixelError
 from brixel.evaluate import cost, panel_of, read_suite, run_suite, sources_of, throughput
 from brixel.evaluate.cost.memory import ARCHITECTURES, SIDES, limit_table, memory_table
+from brixel.evaluate.cost.resident import resident_table
 from brixel.evaluate.cost.throughput import draw_images
 from brixel.evaluate.cost.timing import random_model, torch_threads
 from brixel.evaluate.datasets.depth_normals import DEPTH_LAYOUTS, NORMALS_LAYOUTS
@@ -131,7 +132,9 @@ def _add_memory(kinds: Any) -> None:
     add_flag(one, "--measure", nargs="+", default=(), type=_name_and_side, metavar="NAME=PX", help=text)
     text = "instead, compute images within these limits and measure, such as 100MiB 4GiB"
     add_flag(one, "--limits", nargs="+", default=(), metavar="AMOUNT", help=text)
-    add_flag(one, "--dtype", default="float32", note="with --limits")
+    text = "instead, extract images within limits, each in a new process, and measure its resident memory"
+    one.add_argument("--resident", action="store_true", help=text)
+    add_flag(one, "--dtype", default="float32", note="with --limits or --resident")
     add_flag(one, "--tiles", default="auto", note="with --limits")
 
 
@@ -195,12 +198,16 @@ def _throughput(options: argparse.Namespace) -> Report:
 
 
 def _memory(options: argparse.Namespace) -> Report:
+    dtype = choose_dtype(options.dtype, torch.device("cpu"))
+    if options.resident:
+        if options.measure or options.limits:
+            raise BrixelError("--resident goes without --measure and --limits")
+        return resident_table(options.architectures, options.image_px, dtype)
     if not options.limits:
         return memory_table(options.architectures, options.image_px, measured=dict(options.measure))
     if options.measure:
         raise BrixelError("--measure goes without --limits, with which every image is measured")
     limits = [parse_bytes(limit) for limit in options.limits]
-    dtype = choose_dtype(options.dtype, torch.device("cpu"))
     return limit_table(options.architectures, options.image_px, limits, dtype=dtype, tiles=options.tiles)
 
 

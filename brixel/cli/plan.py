@@ -15,18 +15,17 @@ from brixel.cli.options import (
     print_json,
     print_table,
 )
-from brixel.images.patch_grid import NATIVE
 
 
 def add(commands: Any) -> None:
     """Add the command."""
     text = "predict how an image would be computed in a memory limit"
-    one = command(commands, "plan", _plan, text, "brixel plan 4096x4096 --memory-limit 4GiB")
+    one = command(commands, "plan", _plan, text, "brixel plan 4096x4096 --short-side-px native --memory-limit 4GiB")
     one.add_argument("size", type=height_by_width, metavar="HEIGHTxWIDTH", help="size of the image in pixels")
     add_flag(one, "--batch-size", default=1)
     one.add_argument("--to-file", action="store_true", help="write the map to a file, not to memory")
     add_model_options(one)
-    add_map_options(one, "native")
+    add_map_options(one)
     add_flag(one, "--json")
 
 
@@ -34,8 +33,7 @@ def _plan(options: argparse.Namespace) -> int:
     plan = load(options).plan(
         options.size,
         batch=options.batch_size,
-        short_side_px=NATIVE if options.short_side_px is None else options.short_side_px,
-        **given(options, "scale", "memory_limit", "tiles", "to_file"),
+        **given(options, "scale", "short_side_px", "memory_limit", "tiles", "to_file"),
     )
     facts = dataclasses.asdict(plan)
     if options.json:

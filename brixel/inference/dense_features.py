@@ -11,10 +11,11 @@ from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.host_copy import to_host
 from brixel.feature_maps.memmap_writer import check_map_path, make_map_file
 from brixel.images.load import ImageInput
-from brixel.images.patch_grid import NATIVE, plan_patch_grid
+from brixel.images.patch_grid import plan_patch_grid
 from brixel.images.preprocess import ImagePlacement, Preprocessor
 from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host
-from brixel.inference.memory.planner import Job, Plan, Planner
+from brixel.inference.memory.planner import Plan, Planner
+from brixel.inference.memory.prediction import Job
 from brixel.inference.stream import FeatureStream, prepare_image, raise_errors
 from brixel.model.config import BrixelConfig
 from brixel.model.student import Student
@@ -211,10 +212,10 @@ class DenseFeatures(Student):
         scale: int | None = None,
         memory_limit: int | str | None = None,
         tiles: str = "auto",
-        short_side_px: int | str | None = NATIVE,
+        short_side_px: int | str | None = None,
         to_file: bool = False,
     ) -> Plan:
-        """Say how maps would be computed, and the memory that takes; nothing is computed.
+        """Say how :meth:`extract` would compute maps, and the memory that takes; nothing is computed.
 
         Args:
             image_hw: Height and width of the images in pixels.
@@ -222,7 +223,7 @@ class DenseFeatures(Student):
             scale: As for :meth:`extract`.
             memory_limit: As for :meth:`extract`.
             tiles: As for :meth:`extract`.
-            short_side_px: As for :meth:`extract`, but "native" unless given.
+            short_side_px: As for :meth:`extract`.
             to_file: Whether the maps go to files, as with ``out``.
 
         Returns:

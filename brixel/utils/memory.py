@@ -1,5 +1,7 @@
 """Memory: sizes as texts and in bytes, free memory of a device, peak memory."""
 
+import ctypes
+import functools
 import math
 import os
 import re
@@ -14,6 +16,8 @@ from brixel.errors import BrixelError
 MARGIN = 0.1  # share of the free memory that is left to other programs by default
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_MALLOC_MMAP_THRESHOLD = -3  # of mallopt, in glibc's malloc.h
+_MAPPED_FROM = 256 * 2**10  # bytes
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -74,6 +78,24 @@ def _left_in_group() -> int | None:
         return max(0, int(limit) - int(used) + caches)
     except (OSError, ValueError):  # no such file, or "max"
         return None
+
+
+@functools.cache
+def return_freed_memory() -> None:
+    """From now on, let the C library give freed tensors back to the system at once, where it is glibc.
+
+    By default it keeps freed blocks of up to 32 MiB for later, and a process can hold twice the memory that its tensors
+    take. Blocks that are mapped one by one are given back when they are freed; allocating them takes a little longer.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  # musl has a mallopt too, which does nothing
+        libc.mallopt(_MALLOC_MMAP_THRESHOLD, _MAPPED_FROM)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError):
+        return
 
 
 def peak_bytes(device: torch.device) -> int | None:

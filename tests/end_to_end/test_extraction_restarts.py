@@ -142,7 +142,7 @@ def test_shards_take_half_of_the_limit_at_most(model, folder, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_shards_are_smaller_where_the_memory_limit_is_small(model, folder, tmp_path):
-    limit = 8 * model.plan((28, 28)).peak_bytes
+    limit = 8 * model.plan((28, 28), short_side_px="native").peak_bytes
     cells = model.extract(folder / "0.png").features.nbytes
     for index in range(4):  # two of their maps fit into a quarter of the limit
         Image.new("RGB", (28, 28 * (limit // 10 // cells)), "red").save(folder / f"{index}.png")

@@ -24,8 +24,8 @@ def test_a_map_goes_to_a_file_as_it_is_made(tiny, waves, tmp_path, limit):
 
 
 def test_a_file_says_that_its_map_was_made_of_tiles(tiny, waves, tmp_path, monkeypatch):
-    monkeypatch.setattr(planner_module, "predict_peak", lambda *_: 1)
-    monkeypatch.setattr(budget_module, "predict_peak", lambda *_: 1)
+    monkeypatch.setattr(planner_module, "needed_bytes", lambda *_: 1)
+    monkeypatch.setattr(budget_module, "needed_bytes", lambda *_: 1)
     made = tiny.extract(waves, short_side_px="native", out=tmp_path / "map.npy", tiles="always")
     assert made.meta["tiles"].endswith(" of 144x256 px, overlapping by 64 px or more")
     assert FeatureMap.load(tmp_path / "map.npy").meta == made.meta

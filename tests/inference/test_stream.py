@@ -8,7 +8,7 @@ import torch
 
 from brixel import BrixelFeatures, MemoryLimitError
 from brixel.inference.memory.allocation_tracker import AllocationTracker, weights_and_buffers
-from brixel.inference.memory.planner import Job, predict_peak
+from brixel.inference.memory.prediction import Job, needed_bytes
 from brixel.inference.memory.strategies import RowChunks, Whole
 
 MIB = 2**20
@@ -27,9 +27,9 @@ def images():
 def test_the_limit_holds_over_a_stream_of_mixed_sizes(tiny, images, spare_mib):
     expected = [tiny.extract(image, short_side_px="native").features for image in images]
     sizes = ((96, 128), (128, 96))
-    limit = max(predict_peak(tiny, Whole(3), Job(3, size)) for size in sizes) + spare_mib * MIB
+    limit = max(needed_bytes(tiny, Whole(3), Job(3, size)) for size in sizes) + spare_mib * MIB
     for size, batch in itertools.product(sizes, (1, 2)):
-        predict_peak(tiny, Whole(batch), Job(batch, size))  # kept, so that none is made while memory is counted
+        needed_bytes(tiny, Whole(batch), Job(batch, size))  # kept, so that none is made while memory is counted
     stream = tiny.stream(images, short_side_px="native", memory_limit=limit, batch_size=3, workers=0)
     with AllocationTracker("cpu") as tracker:
         tracker.track(weights_and_buffers(tiny))
@@ -42,7 +42,7 @@ def test_the_limit_holds_over_a_stream_of_mixed_sizes(tiny, images, spare_mib):
 def test_a_batch_is_smaller_where_not_all_its_maps_fit(tiny, images):
     """Neither refused nor in tiles, since each image fits alone."""
     pair = [images[0], images[2]]
-    limit = predict_peak(tiny, Whole(), Job(1, (96, 128)))
+    limit = needed_bytes(tiny, Whole(), Job(1, (96, 128)))
     found = list(tiny.stream(pair, short_side_px="native", memory_limit=limit, batch_size=2, workers=0))
     for feature_map, image in zip(found, pair, strict=True):
         assert "tiles" not in feature_map.meta
@@ -76,7 +76,7 @@ def test_an_image_that_nothing_fits_does_not_end_the_stream(tiny, images, monkey
 
 
 def test_a_map_that_was_yielded_is_not_held(tiny, images):
-    limit = predict_peak(tiny, Whole(), Job(1, (96, 128)))
+    limit = needed_bytes(tiny, Whole(), Job(1, (96, 128)))
     stream = tiny.stream([images[0], images[2]], short_side_px="native", memory_limit=limit, workers=0)
     with AllocationTracker("cpu") as tracker:
         tracker.track(weights_and_buffers(tiny))
@@ -92,7 +92,7 @@ def test_results_on_cuda_leave_it_before_they_wait(images):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     found = list(model.stream(images, short_side_px="native", batch_size=3))
-    assert torch.cuda.max_memory_allocated() < predict_peak(model, Whole(3), Job(3, (96, 128))) + 40 * MIB
+    assert torch.cuda.max_memory_allocated() < needed_bytes(model, Whole(3), Job(3, (96, 128))) + 40 * MIB
     for feature_map, whole in zip(found, expected, strict=True):
         assert feature_map.features.device.type == "cpu"
         torch.testing.assert_close(feature_map.features, whole, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,8 @@ from brixel.errors import BrixelError, MemoryLimitError
 from brixel.evaluate.cost.timing import check_side, random_student
 from brixel.evaluate.report import Report
 from brixel.inference.memory.allocation_tracker import AllocationTracker, weights_and_buffers
-from brixel.inference.memory.planner import Job, TileMode, choose_strategy, predict_peak, run_job, strategies_by_cost
+from brixel.inference.memory.planner import TileMode, choose_strategy, strategies_by_cost
+from brixel.inference.memory.prediction import Job, predict_peak, run_job
 from brixel.inference.memory.strategies import Strategy, new_outputs
 from brixel.model.student import Student
 from brixel.utils.devices import describe_machine, dtype_name

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that are alive at once while a program runs, on real tensors or on fake ones.
+"""Counts the bytes of tensors that are alive at once while a program runs, on real tensors or on those without data.
 
 Every storage is counted once, from the operation that made it until nothing refers to it. What an operation allocates
 inside itself and frees again is not seen; on the CPU that is little (`docs/memory.md`).
@@ -28,6 +28,11 @@ class AllocationTracker(TorchDispatchMode):
         self._device_type = device_type
         self._storages: dict[int, weakref.ref[Any]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Do not wrap `__torch_dispatch__` for torch.compile, which would import the compiler, for a second."""
+        return False
+
     def track(self, tensors: Iterable[Tensor]) -> None:
         """Count the storages of these tensors as well, until they are freed."""
         for tensor in tensors:
@@ -55,9 +60,14 @@ class AllocationTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run the operation and count what it made."""
-        result = func(*args, **(kwargs or {}))
-        self.track(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        result = self.run(func, args, kwargs or {})
+        made = (result,) if isinstance(result, Tensor) else tree_leaves(result)
+        self.track(leaf for leaf in made if isinstance(leaf, Tensor))
         return result
+
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation."""
+        return func(*args, **kwargs)
 
 
 def weights_and_buffers(module: nn.Module) -> list[Tensor]:

@@ -4,7 +4,8 @@ import dataclasses
 import sys
 
 from brixel.errors import MemoryLimitError
-from brixel.inference.memory.planner import HOST, Job, Planner, bound_bytes, pixel_bytes, predict_peak
+from brixel.inference.memory.planner import Planner
+from brixel.inference.memory.prediction import HOST, Job, bound_bytes, needed_bytes, pixel_bytes
 from brixel.inference.memory.strategies import Strategy
 from brixel.utils.memory import free_bytes
 
@@ -82,6 +83,6 @@ class MemoryBudget:
         if planner.surely_fits(dataclasses.replace(job, batch=self._batch)):
             return planner.weight_bytes + bound_bytes(planner.student, job)
         try:
-            return predict_peak(planner.student, strategy, job)
-        except Exception:  # a foreign backbone that does not run on fake tensors
+            return needed_bytes(planner.student, strategy, job)
+        except Exception:  # a foreign backbone that does not run on tensors without data
             return planner.limit_bytes

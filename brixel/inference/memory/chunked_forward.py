@@ -67,11 +67,12 @@ class Chunks:
         return cls(row_ranges(height, rows), tokens, range(backbone.config.heads))
 
     def few(self) -> "Chunks":
-        """As many parts as need the memory of all: at the edges a chunk is smaller than in the middle."""
+        """As many parts as need the memory of all: the first, one in the middle, the last."""
         rows, tokens = (
-            [*ranges[:2], *ranges[-2:]] if len(ranges) > 4 else ranges for ranges in (self.rows, self.tokens)
+            [ranges[0], ranges[len(ranges) // 2], ranges[-1]] if len(ranges) > 3 else ranges
+            for ranges in (self.rows, self.tokens)
         )
-        return Chunks(rows, tokens, self.heads[:2])
+        return Chunks(rows, tokens, self.heads[:1])
 
 
 @torch.no_grad()

@@ -12,11 +12,12 @@ from torch import Tensor
 from brixel.errors import MemoryLimitError
 from brixel.inference.memory.allocation_tracker import copy_with
 from brixel.inference.memory.budget import MemoryBudget
-from brixel.inference.memory.planner import HOST, Job, Planner, pixel_bytes
+from brixel.inference.memory.planner import Planner
+from brixel.inference.memory.prediction import HOST, Job, pixel_bytes
 from brixel.inference.memory.strategies import Strategy
 from brixel.model.student import Student
 from brixel.utils.eval_mode import evaluation_mode
-from brixel.utils.memory import format_bytes, free_bytes
+from brixel.utils.memory import format_bytes, free_bytes, return_freed_memory
 
 _LOG = logging.getLogger("brixel")
 # what the allocators of the CPU and of MPS say, for which torch has no error class
@@ -55,6 +56,8 @@ class MemoryLimitedForward:
     ) -> None:
         self._student = student
         self._planner = Planner(student, limit, tiles)
+        if limit is not None and student.device == HOST:
+            return_freed_memory()
         self.budget = MemoryBudget(self._planner, batch)
         self._warned: set[str] = set()
 

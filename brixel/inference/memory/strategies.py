@@ -3,6 +3,7 @@
 Shapes: B images, D width, h x w patch grid.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ class Tiles(Strategy):
 
     def _fill(self, student: Student, pixels: Tensor, outputs: Sequence[Tensor], counting: bool) -> None:
         tiling = self.tiling(patch_grid_of(student, pixels.shape[2:]))
-        tiles, images = (2, 1) if counting else (tiling.count, len(outputs))
+        tiles, images = (1, 1) if counting else (tiling.count, len(outputs))
         for image, out in zip(pixels[:images], outputs[:images], strict=True):
             _blend_tiles(student, tiling, image, out, tiles)
 
@@ -209,7 +210,7 @@ def _blend_tiles(student: Student, tiling: Tiling, image: Tensor, out: Tensor, c
     )
     height_px, width_px = (patch_px * cells for cells in tiling.tile_hw)
     out.zero_()
-    for index, (top, left) in enumerate(tiling.tiles()[:count]):
+    for index, (top, left) in enumerate(itertools.islice(tiling.tiles(), count)):
         y, x = top * patch_px, left * patch_px
         tile = _to_model(student, image[None, :, y : y + height_px, x : x + width_px])
         dense = student(tile)[0]  # D st st

@@ -5,6 +5,7 @@ map does not jump there.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,9 @@ class Tiling:
         """Number of tiles."""
         return len(self.tops) * len(self.lefts)
 
-    def tiles(self) -> list[tuple[int, int]]:
+    def tiles(self) -> Iterator[tuple[int, int]]:
         """Top and left cell of every tile, row by row."""
-        return [(top, left) for top in self.tops for left in self.lefts]
+        return itertools.product(self.tops, self.lefts)
 
 
 def plan_tiling(grid_hw: tuple[int, int], side: int, overlap: int) -> Tiling:

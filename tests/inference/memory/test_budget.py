@@ -9,7 +9,7 @@ from brixel.inference.memory import budget as budget_module
 from brixel.inference.memory import planner as planner_module
 from brixel.inference.memory.allocation_tracker import storage_bytes
 from brixel.inference.memory.limited_forward import MemoryLimitedForward
-from brixel.inference.memory.planner import Job, predict_peak
+from brixel.inference.memory.prediction import Job, needed_bytes
 from brixel.inference.memory.strategies import Whole
 
 MIB = 2**20
@@ -25,7 +25,7 @@ def stubbed(tiny, monkeypatch):
         return storage_bytes(student) + BYTES_PER_PIXEL * pixels * (1 if strategy.name != "whole" else job.batch)
 
     for module in (budget_module, planner_module):
-        monkeypatch.setattr(module, "predict_peak", predict)
+        monkeypatch.setattr(module, "needed_bytes", predict)
     return predict
 
 
@@ -48,13 +48,13 @@ def test_the_largest_image_counts_as_it_is_predicted(tiny):
     limit, weights = 50 * MIB, storage_bytes(tiny)
     forward = MemoryLimitedForward(tiny, limit=limit, batch=2)
     forward.check((96, 128))
-    need = predict_peak(tiny, Whole(), Job(1, (96, 128))) - weights
+    need = needed_bytes(tiny, Whole(), Job(1, (96, 128))) - weights
     assert forward.budget.spare_bytes() == limit - weights - 2 * need
 
 
 def test_with_memory_enough_nothing_is_predicted(tiny, monkeypatch):
     for module in (budget_module, planner_module):
-        monkeypatch.setattr(module, "predict_peak", None)
+        monkeypatch.setattr(module, "needed_bytes", None)
     forward = MemoryLimitedForward(tiny, batch=2)  # within what is free
     forward.check((64, 64))
     assert 0 < forward.budget.spare_bytes() < 2**60
@@ -79,7 +79,7 @@ def test_a_small_image_checked_by_another_thread_does_not_undo_a_large_one(tiny,
             done.wait(1)  # the other thread has its turn, if it may
         return stubbed(student, strategy, job)
 
-    monkeypatch.setattr(budget_module, "predict_peak", slow)
+    monkeypatch.setattr(budget_module, "needed_bytes", slow)
     monkeypatch.setattr(planner_module, "surely_fits", lambda *_: False)
     thread = threading.Thread(target=forward.check, args=((32, 32),))
     thread.start()

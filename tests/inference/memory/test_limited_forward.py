@@ -16,7 +16,7 @@ from brixel.inference.memory import limited_forward as limited_forward_module
 from brixel.inference.memory import planner as planner_module
 from brixel.inference.memory.allocation_tracker import AllocationTracker, copy_with, storage_bytes, weights_and_buffers
 from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host, is_out_of_memory
-from brixel.inference.memory.planner import Job, predict_peak
+from brixel.inference.memory.prediction import Job, needed_bytes
 from brixel.inference.memory.strategies import RowChunks, Tiles, Whole
 
 MIB = 2**20
@@ -33,11 +33,11 @@ def test_the_computer_s_own_memory_bounds_pixels(monkeypatch):
 
 def test_a_generous_limit_spares_a_prediction_and_the_plan_still_has_one(tiny, monkeypatch):
     job, limit = Job(2, (64, 64)), storage_bytes(tiny) + 400 * MIB
-    predicted = predict_peak(tiny, Whole(2), job)
-    assert tiny.plan((64, 64), batch=2, memory_limit=limit).peak_bytes == predicted
-    monkeypatch.setattr(planner_module, "predict_peak", None)
+    predicted = needed_bytes(tiny, Whole(2), job)
+    assert tiny.plan((64, 64), batch=2, memory_limit=limit, short_side_px="native").peak_bytes == predicted
+    monkeypatch.setattr(planner_module, "needed_bytes", None)
     monkeypatch.setattr(planner_module, "choose_strategy", None)
-    monkeypatch.setattr(budget_module, "predict_peak", None)
+    monkeypatch.setattr(budget_module, "needed_bytes", None)
     forward = MemoryLimitedForward(tiny, limit=limit, batch=2)
     forward.check((64, 64))
     assert forward.budget.max_batch((64, 64)) == 2
@@ -48,25 +48,22 @@ def test_a_generous_limit_spares_a_prediction_and_the_plan_still_has_one(tiny, m
 @pytest.mark.slow
 def test_a_map_in_row_chunks_is_the_map(tiny, waves):
     whole = tiny.extract(waves, short_side_px="native")
-    limit = predict_peak(tiny, RowChunks(1), Job(1, (144, 272)))
+    limit = needed_bytes(tiny, RowChunks(1), Job(1, (144, 272)))
     limited = tiny.extract(waves, short_side_px="native", memory_limit=limit, tiles="never")
-    assert tiny.plan((130, 260), memory_limit=limit, tiles="never").strategy == "row_chunks"
+    assert tiny.plan((130, 260), memory_limit=limit, tiles="never", short_side_px="native").strategy == "row_chunks"
     torch.testing.assert_close(limited.features, whole.features, rtol=1e-4, atol=1e-4)
     assert (limited.meta, limited.image_hw, limited.stride) == (whole.meta, whole.image_hw, whole.stride)
     assert limited.features.is_contiguous()
 
 
 @pytest.mark.parametrize(
-    ("mib", "strategy"),
-    [
-        (22.5, "whole"),
-        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((19.5, "row_chunks"), (18.3, "tiles"))),
-    ],
+    "strategy", [Whole(), *(pytest.param(strategy, marks=pytest.mark.slow) for strategy in (RowChunks(1), Tiles(8)))]
 )
-def test_the_limit_holds_while_a_map_is_made(tiny, waves, mib, strategy):
+def test_the_limit_holds_while_a_map_is_made(tiny, waves, strategy):
     """From prepared pixels on, counted from outside; the image itself is small beside them."""
-    limit = int(mib * MIB)
-    assert tiny.plan(waves.shape[:2], memory_limit=limit).strategy == strategy  # predicted by now, and not counted
+    limit = needed_bytes(tiny, strategy, Job(1, (144, 272)))
+    plan = tiny.plan(waves.shape[:2], memory_limit=limit, short_side_px="native")
+    assert plan.strategy == strategy.name  # predicted by now, and not counted
     with AllocationTracker("cpu") as tracker:
         tracker.track(weights_and_buffers(tiny))
         tiny.extract(waves, short_side_px="native", memory_limit=limit)
@@ -75,7 +72,7 @@ def test_the_limit_holds_while_a_map_is_made(tiny, waves, mib, strategy):
 
 def test_tiles_are_warned_of_once_and_recorded(tiny, waves, caplog, monkeypatch):
     for module in (budget_module, planner_module):
-        monkeypatch.setattr(module, "predict_peak", lambda *_: 1)
+        monkeypatch.setattr(module, "needed_bytes", lambda *_: 1)
     with caplog.at_level(logging.WARNING, "brixel"):
         maps = list(tiny.stream([waves, waves, waves[:64]], short_side_px="native", tiles="always", batch_size=2))
     assert [record.message for record in caplog.records if "tiles" in record.message] == [caplog.records[0].message]
@@ -211,7 +208,7 @@ def accelerated(tiny, monkeypatch):
         return storage_bytes(student) + 1024 * pixels
 
     for module in (budget_module, planner_module):
-        monkeypatch.setattr(module, "predict_peak", predict)
+        monkeypatch.setattr(module, "needed_bytes", predict)
     monkeypatch.setattr(planner_module.Planner, "device", torch.device("cuda"))
     return tiny
 
@@ -225,8 +222,8 @@ def test_what_does_not_fit_on_an_accelerator_is_computed_on_the_cpu(accelerated,
         "cuda has too little memory for 64x96 px: the CPU computes them"
     ]
     assert all(torch.equal(feature_map.features, expected) for feature_map in maps)
-    assert accelerated.plan((64, 96), memory_limit="4MiB").device == "cpu"
-    assert accelerated.plan((64, 96), memory_limit="4GiB").device == "cuda"
+    assert accelerated.plan((64, 96), memory_limit="4MiB", short_side_px="native").device == "cpu"
+    assert accelerated.plan((64, 96), memory_limit="4GiB", short_side_px="native").device == "cuda"
 
 
 def test_the_cpu_takes_over_where_the_accelerator_runs_out_with_the_least(accelerated, waves, monkeypatch, caplog):

@@ -28,7 +28,7 @@ def test_tiles_of_a_grid(grid_hw, side, overlap, tops, lefts):
     tiling = plan_tiling(grid_hw, side, overlap)
     assert (tiling.tops, tiling.lefts) == (tops, lefts)
     assert tiling.tile_hw == (min(side, grid_hw[0]), min(side, grid_hw[1]))
-    assert tiling.tiles() == list(itertools.product(tops, lefts))
+    assert list(tiling.tiles()) == list(itertools.product(tops, lefts))
     assert tiling.count == len(tops) * len(lefts)
 
 
