@@ -14,7 +14,7 @@ _TURN = 2 * torch.pi  # a coordinate, from -1 to 1, turns the channels once per 
 
 def rotary_periods(head_width: int, theta: float, rounding: torch.dtype) -> Tensor:
     """The E/4 periods theta^(4k/E) as float32, rounded to ``rounding`` first, as some checkpoints store them."""
-    exponents = torch.arange(head_width // 4, dtype=torch.float32) * (4 / head_width)
+    exponents = torch.arange(head_width // 4, dtype=torch.float32, device="cpu") * (4 / head_width)
     return (theta**exponents).to(rounding).float()
 
 
@@ -25,8 +25,10 @@ def rotary_table(grid_hw: tuple[int, int], periods: Tensor, prefix: int) -> tupl
     (class, registers) get angle zero, which leaves them unchanged.
     """
     height, width = grid_hw
-    y = (torch.arange(height, device=periods.device) + 0.5) * (2 / height) - 1
-    x = (torch.arange(width, device=periods.device) + 0.5) * (2 / width) - 1
+    y, x = (
+        (torch.arange(cells, dtype=torch.float32, device=periods.device) + 0.5) * (2 / cells) - 1
+        for cells in (height, width)
+    )
     y_angles = repeat(_TURN * y[:, None] / periods, "h k -> h w k", w=width)
     x_angles = repeat(_TURN * x[:, None] / periods, "w k -> h w k", h=height)
     angles = rearrange(torch.cat([y_angles, x_angles], dim=-1), "h w k -> (h w) k")  # h*w E/2
@@ -53,7 +55,7 @@ def interpolate_positions(
     assert (antialias, mode) == (False, "bicubic"), "no known checkpoint combines an offset with these"
     # F.interpolate takes the scale as a number, and comparing sizes is a branch: either would fix an exported graph
     native_hw = (positions.shape[2], positions.shape[3])
-    counts = [torch.full((), cells, dtype=torch.float64) for cells in grid_hw]
+    counts = [torch.full((), cells, dtype=torch.float64, device="cpu") for cells in grid_hw]
     resized = (counts[0] != native_hw[0]) | (counts[1] != native_hw[1])
     rows, columns = (
         _cubic_weights(cells, native, native / (count + resized * scale_offset)).float().to(positions)
@@ -67,10 +69,10 @@ def _cubic_weights(cells: int, native: int, step: Tensor) -> Tensor:
 
     ``step`` is the distance between new cells, in native cells.
     """
-    source = (torch.arange(cells, dtype=torch.float64) + 0.5) * step - 0.5
-    taps = source.floor()[:, None] + torch.arange(-1, 3)  # cells 4
+    source = (torch.arange(cells, dtype=torch.float64, device="cpu") + 0.5) * step - 0.5
+    taps = source.floor()[:, None] + torch.arange(-1, 3, device="cpu")  # cells 4
     x = (source[:, None] - taps).abs()
     near = (1.25 * x - 2.25) * x * x + 1
     far = ((-0.75 * x + 3.75) * x - 6) * x + 3
-    weights = torch.zeros(cells, native, dtype=torch.float64)
+    weights = torch.zeros(cells, native, dtype=torch.float64, device="cpu")
     return weights.scatter_add(1, taps.long().clamp(0, native - 1), torch.where(x <= 1, near, far))

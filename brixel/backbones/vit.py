@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from brixel.backbones.position_embeddings import interpolate_positions, rotary_periods, rotary_table, rotate
 from brixel.backbones.vit_config import ViTConfig
 from brixel.errors import BrixelError
+from brixel.utils.tensor_kinds import not_plain
 
 
 class Attention(nn.Module):
@@ -157,6 +158,8 @@ class ViT(nn.Module):
             raise BrixelError(f"blocks are {list(blocks)}; expected indices from 0 to {self.depth - 1}")
         if not isinstance(pixels, Tensor):
             raise BrixelError(f"pixels are a {type(pixels).__name__}; expected a tensor (B, 3, H, W)")
+        if not pixels.is_meta and (problem := not_plain(pixels)):
+            raise BrixelError(f"pixels: the tensor {problem}")
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise BrixelError(f"pixels have shape {tuple(pixels.shape)}; expected (B, 3, H, W)")
         weight = self.norm.weight

@@ -27,6 +27,7 @@ from brixel.errors import BrixelError
 from brixel.feature_maps.pca import PcaBasis
 from brixel.feature_maps.storage import as_array, damaged, load_map, save_map
 from brixel.utils.devices import DTYPES, dtype_name
+from brixel.utils.tensor_kinds import not_plain
 
 ROUNDING = 1e-6  # relative tolerance between the cells' extent and the image's size
 
@@ -102,6 +103,10 @@ class FeatureMap:
     def numpy(self) -> npt.NDArray[Any]:
         """The features as an array (D, Hf, Wf); it shares memory if possible, and bfloat16 is converted to float32."""
         return as_array(self.features.detach().cpu())
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """For ``np.asarray(feature_map)``: as :meth:`numpy`, of another dtype where NumPy asks for one."""
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
 
     def at(self, points_yx: Tensor | npt.ArrayLike) -> Tensor:
         """Read the features at points of the image, bilinearly between cell centres.
@@ -245,6 +250,8 @@ class FeatureMap:
 def _check_features(features: object) -> None:
     if not isinstance(features, Tensor):
         raise BrixelError(f"features are a {type(features).__name__}; expected a torch tensor (D, Hf, Wf)")
+    if problem := not_plain(features):
+        raise BrixelError(f"features: the tensor {problem}")
     if features.ndim != 3 or 0 in features.shape:
         raise BrixelError(f"features have shape {tuple(features.shape)}; expected (D, Hf, Wf), none zero")
     if features.dtype not in DTYPES.values():

@@ -14,7 +14,7 @@ def to_host(features: Tensor) -> Tensor:
 
 def copy_by_channels(features: Tensor) -> Tensor:
     """A contiguous copy of a map (D, H, W) on the CPU; channels are reordered on the map's device, some at a time."""
-    copied = torch.empty(features.shape, dtype=features.dtype)
+    copied = torch.empty(features.shape, dtype=features.dtype, device="cpu")
     for target, source in zip(copied.split(_CHANNELS), features.split(_CHANNELS), strict=True):
         target.copy_(source.contiguous())
     return copied

@@ -104,9 +104,9 @@ def _check(features: Tensor, name: str, embed_dim: int, other: str) -> None:
 def _sample_cells(features: Sequence[Tensor]) -> Tensor:
     """Cells of all maps as columns (D, K), float64 on the CPU; the same cells on every call."""
     counts = [feature_map.shape[1] * feature_map.shape[2] for feature_map in features]
-    chosen = torch.arange(sum(counts))
+    chosen = torch.arange(sum(counts), device="cpu")
     if len(chosen) > MAX_FIT_CELLS:  # random, since every n-th cell could always be the same column
-        permuted = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
+        permuted = torch.randperm(len(chosen), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         chosen = permuted[:MAX_FIT_CELLS].sort().values
     samples, start = [], 0
     for feature_map, count in zip(features, counts, strict=True):
@@ -121,7 +121,7 @@ def _leading_directions(cells: Tensor, mean: Tensor) -> Tensor:
     """Up to three eigenvectors of the covariance as rows, signs fixed, padded with zeros: (3, D)."""
     centred = cells - mean[:, None]  # (D, K)
     variances, vectors = torch.linalg.eigh(centred @ centred.T / cells.shape[1])  # rising variance
-    components = torch.zeros(3, len(mean), dtype=cells.dtype)
+    components = torch.zeros(3, len(mean), dtype=cells.dtype, device="cpu")
     spread = variances > ROUNDING**2 * cells.square().mean()
     kept = vectors[:, spread].flip(1)[:, :3].T
     largest = kept.gather(1, kept.abs().argmax(dim=1, keepdim=True))

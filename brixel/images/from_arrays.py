@@ -8,6 +8,7 @@ from torch import Tensor
 
 from brixel.errors import ImageError
 from brixel.images.patch_grid import MAX_PIXELS
+from brixel.utils.tensor_kinds import not_plain
 
 _ARRAY_DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
 _TENSOR_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -34,6 +35,8 @@ def from_array(array: np.ndarray[Any, Any]) -> Tensor:
 
 def from_tensor(tensor: Tensor) -> Tensor:
     """Move a tensor (3, H, W), uint8 or floats in [0, 1], to the CPU, without a copy if possible; else ImageError."""
+    if problem := not_plain(tensor):
+        raise ImageError(f"an image tensor {problem}")
     name = f"tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
     if tensor.dtype not in _TENSOR_DTYPES:
         raise ImageError(

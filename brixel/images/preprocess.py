@@ -15,6 +15,7 @@ from brixel.feature_maps.host_copy import crop
 from brixel.images.decode import REDUCTIONS
 from brixel.images.load import ImageInput, open_image
 from brixel.images.patch_grid import PatchGrid, plan_patch_grid
+from brixel.utils.torch_defaults import plain_defaults
 
 _BICUBIC: dict[str, Any] = {"mode": "bicubic", "antialias": True, "align_corners": False}
 
@@ -84,6 +85,7 @@ class Preprocessor:
     std: tuple[float, ...]
     meta: Mapping[str, str] = field(default_factory=dict)
 
+    @plain_defaults()
     def __call__(
         self, image: ImageInput, check: Callable[[tuple[int, int]], None] | None = None
     ) -> tuple[Tensor, ImagePlacement]:
@@ -127,7 +129,7 @@ def resize_normalise_pad(rgb: Tensor, grid: PatchGrid, mean: Sequence[float], st
     """
     reduction = _reduction(rgb, grid)
     height_px, width_px = grid.resized_hw
-    padded = torch.empty(3, *grid.padded_hw)
+    padded = torch.empty(3, *grid.padded_hw, dtype=torch.float32, device="cpu")
     for channel, target, channel_mean, channel_std in zip(rgb, padded, mean, std, strict=True):
         inner = target[:height_px, :width_px]
         inner.copy_(_resized(channel, grid, reduction))

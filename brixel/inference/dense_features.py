@@ -22,6 +22,7 @@ from brixel.model.student import Student
 from brixel.model.upsampler import AnyUpsampler
 from brixel.utils.devices import dtype_name
 from brixel.utils.eval_mode import evaluation_mode
+from brixel.utils.torch_defaults import plain_defaults
 
 PathLike = str | os.PathLike[str]
 
@@ -204,6 +205,7 @@ class DenseFeatures(Student):
         side = self.config.adapter.short_side_px if short_side_px is None else short_side_px
         return Preprocessor(self.patch_px, side, vit.mean, vit.std, self._meta())
 
+    @plain_defaults()
     def plan(
         self,
         image_hw: tuple[int, int],
@@ -237,6 +239,7 @@ class DenseFeatures(Student):
         scaled = self.at_scale(scale)
         return Planner(scaled, memory_limit, tiles).plan(Job(batch, geometry.padded_hw, to_file))
 
+    @plain_defaults()
     def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
         """Compute the frozen backbone's own map of one image, which brixel starts from.
 

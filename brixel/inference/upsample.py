@@ -16,10 +16,13 @@ from brixel.images.load import ImageInput, load_image
 from brixel.inference.memory.chunked_universal import universal_in_chunks
 from brixel.inference.memory.row_chunks import row_ranges
 from brixel.model.universal import CELLS, GUIDE_PX, UniversalUpsampler
+from brixel.utils.tensor_kinds import not_plain
+from brixel.utils.torch_defaults import plain_defaults
 
 _WINDOW_BYTES = 2**26  # of the windows of low-resolution cells that exist at once, where no gradient is needed
 
 
+@plain_defaults()
 def upsample(
     features: Tensor,
     image: ImageInput | Sequence[ImageInput],
@@ -72,6 +75,8 @@ def _upsample_one(universal: UniversalUpsampler, features: Tensor, guide: Tensor
 def _check_features(features: Tensor) -> None:
     if not isinstance(features, Tensor):
         raise BrixelError(f"features are a {type(features).__name__}; expected a tensor (B, D, h, w)")
+    if problem := not_plain(features):
+        raise BrixelError(f"features: the tensor {problem}")
     if features.ndim != 4 or 0 in features.shape or not features.is_floating_point():
         hint = ""
         if features.ndim == 3:

@@ -80,7 +80,7 @@ class SpatialPrior(nn.Module):
 
 def _rays() -> Tensor:
     """Offsets (A, P, 2), x before y, along A directions; the larger coordinate is 1 to P cells."""
-    angles = torch.arange(HEADS, device="cpu") * (2 * torch.pi / HEADS)
+    angles = torch.arange(HEADS, dtype=torch.float32, device="cpu") * (2 * torch.pi / HEADS)
     directions = torch.stack([angles.cos(), angles.sin()], dim=-1)  # A 2
     directions = directions / directions.abs().amax(-1, keepdim=True)
     return directions[:, None] * torch.arange(1, POINTS + 1, device="cpu")[:, None]

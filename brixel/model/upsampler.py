@@ -153,7 +153,9 @@ class SecondUpsampler(_SeesImage):
 
     def mixed(self, last: Tensor, base: Tensor, gain: Tensor) -> Tensor:
         """What U is applied to: the last map, and the gain's share of the way to the base; all (B, D, h, w)."""
-        return last if self.adapter.blend is None else torch.lerp(last, base, gain)
+        if self.adapter.blend is None:
+            return last
+        return torch.lerp(last, base.to(last.dtype), gain.to(last.dtype))  # autocast gives them different dtypes
 
 
 TrainedUpsampler = Upsampler | SecondUpsampler

@@ -18,6 +18,7 @@ from brixel.inference.memory.strategies import Strategy
 from brixel.model.student import Student
 from brixel.utils.eval_mode import evaluation_mode
 from brixel.utils.memory import format_bytes, free_bytes, return_freed_memory
+from brixel.utils.torch_defaults import plain_defaults
 
 _LOG = logging.getLogger("brixel")
 # what the allocators of the CPU and of MPS say, for which torch has no error class
@@ -72,6 +73,7 @@ class MemoryLimitedForward:
         job = Job(1, (pixels.shape[2], pixels.shape[3]), to_file=True)
         return self._run(job, pixels, out)[1]
 
+    @plain_defaults()
     def check(self, padded_hw: tuple[int, int], *, to_file: bool = False) -> None:
         """Raise MemoryLimitError where an image of that size cannot be computed, before its pixels exist."""
         job = Job(1, padded_hw, to_file)
@@ -79,6 +81,7 @@ class MemoryLimitedForward:
         check_host(padded_hw, job.map_bytes(self._student))
         self.budget.add_image(job)
 
+    @plain_defaults()
     def _run(self, job: Job, pixels: Tensor, out: Tensor | None) -> tuple[list[Tensor], dict[str, str]]:
         """The maps of a job (``out`` alone if it is given), and their meta."""
         patch_px = self._student.patch_px

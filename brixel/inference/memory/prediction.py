@@ -103,7 +103,7 @@ def _count(student: Student, strategy: Strategy, job: Job, device: torch.device)
     counter = _Counter()
     counter.live = counter.peak = storage_bytes(student)
     with META:
-        images = [torch.empty(3, *job.padded_hw) for _ in range(job.batch)]
+        images = [torch.empty(3, *job.padded_hw, dtype=torch.float32) for _ in range(job.batch)]
         # maps lie in files, or on the computer while the model is on an accelerator
         is_elsewhere = job.to_file or device.type != "cpu"
         outputs = new_outputs(twin, torch.empty(job.batch, 3, *job.padded_hw)) if is_elsewhere else None

@@ -34,9 +34,15 @@ class AttentionWithoutData(TorchFunctionMode):
 
 
 def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation, by a rule of this module where it has one."""
+    """The result of an operation, by a rule of this module where it has one for tensors of the meta device."""
     rule = _RULES.get(func)
-    return func(*args, **kwargs) if rule is None else rule(*args, **kwargs)
+    return func(*args, **kwargs) if rule is None or not _is_meta(args, kwargs) else rule(*args, **kwargs)
+
+
+def _is_meta(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the result is on the meta device: that of the first tensor, or the device asked for."""
+    first = args[0][0] if isinstance(args[0], list) else args[0]
+    return first.is_meta if isinstance(first, Tensor) else kwargs.get("device") in (None, META)
 
 
 def _elementwise(*operands: Any, **_: Any) -> Tensor:

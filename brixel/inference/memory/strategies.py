@@ -198,7 +198,7 @@ def new_outputs(student: Student, pixels: Tensor) -> list[Tensor]:
     """Empty tensors on the CPU for the maps of a batch: B of (D, sh, sw), of the model's dtype."""
     height, width = patch_grid_of(student, pixels.shape[2:])
     shape = (student.embed_dim, student.scale * height, student.scale * width)
-    return [torch.empty(shape, dtype=student.dtype) for _ in range(pixels.shape[0])]
+    return [torch.empty(shape, dtype=student.dtype, device=pixels.device) for _ in range(pixels.shape[0])]
 
 
 def _blend_tiles(student: Student, tiling: Tiling, image: Tensor, out: Tensor, count: int) -> None:

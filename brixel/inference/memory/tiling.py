@@ -61,9 +61,11 @@ def blend_weights(starts: tuple[int, ...], tile: int, cells: int, upscale: int) 
     """
     length = tile * upscale
     overlap = min((tile - (b - a) for a, b in itertools.pairwise(starts)), default=tile) * upscale
-    edge = torch.arange(length, dtype=torch.float64) + 0.5
+    edge = torch.arange(length, dtype=torch.float64, device="cpu") + 0.5
     ramp = torch.minimum(edge, edge.flip(0)).clamp_max(max(0.5, overlap))
-    positions = upscale * torch.tensor(starts)[:, None] + torch.arange(length)  # tiles length
-    sums = torch.zeros(cells * upscale, dtype=torch.float64)
+    positions = upscale * torch.tensor(starts, device="cpu")[:, None] + torch.arange(
+        length, device="cpu"
+    )  # tiles length
+    sums = torch.zeros(cells * upscale, dtype=torch.float64, device="cpu")
     sums.index_add_(0, positions.flatten(), ramp.repeat(len(starts)))
     return (ramp / sums[positions]).float()
