@@ -1,6 +1,7 @@
 """The panel of `brixel show`: the image, the backbone's map upsampled bilinearly, the dense map; one PCA basis."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -28,7 +29,7 @@ def comparison_panel(
         scale: As for :meth:`DenseFeatures.extract`.
         short_side_px: As for :meth:`DenseFeatures.extract`.
         teacher: Also show the backbone's map of the image at ``scale`` times the size, which the map approximates.
-        memory_limit: As for :meth:`DenseFeatures.extract`; it does not hold for the teacher.
+        memory_limit: As for :meth:`DenseFeatures.extract`; it holds for each map that is made.
         tiles: As for :meth:`DenseFeatures.extract`.
 
     Returns:
@@ -36,16 +37,18 @@ def comparison_panel(
 
     Raises:
         ImageError: An image cannot be read.
-        MemoryLimitError: A dense map does not fit into ``memory_limit``.
+        MemoryLimitError: A map does not fit into ``memory_limit``.
     """
     rows = []
     for image in images:
         rgb = load_image(image)
         dense = model.extract(rgb, scale=scale, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles)
-        backbone = model.extract_backbone(rgb, short_side_px=short_side_px)
+        limits: dict[str, Any] = {"memory_limit": memory_limit, "tiles": tiles}
+        backbone = model.extract_backbone(rgb, short_side_px=short_side_px, **limits)
         maps = {"backbone, bilinear": backbone.resize(dense.grid_hw), "brixel": dense}
         if teacher:
-            maps["teacher"] = model.extract_backbone(rgb, short_side_px=_teacher_px(dense, model.at_scale(scale).scale))
+            teacher_px = _teacher_px(dense, model.at_scale(scale).scale)
+            maps["teacher"] = model.extract_backbone(rgb, short_side_px=teacher_px, **limits)
         size_hw = tile_size(dense)
         title = "image {} x {}".format(*dense.image_hw)
         rows.append([image_tile(rgb.numpy(), size_hw, title), *map_tiles(maps, size_hw)])

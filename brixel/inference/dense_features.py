@@ -1,27 +1,25 @@
 """A student that takes images: any kind of them in, feature maps out, within a memory limit."""
 
+import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from brixel.backbones.base import Backbone
 from brixel.feature_maps.feature_map import FeatureMap
-from brixel.feature_maps.host_copy import to_host
 from brixel.feature_maps.memmap_writer import check_map_path, make_map_file
 from brixel.images.load import ImageInput
 from brixel.images.patch_grid import plan_patch_grid
 from brixel.images.preprocess import ImagePlacement, Preprocessor
-from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host
+from brixel.inference.memory.limited_forward import MemoryLimitedForward
 from brixel.inference.memory.planner import Plan, Planner
 from brixel.inference.memory.prediction import Job
-from brixel.inference.stream import FeatureStream, prepare_image, raise_errors
-from brixel.model.config import BrixelConfig
+from brixel.inference.stream import FeatureStream, raise_errors
+from brixel.model.config import BILINEAR, AdapterConfig, BrixelConfig
 from brixel.model.student import Student
-from brixel.model.upsampler import AnyUpsampler
+from brixel.model.upsampler import AnyUpsampler, BilinearUpsampler
 from brixel.utils.devices import dtype_name
-from brixel.utils.eval_mode import evaluation_mode
 from brixel.utils.torch_defaults import plain_defaults
 
 PathLike = str | os.PathLike[str]
@@ -239,24 +237,34 @@ class DenseFeatures(Student):
         scaled = self.at_scale(scale)
         return Planner(scaled, memory_limit, tiles).plan(Job(batch, geometry.padded_hw, to_file))
 
-    @plain_defaults()
-    def extract_backbone(self, image: ImageInput, *, short_side_px: int | str | None = None) -> FeatureMap:
+    def extract_backbone(
+        self,
+        image: ImageInput,
+        *,
+        short_side_px: int | str | None = None,
+        memory_limit: int | str | None = None,
+        tiles: str = "auto",
+    ) -> FeatureMap:
         """Compute the frozen backbone's own map of one image, which brixel starts from.
 
         Args:
             image: As for :meth:`extract`.
             short_side_px: As for :meth:`extract`.
+            memory_limit: As for :meth:`extract`.
+            tiles: As for :meth:`extract`.
 
         Returns:
             The map on the CPU, features (D, h, w): one cell per patch.
 
         Raises:
             ImageError: The image cannot be used.
+            MemoryLimitError: The image does not fit into the limit.
+            BrixelError: An argument is out of range.
         """
-        pixels, placement = prepare_image(self.preparation(short_side_px), image, check_host)
-        with evaluation_mode(self), torch.no_grad():
-            features = to_host(self.backbone_features(pixels[None].to(self.device, self.dtype))[0])
-        return placement.feature_map(features, in_place=True)
+        side = self.config.adapter.short_side_px
+        adapter = AdapterConfig(self.blocks[-1:], residual_detour=False, short_side_px=side, kind=BILINEAR)
+        alone = DenseFeatures(self.backbone, BilinearUpsampler(), dataclasses.replace(self.config, adapter=adapter))
+        return alone.extract(image, scale=1, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles)
 
     def _meta(self) -> Mapping[str, str]:
         """What makes the maps, kept in their files."""
