@@ -29,13 +29,16 @@ class Format:
     only_by_ending: bool = False  # no signature at its start, so that almost anything may look like it
 
 
+HEIF_ENDINGS = (".heic", ".heif", ".hif")
+HEIF_HINT = "HEIC needs the package pillow-heif: pip install 'brixel[images]'"
+
 FORMATS = (
     Format("JPEG", "PIL.JpegImagePlugin", (".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo"), check_jpeg),
     Format("PNG", "PIL.PngImagePlugin", (".png", ".apng"), without_metadata),
     Format("TIFF", "PIL.TiffImagePlugin", (".tif", ".tiff")),
     Format("WEBP", "PIL.WebPImagePlugin", (".webp",)),
     Format("AVIF", "PIL.AvifImagePlugin", (".avif",)),
-    Format("HEIF", "pillow_heif", (".heic", ".heif", ".hif")),
+    Format("HEIF", "pillow_heif", HEIF_ENDINGS),
     Format("JPEG2000", "PIL.Jpeg2KImagePlugin", (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc")),
     Format("GIF", "PIL.GifImagePlugin", (".gif",)),
     Format("BMP", "PIL.BmpImagePlugin", (".bmp", ".dib")),
@@ -46,7 +49,6 @@ FORMATS = (
 
 _OF_AVIF_TOO = (b"mif1", b"msf1")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", *_OF_AVIF_TOO)
-HEIF_HINT = "is a HEIC image, which needs the package pillow-heif: pip install 'brixel[images]'"
 
 _Reader = Callable[[BinaryIO, str], Image.Image]
 
@@ -68,7 +70,7 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
         reader, accepts = _reader(format_)
         verdict = accepts(head[:16])
         if isinstance(verdict, str):  # a known format, and why it is not supported
-            raise ImageError(f"{path}: {verdict}")
+            raise ImageError(f"{path}: cannot be read: {verdict}")
         if verdict:
             file.seek(0)
             try:
@@ -99,7 +101,7 @@ def _reader(format_: Format) -> tuple[_Reader, Callable[[bytes], bool | str]]:
     except ImportError:
         return (
             _no_reader,
-            lambda head: "is an AVIF image, which needs Pillow 11.3 or newer" if head[4:12] == b"ftypavif" else False,
+            lambda head: "AVIF needs Pillow 11.3 or newer" if head[4:12] == b"ftypavif" else False,
         )
     if format_.name == "HEIF":  # not registered in Pillow: that would change what the rest of the program reads
         return module.HeifImageFile, _is_heif
