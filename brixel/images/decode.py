@@ -14,7 +14,7 @@ from torch import Tensor
 from brixel.errors import ImageError, printable
 from brixel.images.formats import identify
 from brixel.images.from_arrays import check_size
-from brixel.images.modes import SIDEWAYS, check_samples, to_rgb_tensor
+from brixel.images.modes import SIDEWAYS, check_samples, correct_transparent_grey, to_rgb_tensor
 from brixel.images.quiet import quiet_decoding
 
 REDUCTIONS = (1, 2, 4, 8)
@@ -32,6 +32,7 @@ def open_image_file(path: str) -> Iterator[Image.Image]:
             image = identify(file, name)
             check_size((image.height, image.width), name)
             check_samples(image, name)
+            correct_transparent_grey(image, name)
         yield image
 
 
