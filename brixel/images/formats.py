@@ -62,6 +62,8 @@ def readable_endings() -> tuple[str, ...]:
 def identify(file: BinaryIO, path: str) -> Image.Image:
     """Do what `Image.open` does, with the readers of `FORMATS` alone. Raises ImageError."""
     head = file.read(HEAD_BYTES)
+    if (other := other_content(head)) is not None:
+        raise ImageError(f"{path}: is {other}")
     reasons: list[str] = []
     cause: Exception | None = None
     for format_ in FORMATS:
@@ -78,8 +80,6 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
             except (SyntaxError, IndexError, TypeError, KeyError, struct.error) as error:
                 reasons.append(f"{format_.name}: {error or type(error).__name__}")
                 cause = error
-    if (other := other_content(head)) is not None:
-        raise ImageError(f"{path}: is {other}")
     if cause is not None:
         raise ImageError(
             f"{path}: cannot be decoded ({'; '.join(reasons)}); the file is damaged, cut short or of a kind that is "

@@ -138,4 +138,4 @@ def _write_deep_grey(image: Image.Image, stored: Array, name: str) -> None:
         floats = image.mode == "F"
         range_ = "floats must lie in [0, 1]" if floats else f"greys of mode {image.mode} must lie in 0..{white}"
         hint = range_hint(low, high) if floats else "scale them, or give an array of floats in [0, 1]"
-        raise ImageError(f"{name}: values go from {low:.9g} to {high:.9g}; {range_}: {hint}")
+        raise ImageError(f"{name}: values go from {low:.10g} to {high:.10g}; {range_}: {hint}")
