@@ -47,8 +47,7 @@ FORMATS = (
     Format("TGA", "PIL.TgaImagePlugin", (".tga", ".icb", ".vda", ".vst"), only_by_ending=True),
 )
 
-_OF_AVIF_TOO = (b"mif1", b"msf1")
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", *_OF_AVIF_TOO)
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 _Reader = Callable[[BinaryIO, str], Image.Image]
 
@@ -95,7 +94,7 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
 def _reader(format_: Format) -> tuple[_Reader, Callable[[bytes], bool | str]]:
     """What opens files of a format, and what says from their first bytes whether it does, or why it cannot."""
     if format_.name == "HEIF" and importlib.util.find_spec("pillow_heif") is None:
-        return _no_reader, lambda head: HEIF_HINT if _is_heif(head) and head[8:12] not in _OF_AVIF_TOO else False
+        return _no_reader, lambda head: HEIF_HINT if _is_heif(head) else False
     try:
         module = importlib.import_module(format_.module)
     except ImportError:

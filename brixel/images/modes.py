@@ -27,7 +27,7 @@ EIGHT_BITS = ("1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "La", "PA", "RGBa", "C
 DEEP_GREYS = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 """Modes of greys with more than 8 bits, and the value of white."""
 
-_BAND_PIXELS = 1 << 18
+_BAND_PIXELS = 1 << 16
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _SUBFILE, _SUBSAMPLING = 258, 262, 339, 254, 530  # tags of TIFF
 _SIGNED = 2

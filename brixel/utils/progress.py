@@ -6,6 +6,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from brixel.errors import printable
+
 
 def progress_bar(iterable: Iterable[Any] | None = None, title: str | None = None, **options: Any) -> "tqdm[Any]":
     """A progress bar over an iterable, or one to update; ``disable=True`` for none.
@@ -13,4 +15,4 @@ def progress_bar(iterable: Iterable[Any] | None = None, title: str | None = None
     Nothing is shown where standard error is no terminal, or closed, as in a daemon.
     """
     disable = options.pop("disable", None) or (True if sys.stderr is None else None)
-    return tqdm(iterable, title, disable=disable, **options)
+    return tqdm(iterable, None if title is None else printable(title), disable=disable, **options)
