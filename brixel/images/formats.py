@@ -85,8 +85,8 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
             "not read: fetch it again, or export it as PNG or JPEG"
         ) from cause
     raise ImageError(
-        f"{path}: is no image that is read, or its head is damaged; give a JPEG, PNG, TIFF, WebP, AVIF, HEIC, JPEG "
-        "2000, GIF, BMP, PPM or TGA file, or open it with Pillow and give the PIL image"
+        f"{path}: is not an image that the installed Pillow can read, or its head is damaged; give a JPEG, PNG, TIFF, "
+        "WebP, AVIF, HEIC, JPEG 2000, GIF, BMP, PPM or TGA file, or open it with Pillow and give the PIL image"
     )
 
 

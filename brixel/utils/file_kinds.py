@@ -24,8 +24,8 @@ HEAD_BYTES = 512
 def other_content(head: bytes) -> str | None:
     """What a file is, and what to do, if it is none that is binary on purpose; None if its first bytes do not say."""
     if not head:
-        return "an empty file: fetch or export it again"
+        return "an empty file; fetch or export it again"
     if not any(head):
-        return "only zeros: fetch or export it again"
+        return "only zeros; fetch or export it again"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     return next((kind for pattern, kind in _PATTERNS if pattern.match(text)), None)

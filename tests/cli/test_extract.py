@@ -134,7 +134,7 @@ def test_extract_counts_what_is_left_out(run, model_folder, image_path, tmp_path
     assert (facts["written"], facts["already_there"], facts["processes"]) == (0, 1, 1)
     ((failed),) = facts["failed"]
     assert failed["image"] == str(folder / "bad.png")
-    assert "is no image" in failed["error"]
+    assert "is not an image" in failed["error"]
 
 
 def test_verify_compares_images_with_their_maps(run, model_folder, image_path, tmp_path, capsys):

@@ -75,7 +75,7 @@ def test_the_reader_of_heic_is_not_registered_in_pillow() -> None:
         (b"", "is an empty file"),
         (bytes(4000), "is only zeros"),
         (b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X", "is what macOS keeps beside a file"),
-        (b"just words, and quite a number of them", "(is no image that is read|cannot be decoded)"),
+        (b"just words, and quite a number of them", "(is not an image|cannot be decoded)"),
         (b'[{"error": 1}]', "is JSON text"),
     ],
 )
