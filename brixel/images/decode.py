@@ -109,7 +109,8 @@ def _pillow_errors(name: str) -> Iterator[None]:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, of 1 to 8."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        with quiet_decoding():
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # unreadable EXIF data is ignored, as viewers do
         return 1
     return orientation if orientation in range(1, 9) else 1
