@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, printable
 from brixel.utils.atomic_files import check_folder, write_text
 from brixel.utils.markdown import markdown_table
 from brixel.utils.memory import format_bytes
@@ -123,6 +123,8 @@ def check_markdown(path: Path | None) -> None:
             json_path = path.with_suffix(".json")
             raise BrixelError(f"{path}: expected a name that ends in .md; the same results go to {json_path}")
         check_folder(path)
+        if path.is_dir():
+            raise BrixelError(f"{path} is a folder; expected the name of a file to write")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -132,7 +134,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_report(report: Report, command: str, path: Path | None) -> None:
     """Print the Markdown; with a path, write it there, and the JSON to the same name with .json."""
-    text = report.markdown(command)
+    text = "\n".join(map(printable, report.markdown(command).split("\n")))
     print(text)
     if path is not None:
         write_json(path.with_suffix(".json"), report.content(command))
