@@ -272,7 +272,7 @@ def test_what_is_left_has_a_shape_and_no_numbers(
     ("name", "key"),
     [
         ("siglip", "vision_model.embeddings.class_token"),
-        ("siglip", "vision_model.head.invented"),
+        ("siglip", "vision_model.invented"),
         ("siglip", "logit_offset"),
         ("naflex-vision", "encoder.layers.1.layer_scale1"),
     ],
