@@ -17,7 +17,14 @@ class CheckpointError(BrixelError):
 
 
 class DamagedFileError(CheckpointError):
-    """A weight file or a configuration cannot be read at all, for example because it was cut off."""
+    """A file cannot be read at all, or holds what no such file may hold: it was cut off, changed, or is another's.
+
+    Weight files, configurations, feature maps, manifests, caches, states: everything that is read back.
+    """
+
+
+class MissingFileError(BrixelError, FileNotFoundError):
+    """A file that was named is not there."""
 
 
 class MemoryLimitError(BrixelError, MemoryError):

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
-from brixel.checkpoints.huggingface_config import read_json
 from brixel.checkpoints.int8_weights import quantised_state
 from brixel.checkpoints.model_card import model_card, write_card
 from brixel.checkpoints.weight_files import write_tensors
@@ -17,6 +16,7 @@ from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig
 from brixel.model.student import Student
 from brixel.utils.atomic_files import write_text
 from brixel.utils.fields import check_field, check_names, one_of
+from brixel.utils.structured_files import read_json
 
 FORMAT_VERSION = 1
 CONFIG, ADAPTER, BACKBONE = "config.json", "adapter.safetensors", "backbone.safetensors"

@@ -13,7 +13,7 @@ from typing import Any
 from brixel.errors import BrixelError
 from brixel.evaluate.tasks import KINDS, PROBES, Task
 from brixel.utils.fields import check_field, check_names, several, text, whole_number
-from brixel.utils.toml import read_toml
+from brixel.utils.structured_files import read_toml
 
 _TEXTS = several(text(), "texts", least=1)
 _NUMBERS = several(whole_number(1), "whole numbers from 1 up", least=1)

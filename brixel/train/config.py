@@ -14,7 +14,7 @@ from brixel.model.losses import LossWeights
 from brixel.utils.atomic_files import write_text
 from brixel.utils.fields import Rule, boolean, check_fields, check_names, number, one_of, optional, several, text
 from brixel.utils.fields import whole_number as whole
-from brixel.utils.toml import read_toml
+from brixel.utils.structured_files import read_toml
 
 # the recipe of the authors' release, apart from its three epochs: set them with ``steps``
 RELEASE = MappingProxyType(

@@ -620,7 +620,7 @@ def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{not json", "config.json is not JSON"),
-        ("[1]", "config.json holds list; expected a JSON object"),
+        ("[1]", "config.json holds a list; expected a JSON object"),
         ('{"model_type": "clip"}', "model_type 'clip'; we read dinov3_vit, dinov2, dinov2_with_registers, siglip"),
         ('{"model_type": "dinov2"}', "config.json lacks 'hidden_size' of a dinov2 model"),
         (
