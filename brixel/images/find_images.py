@@ -15,6 +15,11 @@ SCENE = Path(__file__).parents[1] / "assets" / "scene.jpg"
 """The bundled example image, a drawing."""
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a name starts with a dot, as hidden files do and the `._NAME` files that macOS puts beside others."""
+    return path.name.startswith(".")
+
+
 def find_images(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
     """Find images, in a fixed order.
 
