@@ -1,6 +1,7 @@
 """Errors that a user can act on: each message states what came, what was expected and what to do."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -25,6 +26,10 @@ class DamagedFileError(CheckpointError):
 
 class MissingFileError(BrixelError, FileNotFoundError):
     """A file that was named is not there."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.ENOENT
 
 
 class MemoryLimitError(BrixelError, MemoryError):

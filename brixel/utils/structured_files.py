@@ -10,10 +10,11 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from brixel.errors import DamagedFileError, MissingFileError
+from brixel.errors import BrixelError, DamagedFileError, MissingFileError
 
 _MAX_BYTES = 2**25  # of a JSON file; also of a line in a file of lines
 _MAX_TOML_BYTES = 2**18  # files that people write
@@ -90,7 +91,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
             raise DamagedFileError(f"{path} is nested deeper than {_MAX_DEPTH} levels")
         return tomllib.loads(text)
     except MissingFileError as error:
-        raise MissingFileError(f"no {what} at {path}: {error.strerror or 'no such file'}") from error
+        raise MissingFileError(f"no {what} at {path}: there is no such file") from error
     except ValueError as error:
         raise _in_context(error, f"{path} is no TOML in UTF-8") from error
 
@@ -136,11 +137,31 @@ def check_regular(path: Path) -> None:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise MissingFileError(error.errno, "no such file", str(path)) from error
+        raise MissingFileError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise DamagedFileError(f"{str(path)[:200]!r} cannot be read ({error})") from error
     if not stat.S_ISREG(mode):
         raise DamagedFileError(f"{path} is {'a folder' if stat.S_ISDIR(mode) else 'no regular file'}; expected a file")
+
+
+@contextmanager
+def checking_content(path: Path, kind: str, advice: str) -> Iterator[None]:
+    """A context for reading a file of ours: errors about its content become one that names the file and what to do.
+
+    Args:
+        path: The file.
+        kind: What it should be, such as "a manifest of brixel".
+        advice: What to do.
+
+    Raises:
+        DamagedFileError: In place of any BrixelError but those for what is missing, and for memory that runs out.
+    """
+    try:
+        yield
+    except (MissingFileError, MemoryError):
+        raise
+    except BrixelError as error:
+        raise DamagedFileError(f"{path} is damaged or not {kind} ({error}); {advice}") from error
 
 
 def _depth(code: str) -> int:

@@ -245,7 +245,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
 
 
 def test_settings_that_are_no_file_are_named(tmp_path):
-    with pytest.raises(MissingFileError, match=r"no settings at .*absent\.toml: no such file"):
+    with pytest.raises(MissingFileError, match=r"no settings at .*absent\.toml: there is no such file"):
         read_settings(tmp_path / "absent.toml")
     with pytest.raises(BrixelError, match="is a folder; expected a file"):
         read_settings(tmp_path)
