@@ -4,23 +4,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from brixel.errors import BrixelError
-from brixel.utils.fields import boolean, check_fields, number, one_of, several, whole_number
+from brixel.utils.fields import boolean, check_fields, number, one_of, several, text, whole_number
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
+# Bounds far above any model, so that a file with absurd sizes is refused before anything of its size is built.
+_WIDEST, _DEEPEST, _LARGEST_PATCH, _LARGEST_GRID = 2**17, 2**10, 2**10, 2**12
 _COLOURS = "three numbers, for red, green and blue in [0, 1]"
 _SIZES = {
-    **dict.fromkeys(("width", "depth", "patch_px"), whole_number(1)),
+    **{"width": whole_number(1, _WIDEST), "depth": whole_number(1, _DEEPEST)},
+    "patch_px": whole_number(1, _LARGEST_PATCH),
     "mean": several(number(), _COLOURS, count=3),
     "std": several(number(above=0), f"{_COLOURS}, above 0", count=3),
 }
 _RULES = {
     **_SIZES,
-    **dict.fromkeys(("heads", "ffn_width", "native_grid"), whole_number(1)),
-    "registers": whole_number(),
-    **dict.fromkeys(("norm_eps", "rope_theta", "position_scale_offset"), number(0)),
+    **{"heads": whole_number(1, _WIDEST), "ffn_width": whole_number(1, 8 * _WIDEST)},
+    **{"native_grid": whole_number(1, _LARGEST_GRID), "registers": whole_number(0, _LARGEST_GRID)},
+    **{"norm_eps": number(0, below=1), "rope_theta": number(above=0, below=1e9), "position_scale_offset": number(0, 2)},
     **dict.fromkeys(("class_token", "layer_scale", "qkv_bias", "position_antialias"), boolean()),
     "ffn": one_of("mlp", "swiglu"),
     "gelu": one_of("exact", "tanh"),
@@ -115,7 +118,7 @@ class ForeignConfig:
     std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        check_fields(self, _SIZES, prefix=f"{self.class_name}.")
+        check_fields(self, {"class_name": text(), **_SIZES}, prefix=f"{self.class_name}.")
 
 
 def siglip_config(*, naflex: bool, norm_eps: float = 1e-6, **sizes: Any) -> ViTConfig:

@@ -15,6 +15,7 @@ from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints.backbone_key_maps import BRIXEL, VOCABULARY, needed, recognise, without_prefix
 from brixel.checkpoints.huggingface_config import normalisation, timm_tag, vit_config
 from brixel.checkpoints.key_mapping import KeyMap, State, rename
+from brixel.checkpoints.plausible_sizes import check_sizes
 from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
 from brixel.errors import CheckpointError
 from brixel.utils.fields import check_names
@@ -54,6 +55,7 @@ def load_backbone(
     config = _with_fields(config, {**_file_fields(path, state, key_map, config, architecture), **(fields or {})})
 
     what = f"{path} ({key_map.name}) does not fit {name or 'its configuration'}"
+    check_sizes(config, state, what=what)
     ours = rename(state, key_map, shapes_of(lambda: ViT(config)), what=what)
     vit = load_into(lambda: ViT(config), ours, dtype, what=what)
     if name is not None and _shape_fields(config) != _shape_fields(known_backbone(name).vit):
