@@ -181,6 +181,17 @@ def several(
     return Rule(expected, convert)
 
 
+def json_table() -> Rule:
+    """A mapping, of whatever JSON holds, which becomes a dict."""
+
+    def convert(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        return dict(value)
+
+    return Rule("a table", convert)
+
+
 def text_table(expected: str) -> Rule:
     """A mapping from texts to texts, which becomes a dict."""
     entry = text(empty=True)
