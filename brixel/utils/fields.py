@@ -2,6 +2,7 @@
 
 import math
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
@@ -11,6 +12,9 @@ from typing import Any
 from brixel.errors import BrixelError, did_you_mean
 
 _MOST_SHOWN = 200  # characters of a value in an error
+_SHORT = reprlib.Repr()  # containers from files may contain each other many times over
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 4, _MOST_SHOWN, _MOST_SHOWN, _MOST_SHOWN
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def check_table(
 def shown(value: object) -> str:
     """A value in an error, cut where it is long."""
     try:
-        text = repr(value)
+        text = _SHORT.repr(value)
     except ValueError:  # a whole number of thousands of digits
         text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
@@ -95,9 +99,10 @@ def whole_number(least: int = 0, below: int | None = None) -> Rule:
     return Rule(f"a whole number from {least} {'up' if below is None else f'to below {below}'}", convert)
 
 
-def number(least: float = -math.inf, below: float = math.inf, *, above: float = -math.inf) -> Rule:
+def number(least: float = -math.inf, below: float = math.inf, *, above: float = -math.inf, finite: bool = True) -> Rule:
     """A finite number, which becomes a float: at least ``least``, above ``above``, below ``below``.
 
+    With ``finite`` False, where a file may record that a run went wrong, NaN and infinities are numbers as well.
     Scalars of NumPy and PyTorch are numbers; booleans and texts are not.
     """
 
@@ -105,6 +110,8 @@ def number(least: float = -math.inf, below: float = math.inf, *, above: float = 
         if isinstance(value, bool) or not hasattr(value, "__float__"):
             raise TypeError
         found = float(value)
+        if not finite:
+            return found
         if not (math.isfinite(found) and found >= least and above < found < below):
             raise ValueError
         return found
