@@ -15,7 +15,7 @@ from brixel.errors import BrixelError, CheckpointError
 from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig
 from brixel.model.student import Student
 from brixel.utils.atomic_files import write_text
-from brixel.utils.fields import check_field, check_names, one_of, shown
+from brixel.utils.fields import check_field, check_names, one_of, short_repr
 from brixel.utils.structured_files import read_json
 
 FORMAT_VERSION = 1
@@ -99,7 +99,7 @@ def read_config(path: Path) -> BrixelConfig:
         )
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format {shown(version)}, newer than {FORMAT_VERSION}, which we read: update brixel"
+            f"{path} has format {short_repr(version)}, newer than {FORMAT_VERSION}, which we read: update brixel"
         )
     try:
         backbone = dict(_table("backbone", content.pop("backbone", None)))
@@ -122,7 +122,7 @@ def read_config(path: Path) -> BrixelConfig:
 
 def _table(name: str, values: object) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise BrixelError(f"{name} is {shown(values)}; expected a table")
+        raise BrixelError(f"{name} is {short_repr(values)}; expected a table")
     return values
 
 

@@ -23,7 +23,7 @@ from brixel.errors import BrixelError
 from brixel.extraction.distributed import ProcessShare
 from brixel.utils.atomic_files import UNFINISHED
 from brixel.utils.contained_paths import path_below
-from brixel.utils.fields import Rule, check_table, number, several, shown, text, text_table, whole_number
+from brixel.utils.fields import Rule, check_table, number, several, short_repr, text, text_table, whole_number
 from brixel.utils.structured_files import checking_content, read_json_lines
 
 FORMAT_VERSION = 1
@@ -179,7 +179,7 @@ def _record(written: WrittenFile) -> dict[str, Any]:
 def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str] | None) -> None:
     version = header.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
-        raise BrixelError(f"{path} has format {shown(version)}, this brixel reads {FORMAT_VERSION}; update brixel")
+        raise BrixelError(f"{path} has format {short_repr(version)}, this brixel reads {FORMAT_VERSION}; update brixel")
     with checking_content(path, *_DAMAGED):
         stored = check_table("line 1", header, _HEADER_RULES)["settings"]
     if settings is None:

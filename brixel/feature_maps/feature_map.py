@@ -26,7 +26,7 @@ from brixel.errors import BrixelError
 from brixel.feature_maps.pca import PcaBasis
 from brixel.feature_maps.storage import as_array, damaged, load_map, save_map
 from brixel.utils.devices import DTYPES, dtype_name
-from brixel.utils.fields import shown
+from brixel.utils.fields import short_repr
 
 _LARGEST = 2.0**53  # of sizes and strides: whole numbers up to here are exact as floats
 ROUNDING = 1e-6  # relative tolerance between the cells' extent and the image's size
@@ -260,7 +260,7 @@ def _positive_pair(name: str, value: Any, convert: Callable[[Any], Number]) -> t
         first = second = convert(0)
     if not (0 < first < _LARGEST and 0 < second < _LARGEST):
         kind = "finite numbers" if convert is float else "whole numbers"
-        raise BrixelError(f"{name} is {shown(value)}; expected two positive {kind}, (y, x)")
+        raise BrixelError(f"{name} is {short_repr(value)}; expected two positive {kind}, (y, x)")
     return first, second
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from brixel.errors import BrixelError, DamagedFileError, MissingFileError
 from brixel.utils.atomic_files import atomic_path, write_text
 from brixel.utils.devices import DTYPES, dtype_name
-from brixel.utils.fields import Rule, check_table, number, one_of, several, shown, text_table, whole_number
+from brixel.utils.fields import Rule, check_table, number, one_of, several, short_repr, text_table, whole_number
 from brixel.utils.npy_files import open_npy
 from brixel.utils.safetensors_files import open_safetensors
 from brixel.utils.structured_files import parse_json, read_json_value
@@ -104,7 +104,7 @@ def _check_version(path: Path, header: Any) -> None:
             f"{path} was not written by brixel: it lacks {VERSION_KEY!r}; give a file that save() wrote"
         )
     if header[VERSION_KEY] != VERSION:
-        version = shown(header[VERSION_KEY])
+        version = short_repr(header[VERSION_KEY])
         raise BrixelError(f"{path} has format {version}, this brixel reads {VERSION!r}; update brixel")
 
 

@@ -22,7 +22,7 @@ from brixel.utils.fields import (
     number,
     optional,
     several,
-    shown,
+    short_repr,
     whole_number,
 )
 from brixel.utils.torch_files import load_torch
@@ -146,14 +146,16 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) ->
     for group, theirs in zip(groups, found, strict=True):
         odd = [key for key, value in group.items() if key in theirs and not _same_kind(theirs[key], value)]
         if odd:
-            raise BrixelError(f"{odd[0]} of {name} is {shown(theirs[odd[0]])}; expected a value like {group[odd[0]]!r}")
+            raise BrixelError(
+                f"{odd[0]} of {name} is {short_repr(theirs[odd[0]])}; expected a value like {group[odd[0]]!r}"
+            )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         if type(index) is not int or index not in range(len(parameters)) or not isinstance(values, dict):
-            raise BrixelError(f"{name} has the state of a parameter {shown(index)}, which the model lacks")
+            raise BrixelError(f"{name} has the state of a parameter {short_repr(index)}, which the model lacks")
         for key, value in values.items():
             shape = parameters[index].shape if key != "step" else torch.Size()
-            _check_tensor(f"{shown(key)} of parameter {index} of {name}", value, shape, floating=True)
+            _check_tensor(f"{short_repr(key)} of parameter {index} of {name}", value, shape, floating=True)
 
 
 def _check_tensor(name: str, value: Any, shape: torch.Size, *, floating: bool) -> None:

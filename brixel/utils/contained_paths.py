@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from brixel.errors import DamagedFileError
-from brixel.utils.fields import shown
+from brixel.utils.fields import short_repr
 
 _MAX_LENGTH = 4096  # characters of a path on Linux
 
@@ -17,8 +17,8 @@ def path_below(folder: Path, name: object, source: object) -> Path:
         DamagedFileError: ``name`` is no relative path of a file, or leads out of the folder.
     """
     if not isinstance(name, str) or not name or "\0" in name or len(name) > _MAX_LENGTH:
-        raise DamagedFileError(f"{source} names the file {shown(name)}; expected a relative path")
+        raise DamagedFileError(f"{source} names the file {short_repr(name)}; expected a relative path")
     path = Path(name)
     if path.is_absolute() or path.drive or path.root or ".." in path.parts or not path.parts:
-        raise DamagedFileError(f"{source} names a file outside of its folder: {shown(name)}; it is not followed")
+        raise DamagedFileError(f"{source} names a file outside of its folder: {short_repr(name)}; it is not followed")
     return folder / path

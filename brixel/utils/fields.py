@@ -35,7 +35,7 @@ def check_field(name: str, value: object, rule: Rule) -> Any:
     try:
         return rule.convert(value)
     except (TypeError, ValueError, OverflowError):
-        raise BrixelError(f"{name} is {shown(value)}; expected {rule.expected}") from None
+        raise BrixelError(f"{name} is {short_repr(value)}; expected {rule.expected}") from None
 
 
 def check_fields(instance: object, rules: Mapping[str, Rule], *, prefix: str = "") -> None:
@@ -59,7 +59,7 @@ def check_table(
         BrixelError: It is no table, a field is missing or unknown, or has a value that is not allowed.
     """
     if not isinstance(content, Mapping):
-        raise BrixelError(f"{name} is {shown(content)}; expected a table of {', '.join(rules)}")
+        raise BrixelError(f"{name} is {short_repr(content)}; expected a table of {', '.join(rules)}")
     if not content.keys() <= rules.keys():
         check_names(content, rules, f"{name} has the unknown field")
     given = {**defaults, **content}
@@ -68,7 +68,7 @@ def check_table(
     return {field: check_field(f"{field} in {name}", given[field], rule) for field, rule in rules.items()}
 
 
-def shown(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value in an error, cut where it is long."""
     try:
         text = _SHORT.repr(value)
@@ -82,7 +82,7 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
     known = list(known)
     for name in given:
         if name not in known:
-            raise BrixelError(f"{what} {shown(name)}; {did_you_mean(str(name)[:_MOST_SHOWN], known)}")
+            raise BrixelError(f"{what} {short_repr(name)}; {did_you_mean(str(name)[:_MOST_SHOWN], known)}")
 
 
 def whole_number(least: int = 0, below: int | None = None) -> Rule:
@@ -143,7 +143,7 @@ def text(*, empty: bool = False) -> Rule:
 
     def convert(value: Any) -> str:
         string = fspath(value) if isinstance(value, PathLike) else value
-        if not isinstance(string, str) or not (string or empty):
+        if not isinstance(string, str) or not (string or empty) or "\0" in string:
             raise ValueError
         return string
 
@@ -199,16 +199,21 @@ def json_table() -> Rule:
     return Rule("a table", convert)
 
 
-def text_table(expected: str) -> Rule:
-    """A mapping from texts to texts, which becomes a dict."""
-    entry = text(empty=True)
+def table_of(rule: Rule, expected: str) -> Rule:
+    """A mapping from texts to values that ``rule`` allows, which becomes a dict; ``expected`` says so in words."""
+    name_rule = text(empty=True)
 
-    def convert(value: Any) -> dict[str, str]:
+    def convert(value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise TypeError
-        return {entry.convert(name): entry.convert(content) for name, content in value.items()}
+        return {name_rule.convert(name): rule.convert(content) for name, content in value.items()}
 
     return Rule(expected, convert)
+
+
+def text_table(expected: str) -> Rule:
+    """A mapping from texts to texts, which becomes a dict."""
+    return table_of(text(empty=True), expected)
 
 
 def _boolean(value: Any) -> bool:
