@@ -1,6 +1,7 @@
 """Errors that a user can act on: each message states what came, what was expected and what to do."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -17,7 +18,18 @@ class CheckpointError(BrixelError):
 
 
 class DamagedFileError(CheckpointError):
-    """A weight file or a configuration cannot be read at all, for example because it was cut off."""
+    """A file cannot be read at all, or holds what no such file may hold: it was cut off, changed, or is another's.
+
+    Weight files, configurations, feature maps, manifests, caches, states: everything that is read back.
+    """
+
+
+class MissingFileError(BrixelError, FileNotFoundError):
+    """A file that was named is not there."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.ENOENT
 
 
 class MemoryLimitError(BrixelError, MemoryError):

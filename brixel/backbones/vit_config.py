@@ -5,30 +5,35 @@ from typing import Any, Literal
 
 from brixel.backbones.normalisation import unit_normalisation
 from brixel.errors import BrixelError
-from brixel.utils.fields import Rule, boolean, check_fields, number, one_of, several, whole_number
+from brixel.utils.fields import Rule, boolean, check_fields, number, one_of, several, text, whole_number
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
-_side = whole_number(1)
+# Bounds far above any model, so that a file with absurd sizes is refused before anything of its size is built.
+_WIDEST, _DEEPEST, _LARGEST_PATCH, _LARGEST_GRID = 2**17, 2**10, 2**10, 2**12
+_grid_side = whole_number(1, _LARGEST_GRID)
 
 
 def _grid(value: Any) -> int | tuple[int, ...]:
     """The side of a square grid, or (rows, columns) of another."""
     if not isinstance(value, list | tuple):
-        return int(_side.convert(value))
-    rows, columns = several(_side, "", count=2).convert(value)
+        return int(_grid_side.convert(value))
+    rows, columns = several(_grid_side, "", count=2).convert(value)
     return int(rows) if rows == columns else (rows, columns)
 
 
-_SIZES = dict.fromkeys(("width", "depth", "patch_px"), _side)
+_SIZES = {
+    **{"width": whole_number(1, _WIDEST), "depth": whole_number(1, _DEEPEST)},
+    "patch_px": whole_number(1, _LARGEST_PATCH),
+}
 _RULES = {
     **_SIZES,
-    **dict.fromkeys(("heads", "ffn_width"), _side),
-    "native_grid": Rule("a whole number from 1 up, or two: (rows, columns)", _grid),
-    "registers": whole_number(),
-    **dict.fromkeys(("norm_eps", "rope_theta", "position_scale_offset"), number(0)),
+    **{"heads": whole_number(1, _WIDEST), "ffn_width": whole_number(1, 8 * _WIDEST)},
+    "native_grid": Rule(f"{_grid_side.expected}, or two: (rows, columns)", _grid),
+    "registers": whole_number(0, _LARGEST_GRID),
+    **{"norm_eps": number(0, below=1), "rope_theta": number(above=0, below=1e9), "position_scale_offset": number(0, 2)},
     **dict.fromkeys(("class_token", "layer_scale", "qkv_bias", "position_antialias"), boolean()),
     "ffn": one_of("mlp", "swiglu"),
     "gelu": one_of("exact", "tanh"),
@@ -131,7 +136,7 @@ class ForeignConfig:
     std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        check_fields(self, _SIZES, prefix=f"{self.class_name}.")
+        check_fields(self, {"class_name": text(), **_SIZES}, prefix=f"{self.class_name}.")
         _check_colours(self, f"{self.class_name}.")
 
 

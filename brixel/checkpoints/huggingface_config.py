@@ -1,6 +1,5 @@
 """Reading the `config.json` and `preprocessor_config.json` of a Hugging Face or timm checkpoint."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,20 +7,8 @@ from typing import Any
 
 from brixel.backbones.normalisation import Colours, of_processor, unit_normalisation
 from brixel.backbones.vit_config import ViTConfig, siglip_config
-from brixel.errors import BrixelError, CheckpointError, DamagedFileError
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where the file does not exist."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedFileError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}; expected a JSON object")
-    return content
+from brixel.errors import BrixelError, CheckpointError
+from brixel.utils.structured_files import read_json
 
 
 def vit_config(folder: Path) -> ViTConfig | None:

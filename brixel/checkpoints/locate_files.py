@@ -9,9 +9,9 @@ from pathlib import Path
 
 from brixel.backbones.registry import BRIXEL_SMALL, BUNDLED_BACKBONES, KnownBackbone, closest_backbone, find_backbone
 from brixel.checkpoints.hub_download import Access, Repository, Snapshot, parse_repository
-from brixel.checkpoints.huggingface_config import read_json
 from brixel.checkpoints.model_folder import BACKBONE, CONFIG
 from brixel.errors import BrixelError, CheckpointError, DamagedFileError, DownloadError
+from brixel.utils.structured_files import read_json
 
 DEFAULT = BRIXEL_SMALL.name
 """The model in the package that is loaded unless another is named."""

@@ -4,7 +4,6 @@ A `.pth` is only read with `weights_only=True`, so that a file can hold numbers 
 """
 
 import argparse
-import json
 import os
 import pickle
 import re
@@ -14,16 +13,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from brixel.checkpoints.file_kind import Kind, is_weight_file, kind_of
 from brixel.checkpoints.int8_weights import expanded
 from brixel.checkpoints.key_mapping import State, complain
 from brixel.checkpoints.tensor_values import check_values
-from brixel.errors import CheckpointError, DamagedFileError
+from brixel.checkpoints.weight_kinds import Kind, is_weight_file, kind_of
+from brixel.errors import CheckpointError, DamagedFileError, MissingFileError
 from brixel.utils.atomic_files import atomic_path
+from brixel.utils.out_of_memory import is_out_of_memory
+from brixel.utils.safetensors_files import open_safetensors
+from brixel.utils.structured_files import check_regular, read_json
 
 # how the names of weight files usually end, in lower case
 WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".pyth", ".pth.tar", ".pt.tar")
@@ -45,13 +46,15 @@ def read_tensors(path: str | os.PathLike[str], needed: Needed = lambda name: Tru
     Tensors in nested dicts have the names of all of them, joined by dots: ``{"model": {"norm": t}}`` is `model.norm`.
     8-bit integers with scales become floats. ``needed``: which of them to read, by name; the others are given on the
     meta device, by their shapes.
-    Raises FileNotFoundError where there is no weight file, CheckpointError where it cannot be read as tensors.
+    Raises MissingFileError where there is no weight file, CheckpointError where it cannot be read as tensors.
     """
     source = Path(path)
-    if _is_dir(source):
+    if os.path.isdir(source):
         source = weight_file_in(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"no weight file at {source}")
+    try:
+        check_regular(source)
+    except MissingFileError:
+        raise MissingFileError(f"no weight file at {source}") from None
     return expanded(_read_shards(source, needed) if source.name.endswith(_INDEX) else _read_file(source, needed))
 
 
@@ -70,23 +73,12 @@ def weight_file_in(folder: Path) -> Path:
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE` and give the file"
         )
     found = ", ".join(path.name for path in files) or "none"
-    raise FileNotFoundError(f"{folder}: expected model.safetensors or a single weight file; found {found}")
+    raise MissingFileError(f"{folder}: expected model.safetensors or a single weight file; found {found}")
 
 
 def named_as_weights(name: str) -> bool:
     """Whether a file's name ends as those of weight files usually do. What it is, its content decides."""
     return name.casefold().endswith(WEIGHT_ENDINGS)
-
-
-def _is_dir(path: Path) -> bool:
-    """Whether a path is a folder; CheckpointError where no path can be like this."""
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError) as error:  # too long a name, a null byte, no permission
-        raise CheckpointError(f"{str(path)[:200]!r} cannot be read: {error}") from error
-    return path.is_dir()
 
 
 def _read_file(path: Path, needed: Needed) -> State:
@@ -97,46 +89,36 @@ def _read_file(path: Path, needed: Needed) -> State:
 
 
 def _read_safetensors(path: Path, needed: Needed) -> State:
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            unread = {name: file.get_slice(name).get_shape() for name in names if not needed(name)}
-            read = {name: file.get_tensor(name) for name in names if name not in unread}
-    except SafetensorError as error:
-        raise DamagedFileError(f"{path} is damaged or cut off ({error}); fetch it again") from error
+    with open_safetensors(path) as file:
+        names = file.keys()
+        unread = {name: file.get_slice(name).get_shape() for name in names if not needed(name)}
+        read = {name: file.get_tensor(name) for name in names if name not in unread}
     return read | {name: torch.empty(shape, device="meta") for name, shape in unread.items()}
 
 
 def shard_names(index: Path) -> list[str]:
     """The files that an index of shards names; CheckpointError where one is not in the same folder."""
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFileError(f"{index} is no index of weight shards ({error!r})") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name or name == ".."]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise DamagedFileError(f"{index} is no index of weight shards: weight_map is no table; fetch it again")
+    names = {name if isinstance(name, str) else repr(name)[:80] + "/" for name in shards.values()}
+    outside = [name for name in names if Path(name).name != name or name == ".."]
     if outside:
-        raise CheckpointError(f"{index} names a shard outside its own folder: {outside[0]!r}")
+        raise CheckpointError(f"{index} names a shard outside its own folder: {outside[0][:80]!r}")
     return sorted(names)
 
 
 def _read_shards(index: Path, needed: Needed) -> State:
     names = shard_names(index)
-    absent = [name for name in names if not _is_file(index.parent / name)]
+    absent = [name for name in names if not os.path.isfile(index.parent / name)]
     if absent:
-        raise FileNotFoundError(
-            f"{index.parent} lacks {len(absent)} of {len(names)} weight shards: {absent[0][:100]}, ..."
+        raise MissingFileError(
+            f"{index.parent} lacks {len(absent)} of {len(names)} weight shards: {absent[0][:80]}, ..."
         )
     state: State = {}
     for name in names:
         state.update(_read_file(index.parent / name, needed))
     return state
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # too long a name
-        return False
 
 
 def _read_pickled(path: Path) -> Mapping[Any, Any]:
@@ -151,9 +133,9 @@ def _read_pickled(path: Path) -> Mapping[Any, Any]:
             f"{path} is damaged, or holds more than tensors, which could run code; only plain tensors are read{names}. "
             "If you trust the file: torch.save the state_dict in torch.load(file, weights_only=False), and give that"
         ) from error
-    except MemoryError:
-        raise
     except Exception as error:  # damage causes many kinds of errors: IndexError, struct.error, BadZipFile, ...
+        if is_out_of_memory(error):
+            raise MemoryError(f"{path} does not fit in memory ({error})") from error
         raise DamagedFileError(f"{path} is damaged or no PyTorch weight file ({error})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a dict of tensors by name")

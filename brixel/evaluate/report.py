@@ -10,6 +10,18 @@ from typing import Any
 
 from brixel.errors import BrixelError
 from brixel.utils.atomic_files import check_folder, write_text
+from brixel.utils.fields import (
+    Rule,
+    check_field,
+    check_table,
+    json_table,
+    number,
+    optional,
+    several,
+    short_repr,
+    table_of,
+    text,
+)
 from brixel.utils.markdown import markdown_table
 from brixel.utils.memory import format_bytes
 
@@ -17,6 +29,33 @@ SOURCE_COLUMNS = {"model": ("model", ""), "image_px": ("image, px", "d"), "sourc
 """What every report that compares feature sources begins with."""
 
 _OLD_KEYS = {"picture_px": "image_px", "image_px": "student_px"}  # of version 0.1, the second in reports of costs
+_FORM = re.compile(r"|d|of|bytes|\+?\.\d[f%g]")
+
+
+def _column(value: Any) -> tuple[str, str]:
+    heading, form = value
+    if not isinstance(heading, str) or not isinstance(form, str) or not _FORM.fullmatch(form):
+        raise ValueError
+    return heading, form
+
+
+def _value(value: Any) -> Any:
+    plain = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if not all(each is None or isinstance(each, str | int | float) for each in plain):
+        raise TypeError
+    return value
+
+
+_VALUE = Rule("a number, a text, None, or a pair of numbers", _value)
+_INTERVAL = optional(several(number(finite=False), "a pair of numbers", count=2))
+_TEXT = text(empty=True)
+_RULES = {
+    **{"task": text(), "title": _TEXT, "recipe": _TEXT},
+    "columns": table_of(Rule("a heading and a format", _column), "a heading and a format by key"),
+    "rows": several(json_table(), "a list of tables", single=False),
+    "notes": several(_TEXT, "a list of texts", single=False),
+    "details": optional(json_table()),
+}
 _OLD_PICTURES = re.compile(r"(?<=\d )pictures\b|(?<=% of the )pictures(?= to fit)")  # in recipes of version 0.1
 
 
@@ -88,9 +127,16 @@ class Report:
 
         Returns:
             The report.
+
+        Raises:
+            BrixelError: They are not those of a report.
         """
-        fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
-        columns = {key: (heading, form) for key, (heading, form) in content["columns"].items()}
+        names = [field.name for field in dataclasses.fields(cls)]
+        fields = check_table("the report", {name: content[name] for name in names if name in content}, _RULES)
+        for index, row in enumerate(fields["rows"], 1):
+            for key, value in row.items():
+                check_field(f"{short_repr(key)} in row {index}", value, _INTERVAL if "interval" in key else _VALUE)
+        columns = fields["columns"]
         if "picture_px" in columns:
             columns = {key: (head.replace("picture", "image"), form) for key, (head, form) in _renamed(columns).items()}
             fields["rows"] = [_renamed(row) for row in fields["rows"]]
@@ -109,10 +155,10 @@ def shown(value: Any, form: str) -> str:
     """A value as the table shows it."""
     if value is None:
         return "-"
-    if form == "of":
-        return " of ".join(map(str, value))
+    if isinstance(value, str):
+        return value
     if isinstance(value, (list, tuple)):
-        return " to ".join(shown(end, form) for end in value)
+        return (" of " if form == "of" else " to ").join(shown(end, "" if form == "of" else form) for end in value)
     return format_bytes(value) if form == "bytes" else format(value, form)
 
 

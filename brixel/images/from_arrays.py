@@ -96,12 +96,13 @@ def check_range(tensor: Tensor, name: str) -> Tensor:
     tensor = tensor.to(torch.float32)
     low, high = (float(value) for value in tensor.aminmax())
     if not (low >= 0 and high <= 1):
-        hint = _range_hint(low, high)
+        hint = range_hint(low, high)
         raise ImageError(f"{name}: values go from {low:g} to {high:g}; floats must lie in [0, 1]: {hint}")
     return tensor
 
 
-def _range_hint(low: float, high: float) -> str:
+def range_hint(low: float, high: float) -> str:
+    """What to do about floats that are not in [0, 1]."""
     if not np.isfinite([low, high]).all():
         return "replace NaN and infinite values"
     if low >= -0.5 and high <= 1.5:

@@ -59,9 +59,9 @@ def open_image(image: ImageInput) -> Iterator[OpenedImage]:
     if not isinstance(image, (str, os.PathLike)):
         yield _decoded(_from_memory(image))
         return
-    path = os.fspath(image)
+    path = os.fsdecode(image)
     with open_image_file(path) as file:
-        image_hw = jpeg_hw(file, path)
+        image_hw = jpeg_hw(file)
         if image_hw is None:
             yield _decoded(from_pil(file, path))
         else:

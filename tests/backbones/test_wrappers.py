@@ -270,7 +270,7 @@ def raising(pixels, blocks):
             "Half has no patch_px, depth, mean, std;",
         ),
         (lambda: Own(80), "the backbone is 80 wide; a trained adapter needs a multiple of 32"),
-        (lambda: changed(width="64"), "Own.width is '64'; expected a whole number from 1 up"),
+        (lambda: changed(width="64"), "Own.width is '64'; expected a whole number from 1 to"),
         (lambda: changed(mean=(0.5, 0.5)), r"Own.mean is \(0.5, 0.5\); expected three numbers"),
         (lambda: changed(std=(0, 1, 1)), r"Own.std is \(0, 1, 1\); expected three numbers"),
         (lambda: changed(depth=3), "a backbone of 3 blocks has no default choice"),

@@ -499,7 +499,7 @@ def test_damage_anywhere_is_a_checkpoint_error(container: str, tmp_path: Path) -
 def test_a_truncated_safetensors(kept: int, tmp_path: Path) -> None:
     path = as_safetensors(meta_state("dinov2"), tmp_path)
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=r"weights.safetensors is damaged.* fetch it again"):
+    with pytest.raises(CheckpointError, match=r"weights.safetensors is damaged.*; fetch (or write )?it again"):
         load_backbone(path)
 
 
@@ -606,7 +606,7 @@ def test_an_index_stays_in_its_folder(name: object, tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": [1]}'])
 def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(CheckpointError, match="is no index of weight shards"):
+    with pytest.raises(CheckpointError, match="index.json (is no index of weight shards|is not JSON|holds a list)"):
         load_backbone(tmp_path)
 
 
@@ -614,7 +614,7 @@ def test_an_index_that_is_none(content: str, tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{not json", "config.json is not JSON"),
-        ("[1]", "config.json holds list; expected a JSON object"),
+        ("[1]", "config.json holds a list; expected a JSON object"),
         ('{"model_type": "clip"}', "model_type 'clip'; we read dinov3_vit, dinov2, dinov2_with_registers, siglip"),
         ('{"model_type": "dinov2"}', "config.json lacks 'hidden_size' of a dinov2 model"),
         (

@@ -177,7 +177,7 @@ def test_the_frames_of_an_animation_stream_right(model, tmp_path):
 def test_what_pillow_decoded_is_freed_before_the_pixels_are_resized(tmp_path, monkeypatch):
     Image.new("RGB", (90, 70)).save(tmp_path / "image.jpg")
     opened_files, free = [], []
-    identify = decode._identify
+    identify = decode.identify
 
     def identified(*arguments):
         file = identify(*arguments)
@@ -188,7 +188,7 @@ def test_what_pillow_decoded_is_freed_before_the_pixels_are_resized(tmp_path, mo
         free.append(opened_files[-1]() is None)
         return resize_normalise_pad(*arguments)
 
-    monkeypatch.setattr(decode, "_identify", identified)
+    monkeypatch.setattr(decode, "identify", identified)
     monkeypatch.setattr(preprocessing, "resize_normalise_pad", preprocessed)
     Preprocessor(16, 32, (0, 0, 0), (1, 1, 1))(tmp_path / "image.jpg")
     assert free == [True]

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and TOML files that are read."""
+"""Files that are written completely or not at all."""
 
 import os
 import stat
@@ -8,7 +8,6 @@ import pytest
 
 from brixel.errors import BrixelError
 from brixel.utils.atomic_files import UNFINISHED, atomic_path, check_folder, write_text
-from brixel.utils.toml import read_toml
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -43,15 +42,3 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     check_folder(tmp_path / "note.txt")
     with pytest.raises(BrixelError, match=r"^no folder .*absent to write note\.txt into$"):
         check_folder(tmp_path / "absent" / "note.txt")
-
-
-def test_toml(tmp_path: Path) -> None:
-    path = tmp_path / "train.toml"
-    path.write_text("steps = 3\n[loss]\nl1 = 0.5\n")
-    assert read_toml(path, "run") == {"steps": 3, "loss": {"l1": 0.5}}
-    for content in (b"steps = ", b"\xff"):
-        path.write_bytes(content)
-        with pytest.raises(BrixelError, match=r"train\.toml is no TOML in UTF-8: "):
-            read_toml(path, "run")
-    with pytest.raises(BrixelError, match=r"^no run at .*absent\.toml: No such file"):
-        read_toml(tmp_path / "absent.toml", "run")

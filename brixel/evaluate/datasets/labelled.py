@@ -85,7 +85,7 @@ class ImageDataset:
         sample = self.samples[index]
         target = self.read(sample.target)
         with open_image_file(str(sample.image)) as file:
-            upright = jpeg_hw(file, str(sample.image))
+            upright = jpeg_hw(file)
             width, height = file.size
         possible = [upright] if upright else [(height, width), (width, height)]  # only JPEG says so before decoding
         if not any(_same_aspect(image_hw, target.shape[-2:]) for image_hw in possible):

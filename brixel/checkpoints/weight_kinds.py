@@ -6,19 +6,17 @@ from enum import Enum
 from pathlib import Path
 
 from brixel.errors import CheckpointError, DamagedFileError
-from brixel.utils.stand_ins import START_BYTES, stand_in
+from brixel.utils.file_kinds import HEAD_BYTES, other_content
 
 _OTHERS = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file, such as Keras writes",
     b"\x93NUMPY": "a NumPy array",
     b"GGUF": "a GGUF file",
-    b"\x1f\x8b": "compressed by gzip: unpack it first",
     b"\xfd7zXZ\x00": "compressed by xz: unpack it first",
     b"BZh": "compressed by bzip2: unpack it first",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first",
     b"\xff\xd8\xff": "a JPEG image",
     b"\x89PNG": "a PNG image",
-    b"%PDF": "a PDF document",
 }
 _ZIP_ENTRY, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
 _PICKLE = b"\x80"  # the start of a pickle of protocol 2 or above, as torch.save writes
@@ -43,9 +41,9 @@ def kind_of(path: Path) -> Kind:
         _check_zip(path)
     if kind is not None:
         return kind
-    instead = stand_in(start)
+    instead = other_content(start) or _text(start)
     if instead is not None:
-        raise DamagedFileError(f"{path} {instead}")
+        raise DamagedFileError(f"{path} is {instead}")
     other = next((name for magic, name in _OTHERS.items() if start.startswith(magic)), None)
     if other is None and tarfile.is_tarfile(path):
         other = "a tar archive: unpack it first"
@@ -55,6 +53,17 @@ def kind_of(path: Path) -> Kind:
             "fetch it again"
         )
     raise CheckpointError(f"{path} is {other}; expected weights as safetensors, or as torch.save writes them")
+
+
+def _text(start: bytes) -> str | None:
+    """The beginning of a text, such as a message of a server, on one line; None for what is no text."""
+    try:
+        text = start.decode("ascii")
+    except UnicodeDecodeError:
+        return None
+    if not all(sign.isprintable() or sign.isspace() for sign in text):
+        return None
+    return f"a text, {' '.join(text.split())[:80]!r}: check the address, and download it again"
 
 
 def is_weight_file(path: Path) -> bool:
@@ -67,7 +76,7 @@ def is_weight_file(path: Path) -> bool:
 
 def _start_of(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(START_BYTES)
+        return file.read(HEAD_BYTES)
 
 
 def _kind(start: bytes) -> Kind | None:
