@@ -575,7 +575,9 @@ def test_no_file_at_all(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"expected model.safetensors or a single weight file; found none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected model.safetensors or a single weight file; found none among 1 files"
+    ):
         load_backbone(tmp_path)
 
 
