@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from brixel import BrixelError, BrixelFeatures, CheckpointError, DownloadError, FeatureMap
 from brixel.backbones import registry
 from brixel.backbones.registry import KnownBackbone
-from brixel.checkpoints import load_backbone
+from brixel.checkpoints import hub_download, load_backbone
 from brixel.checkpoints.backbone_key_maps import DINOV2_TIMM
 from brixel.checkpoints.hub_download import Access, Repository, Snapshot, parse_repository
 from brixel.checkpoints.model_folder import read_config
@@ -569,6 +569,67 @@ def test_a_transfer_that_breaks_off_leaves_nothing(hub, saved, monkeypatch):
     assert len(list((cache_of(MODEL) / "blobs").iterdir())) == 1
     repo.cut.clear()
     load(MODEL)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "backbone.safetensors"])
+def test_bytes_that_are_not_those_of_their_checksum_are_refused(hub, saved, name):
+    """Of the right length, and not left in the cache: neither another load nor another program takes them."""
+    repo = hub.add(MODEL, saved[0])
+    repo.changed.add(name)
+    for _ in range(2):
+        with pytest.raises(
+            DownloadError, match=rf"{name} of us/dense has not the bytes that the Hub states.*load again"
+        ):
+            load(MODEL)
+        assert list(cache_of(MODEL).glob(f"snapshots/*/{name}")) == []
+        contents = [path.read_bytes() for path in (cache_of(MODEL) / "blobs").iterdir()]
+        assert saved[0][name][::-1] not in contents
+    repo.changed.clear()
+    load(MODEL)
+
+
+def test_a_server_that_dribbles_is_given_up(hub, saved, monkeypatch):
+    repo = hub.add(MODEL, saved[0])
+    repo.dribbled.add("adapter.safetensors")
+    monkeypatch.setattr(hub_download, "_PROGRESS_S", 0.4)
+    with pytest.raises(
+        DownloadError, match=r"given up for adapter\.safetensors of us/dense: it sent too little for 0 s"
+    ):
+        load(MODEL)
+    for _ in range(100):
+        if hub.hung_up:
+            break
+        time.sleep(0.02)
+    assert hub.hung_up == 1  # the call behind it has ended as well
+    repo.dribbled.clear()
+    load(MODEL)
+    assert left_behind() == []
+
+
+@pytest.mark.parametrize("how", ["refused", "reset", "status", "nothing known of optional files"])
+def test_what_is_cached_works_without_a_network(hub, saved, backbone_files, monkeypatch, caplog, how):
+    hub.add(BACKBONE, backbone_files)
+    fresh(BACKBONE)
+    if how == "nothing known of optional files":  # as where another program has filled the cache
+        shutil.rmtree(cache_of(BACKBONE) / ".no_exist")
+    nowhere = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    if how == "status":
+        hub.status = 503
+    else:
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
+    if how == "reset":
+
+        def reset(**_):
+            raise ConnectionResetError("reset by peer")
+
+        monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", reset)
+    hub.requests.clear()
+    assert fresh(BACKBONE).embed_dim == 64
+    assert hub.got() == []
+    told = (
+        "preprocessor_config.json and processor_config.json not in the cache; mean and deviation are those of its kind"
+    )
+    assert (told in caplog.text) == (how == "nothing known of optional files")
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "backbone.safetensors"])
