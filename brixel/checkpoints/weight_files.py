@@ -8,9 +8,10 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -123,9 +124,11 @@ def _read_shards(index: Path, needed: Needed) -> State:
 
 def _read_pickled(path: Path) -> Mapping[Any, Any]:
     # memory-mapped where the format allows it: the file of the largest backbone has 27 GB
+    mapped = zipfile.is_zipfile(path)
+    allowed: list[Any] = [argparse.Namespace]  # settings of a training: names and plain values
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # settings of a training: names and plain values
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(allowed), _opened(path) as source:
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped and source is path)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         names = f"; it names {found[1]}" if found else ""
@@ -140,6 +143,16 @@ def _read_pickled(path: Path) -> Mapping[Any, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a dict of tensors by name")
     return content
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Path | BinaryIO]:
+    """The path itself, except where torch.load would go by its ending: an open file then."""
+    if path.suffix != ".safetensors":
+        yield path
+        return
+    with path.open("rb") as file:
+        yield file
 
 
 def _flat(content: Mapping[Any, Any], path: Path) -> State:
