@@ -18,7 +18,8 @@ DEFAULT = BRIXEL_SMALL.name
 """The model in the package that is loaded unless another is named."""
 BUNDLED_FOLDERS = {name: Path(__file__).parents[1] / "assets" / name for name in BUNDLED_BACKBONES}
 """The folders of the models in the package, with their backbones."""
-_TIMM_NAME = re.compile(r"(?:hf[-_]hub:)?(?:vit|eva|eva02|beit|beitv2|deit|deit3|naflexvit|flexivit|samvit)_\w+")
+_TIMM_NAME = re.compile(r"(?:vit|eva|eva02|beit|beitv2|deit|deit3|naflexvit|flexivit|samvit)_\w+")
+_ADDRESS = re.compile(r"(?:hf[-_]hub:|hf://|https?://(?:www\.)?huggingface\.co/)(?:models/)?([^/]+/[^/]+)/?")
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,16 @@ def _expected(name: str, what: str) -> str:
     """What would have been right in place of a name, as a clause."""
     if what == "adapter":
         return "expected a file on disk"
+    address = _ADDRESS.fullmatch(name)
+    if address is not None:
+        return f"give the name of the repository alone, {address[1]!r}"
     places = "expected a path on disk, or ORG/NAME of a repository on the Hub"
     if what == "model":
         return places
     closest = closest_backbone(name)
     if _TIMM_NAME.match(name):
-        model = name.rpartition(":")[2]
         return (
-            f"it looks like a name of timm. For DINOv2, DINOv3 and SigLIP give 'timm/{model}', with its tag after a "
+            f"it looks like a name of timm. For DINOv2, DINOv3 and SigLIP give 'timm/{name}', with its tag after a "
             "dot; any other ViT as a module, timm.create_model(name, pretrained=True, dynamic_img_size=True)"
             + (f"; {closest}" if closest.startswith("did you mean") else "")
         )
