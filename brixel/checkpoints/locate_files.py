@@ -19,7 +19,7 @@ DEFAULT = BRIXEL_SMALL.name
 BUNDLED_FOLDERS = {name: Path(__file__).parents[1] / "assets" / name for name in BUNDLED_BACKBONES}
 """The folders of the models in the package, with their backbones."""
 _TIMM_NAME = re.compile(r"(?:vit|eva|eva02|beit|beitv2|deit|deit3|naflexvit|flexivit|samvit)_\w+")
-_ADDRESS = re.compile(r"(?:hf[-_]hub:|hf://|https?://(?:www\.)?huggingface\.co/)(?:models/)?([^/]+/[^/]+)/?")
+_ADDRESS = re.compile(r"(?:hf[-_]hub:|hf://|https?://[^/]+/)(?:models/)?([^/]+/[^/]+)/?")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def test_a_model_where_a_backbone_is_wanted(model_folder: Path) -> None:
         ("vit_base_patch16_224.augreg_in21k", "give 'timm/vit_base_patch16_224.augreg_in21k'"),
         ("vit_small_patch14_dinov2", "did you mean 'vit_small_patch14_dinov2.lvd142m'"),
         ("hf-hub:timm/vit_small_patch14_dinov2.lvd142m", "alone, 'timm/vit_small_patch14_dinov2.lvd142m'"),
-        ("https://huggingface.co/facebook/dinov2-small", "alone, 'facebook/dinov2-small'"),
+        ("https://hub.example/facebook/dinov2-small", "alone, 'facebook/dinov2-small'"),
         ("eva02_large_patch14_448.mim_m38m_ft_in1k", "timm.create_model"),
         ("dinov2_vits14", "did you mean 'dinov2-vits14'"),
     ],
