@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from brixel.backbones.registry import BUNDLED_BACKBONES, KNOWN_BACKBONES, find_backbone
-from brixel.checkpoints.weight_files import PICKLED, WEIGHT_NAMES, shard_names
+from brixel.checkpoints.weight_files import WEIGHT_NAMES, named_as_weights, shard_names
 from brixel.errors import BrixelError, DownloadError
 
 _MAIN = "main"
@@ -53,7 +53,7 @@ def parse_repository(text: str) -> Repository | None:
     name, at, revision = text.partition("@")
     if not _NAME.fullmatch(name) or ".." in name or "--" in name or len(name) > 96:
         return None
-    if name.endswith((".git", ".safetensors", ".json", *PICKLED)) or (at and not _REVISION.fullmatch(revision)):
+    if name.endswith((".git", ".json")) or named_as_weights(name) or (at and not _REVISION.fullmatch(revision)):
         return None
     return Repository(name, revision or _MAIN)
 

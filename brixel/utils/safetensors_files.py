@@ -26,7 +26,9 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise DamagedFileError(f"{path} is damaged or no safetensors file ({error})") from error
+        raise DamagedFileError(
+            f"{path} is damaged or no safetensors file ({error}); fetch or write it again"
+        ) from error
     except (OSError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise MemoryError(f"{path} does not fit in memory ({error})") from error
