@@ -197,6 +197,8 @@ def check_markdown(path: Path | None) -> None:
             json_path = path.with_suffix(".json")
             raise BrixelError(f"{path}: expected a name that ends in .md; the same results go to {json_path}")
         check_folder(path)
+        if path.is_dir():
+            raise BrixelError(f"{path} is a folder; expected the name of a file to write")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -39,6 +39,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_output_folder(path: Path) -> None:
+    """Raise BrixelError if a folder cannot be made at ``path``, since it or one of its parents is a file."""
+    existing = next((each for each in (path, *path.parents) if each.exists()), None)
+    if existing is not None and not existing.is_dir():
+        raise BrixelError(f"{existing} is a file; expected a folder to write into")
+
+
 def check_folder(path: Path) -> None:
     """Raise BrixelError if the folder of ``path`` does not exist."""
     if not path.parent.is_dir():

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from brixel.errors import printable
+
 
 def markdown_table(
     headings: Sequence[str],
@@ -41,4 +43,4 @@ def markdown_table(
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")
+    return printable(re.sub(r"\s+", " ", text)).replace("|", "\\|")
