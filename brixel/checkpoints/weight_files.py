@@ -25,6 +25,7 @@ from brixel.utils.atomic_files import atomic_path
 from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.safetensors_files import open_safetensors
 from brixel.utils.structured_files import check_regular, read_json
+from brixel.utils.torch_files import load_data
 
 # how the names of weight files usually end, in lower case
 WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".pyth", ".pth.tar", ".pt.tar")
@@ -125,7 +126,7 @@ def _read_pickled(path: Path) -> Mapping[Any, Any]:
     # memory-mapped where the format allows it: the file of the largest backbone has 27 GB
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # settings of a training: names and plain values
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = load_data(path, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         names = f"; it names {found[1]}" if found else ""

@@ -187,7 +187,10 @@ def shown(value: Any, form: str) -> str:
         return value
     if isinstance(value, (list, tuple)):
         return (" of " if form == "of" else " to ").join(shown(end, "" if form == "of" else form) for end in value)
-    return format_bytes(value) if form == "bytes" else format(value, form)
+    try:
+        return format_bytes(value) if form == "bytes" else format(value, "" if form == "of" else form)
+    except (ValueError, TypeError, OverflowError):  # of a report that was changed: a fraction where counts are
+        return str(value)
 
 
 def check_markdown(path: Path | None) -> None:
