@@ -8,6 +8,7 @@ from brixel.backbones.registry import BUNDLED_BACKBONES, LICENCE_URLS, KnownBack
 from brixel.backbones.vit_config import ForeignConfig
 from brixel.checkpoints.hub_download import portable_sources, repositories_in
 from brixel.checkpoints.weight_files import shapes_of
+from brixel.errors import printable
 from brixel.model.config import BILINEAR, TRAINED, UNIVERSAL, BackboneConfig, BrixelConfig
 from brixel.model.upsampler import UPSCALE, make_upsampler
 from brixel.utils.atomic_files import write_text
@@ -50,24 +51,23 @@ def model_card(config: BrixelConfig, name: str, *, whole: bool, panel: bool = Fa
     backbone = config.backbone
     known = find_backbone(backbone.architecture or "")
     image = [f"![an image, its backbone's map, the dense map]({PANEL})", ""] if panel else []
-    return "\n".join(
-        [
-            *_front_matter(backbone, known),
-            _OURS,
-            "",
-            f"# Dense features from {backbone.title}",
-            "",
-            f"A small adapter for a frozen vision transformer, {backbone.title}: from an image of low resolution it "
-            f"gives a feature map of {UPSCALE} times the transformer's grid on each axis, close to that of the "
-            f"transformer on the image at {UPSCALE} times the size. Method: [Another BRIXEL in the Wall]({_PAPER}).",
-            "",
-            *image,
-            *_use(config, name, whole),
-            *_section("What it is", _facts(config, whole)),
-            *_section("Training", config.training or {"how": _UNRECORDED[config.adapter.kind]}),
-            *_licence(backbone, known, whole=whole, copied=licence),
-        ]
-    )
+    lines = [
+        *_front_matter(backbone, known),
+        _OURS,
+        "",
+        f"# Dense features from {backbone.title}",
+        "",
+        f"A small adapter for a frozen vision transformer, {backbone.title}: from an image of low resolution it "
+        f"gives a feature map of {UPSCALE} times the transformer's grid on each axis, close to that of the "
+        f"transformer on the image at {UPSCALE} times the size. Method: [Another BRIXEL in the Wall]({_PAPER}).",
+        "",
+        *image,
+        *_use(config, name, whole),
+        *_section("What it is", _facts(config, whole)),
+        *_section("Training", config.training or {"how": _UNRECORDED[config.adapter.kind]}),
+        *_licence(backbone, known, whole=whole, copied=licence),
+    ]
+    return "\n".join(map(printable, lines))
 
 
 def _front_matter(backbone: BackboneConfig, known: KnownBackbone | None) -> list[str]:

@@ -8,10 +8,9 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -26,6 +25,7 @@ from brixel.utils.atomic_files import atomic_path
 from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.safetensors_files import open_safetensors
 from brixel.utils.structured_files import check_regular, read_json
+from brixel.utils.torch_files import load_data
 
 # how the names of weight files usually end, in lower case
 WEIGHT_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".pyth", ".pth.tar", ".pt.tar")
@@ -124,11 +124,10 @@ def _read_shards(index: Path, needed: Needed) -> State:
 
 def _read_pickled(path: Path) -> Mapping[Any, Any]:
     # memory-mapped where the format allows it: the file of the largest backbone has 27 GB
-    mapped = zipfile.is_zipfile(path)
     allowed: list[Any] = [argparse.Namespace]  # settings of a training: names and plain values
     try:
-        with torch.serialization.safe_globals(allowed), _opened(path) as source:
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped and source is path)
+        with torch.serialization.safe_globals(allowed):
+            content = load_data(path, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         names = f"; it names {found[1]}" if found else ""
@@ -143,16 +142,6 @@ def _read_pickled(path: Path) -> Mapping[Any, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a dict of tensors by name")
     return content
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Path | BinaryIO]:
-    """The path itself, except where torch.load would go by its ending: an open file then."""
-    if path.suffix != ".safetensors":
-        yield path
-        return
-    with path.open("rb") as file:
-        yield file
 
 
 def _flat(content: Mapping[Any, Any], path: Path) -> State:

@@ -1,6 +1,7 @@
 """The command line: the parser of all commands, and how errors and interruptions end."""
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from brixel import __version__
 from brixel.cli import convert, evaluate, extract, info, plan, show, train
 from brixel.cli.options import Parser, in_flags
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status. An error is one line on standard error, with ``--debug`` a traceback.
     """
+    _replace_closed_streams()
     parser = build_parser()
     options = parser.parse_args(arguments)
     if "run" not in options:
@@ -44,11 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _replace_closed_streams() -> None:
+    """Let commands print where daemons and `2>&-` have closed a stream, and never fail at the encoding of a name."""
+    for descriptor in (0, 1, 2):  # in this order: an open takes the lowest that is free, which no file of ours may be
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a name that is no UTF-8 keeps its bytes, for the program that reads them
+        sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace")
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        return one_line(f"{error.filename}: {error.strerror}")
     kind = "" if isinstance(error, (BrixelError, OSError)) else f"{type(error).__name__}: "
-    return kind + " ".join(str(error).split())
+    return kind + one_line(" ".join(str(error).split()))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from brixel.checkpoints.hub_upload import check_pushable
 from brixel.checkpoints.release_adapters import RELEASED
 from brixel.cli.options import add_flag, add_output, command, deprecated, given, positive
 from brixel.errors import BrixelError
+from brixel.utils.atomic_files import check_output_folder
 
 
 def add(commands: Any) -> None:
@@ -43,6 +44,7 @@ def _convert(options: argparse.Namespace) -> int:
         raise BrixelError("--private goes with --push")
     if options.architecture is not None and options.backbone is None:
         raise BrixelError("--architecture goes with --backbone")
+    check_output_folder(options.output)
     if options.push is not None:
         check_pushable(options.push)
     settings = given(options, "release", "architecture", "blocks", "short_side_px", "dtype")

@@ -16,6 +16,7 @@ from brixel.cli.options import (
     add_flag,
     add_model_options,
     add_output,
+    add_panel_output,
     command,
     given,
     height_by_width,
@@ -35,6 +36,7 @@ from brixel.evaluate.report import Report, check_markdown, write_report
 from brixel.evaluate.tasks import BOUNDARY_PX, COMPARED, DEFAULT_SOURCES, FIELDS, Task
 from brixel.feature_maps.panel import check_panel_path, save_panel
 from brixel.images.find_images import find_images
+from brixel.utils.atomic_files import check_output_folder
 from brixel.utils.devices import choose_device, choose_dtype
 from brixel.utils.memory import parse_bytes
 
@@ -142,7 +144,7 @@ def _add_panel(kinds: Any) -> None:
     add_flag(one, "--sources", default=COMPARED)
     text = "also show the similarity of all cells to the one at this pixel of the teacher's image"
     add_flag(one, "--point", nargs=2, type=float, metavar=("ROW", "COLUMN"), help=text)
-    add_output(one, default=Path("panel.png"), metavar="IMAGE")
+    add_panel_output(one)
     add_model_options(one)
 
 
@@ -206,7 +208,7 @@ def _memory(options: argparse.Namespace) -> Report:
 
 def _panel(options: argparse.Namespace) -> int:
     images = [path for path, _ in find_images(options.images)]
-    check_panel_path(options.output, images)
+    check_panel_path(options.output, images, overwrite=options.overwrite)
     point_yx = options.point and tuple(options.point)
     panel = panel_of(sources_of(load(options), options.sources), images, options.teacher_px, point_yx)
     save_panel(panel, options.output)
@@ -216,6 +218,7 @@ def _panel(options: argparse.Namespace) -> int:
 
 def _suite(options: argparse.Namespace) -> int:
     parts = read_suite(options.suite)
+    check_output_folder(options.output)
 
     def load_model(table: Mapping[str, str]) -> BrixelFeatures:
         named = {name: table.get(name) for name in ("model", "backbone", "architecture")}

@@ -10,18 +10,25 @@ from brixel.cli.options import (
     add_map_options,
     add_model_options,
     add_output,
-    byte_count,
     command,
     deprecated,
     given,
     load,
+    print_json,
+    shard_size,
 )
-from brixel.errors import BrixelError
-from brixel.extraction import extract_files
+from brixel.errors import BrixelError, printable
+from brixel.extraction import ExtractionSummary, extract_files
 from brixel.extraction.distributed import ProcessShare, own_device
-from brixel.extraction.map_folder import verify
-from brixel.images.find_images import find_images
+from brixel.extraction.map_folder import missing_maps, verify
+from brixel.extraction.writers import convert
+from brixel.feature_maps.storage import check_writable
+from brixel.images.find_images import describe_left_out, find_images
+from brixel.utils.atomic_files import check_output_folder
 from brixel.utils.devices import DTYPES
+
+_ENDINGS = (".safetensors", ".npy")
+_OF_MAPS = ("scale", "short_side_px", "memory_limit", "tiles")
 
 
 def add(commands: Any) -> None:
@@ -29,53 +36,104 @@ def add(commands: Any) -> None:
     text = "write the dense map of every image into a folder; a second run continues where the first stopped"
     parser = command(commands, "extract", _extract, text, "brixel extract photos -o maps")
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="images, and folders of images")
-    add_output(parser, required=True, metavar="FOLDER")
-    add_flag(parser, "--format", choices=("safetensors", "npy"), default="safetensors", help="file format")
+    note = f"for one image also a file that ends in {' or '.join(_ENDINGS)}"
+    add_output(parser, required=True, metavar="FOLDER", note=note)
+    formats = [ending[1:] for ending in _ENDINGS]
+    add_flag(parser, "--format", choices=formats, help="file format", usual=f"{formats[0]}, or the ending of the file")
     text = "write many maps per file, into files of this size, such as 1GiB"
-    add_flag(parser, "--shard-size", type=byte_count, metavar="SIZE", help=text, usual="one map per file")
-    deprecated(parser, "--shard-gib", "--shard-size", type=lambda text: byte_count(f"{text}GiB"))
+    add_flag(parser, "--shard-size", type=shard_size, metavar="SIZE", help=text, usual="one map per file")
+    deprecated(parser, "--shard-gib", "--shard-size", type=lambda text: shard_size(f"{text}GiB"))
     dtypes = ("float32", "float16", "bfloat16")
     add_flag(
         parser, "--save-dtype", choices=dtypes, help="dtype of the maps that are written", usual="that of the model"
     )
     add_flag(parser, "--batch-size", default=1)
     add_flag(parser, "--workers", default=2)
-    parser.add_argument("--overwrite", action="store_true", help="compute every map again")
-    parser.add_argument("--verify", action="store_true", help="only compare the files in FOLDER with its manifest")
+    add_flag(parser, "--overwrite", note="every map is computed again")
+    text = "compute nothing: compare the files in FOLDER with its manifest, and the images at PATH with their maps"
+    parser.add_argument("--verify", action="store_true", help=text)
+    add_flag(parser, "--json")
     add_model_options(parser)
     add_map_options(parser)
 
 
 def _extract(options: argparse.Namespace) -> int:
     if options.verify:
-        return _verify(options.output)
+        return _verify(options)
     if not options.paths:
         raise BrixelError("no PATH: give images, or folders of images; only --verify needs none")
     images = find_images(options.paths)
-    if options.output.exists() and not options.output.is_dir():
-        raise BrixelError(f"{options.output} is a file; expected a folder to write maps into")
+    options.save_dtype = None if options.save_dtype is None else DTYPES[options.save_dtype]
+    if options.output.suffix in _ENDINGS and not options.output.is_dir():
+        return _extract_one(options)
+    check_output_folder(options.output)
     options.device = own_device(options.device)
     summary = extract_files(
         load(options),
         images,
         options.output,
-        ending=f".{options.format}",
+        ending=_ENDINGS[0] if options.format is None else f".{options.format}",
         shard_bytes=options.shard_size,
-        save_dtype=None if options.save_dtype is None else DTYPES[options.save_dtype],
-        **given(options, "overwrite", "batch_size", "workers", "scale", "short_side_px", "memory_limit", "tiles"),
+        **given(options, "save_dtype", "overwrite", "batch_size", "workers", *_OF_MAPS),
     )
     share = ProcessShare.from_environment()
-    process = f"process {share.rank} of {share.processes}: " if share.processes > 1 else ""
-    print(f"{process}{summary.written} written, {summary.skipped} already there, {len(summary.failures)} failed")
+    if options.json:
+        print_json(_facts(summary, share))
+    else:
+        print(_sentence(summary, share))
     return 1 if summary.failures and share.processes == 1 else 0  # torchrun would stop the other processes
 
 
-def _verify(folder: Path) -> int:
-    problems = verify(folder)
-    for problem in problems:
-        print(f"brixel: {problem}", file=sys.stderr)
-    if problems:
-        print(f"{len(problems)} files differ from the manifest: delete them, and run the same extraction again")
+def _extract_one(options: argparse.Namespace) -> int:
+    """The map of one image as the file that was named."""
+    path = options.output
+    if len(options.paths) != 1 or options.paths[0].is_dir():
+        raise BrixelError(f"{path} is the name of one map; for several images give a folder, such as {path.stem}")
+    if options.shard_size is not None or options.format not in (None, path.suffix[1:]):
+        raise BrixelError(f"{path} is the name of one map: --format and --shard-size go with a folder")
+    check_writable(path)
+    if path.exists() and not options.overwrite:
+        raise BrixelError(f"{path} exists: give another name, or --overwrite")
+    feature_map = load(options).extract(options.paths[0], **given(options, *_OF_MAPS))
+    convert(feature_map, options.save_dtype, picture=options.paths[0].name).save(path)
+    print_json({"written": 1, "file": str(path)}) if options.json else print(path)
+    return 0
+
+
+def _sentence(summary: ExtractionSummary, share: ProcessShare) -> str:
+    several = share.processes > 1
+    process = f"process {share.rank} of {share.processes}: " if several else ""
+    counts = f"{summary.written} written, {summary.skipped} already there, {len(summary.failures)} failed"
+    others = f"{summary.of_others} images belong to the other processes" if several else ""
+    return process + "; ".join(filter(None, (counts, others, describe_left_out(summary.left_out))))
+
+
+def _facts(summary: ExtractionSummary, share: ProcessShare) -> dict[str, Any]:
+    return {
+        "written": summary.written,
+        "already_there": summary.skipped,
+        "failed": [{"image": str(image), "error": str(error)} for image, error in summary.failures],
+        "left_out": dict(summary.left_out),
+        "process": share.rank,
+        "processes": share.processes,
+        "images_of_other_processes": summary.of_others,
+    }
+
+
+def _verify(options: argparse.Namespace) -> int:
+    images = find_images(options.paths)
+    files, without_map = verify(options.output), missing_maps(options.output, images)
+    if options.json:
+        print_json({"files": files, "images": without_map, "images_checked": len(images)})
+        return 1 if files or without_map else 0
+    for problem in (*files, *without_map):
+        print(printable(f"brixel: {problem}"), file=sys.stderr)
+    if files:
+        print(f"{len(files)} files differ from the manifest: delete them, and run the same extraction again")
     else:
         print("every file matches the manifest")
-    return 1 if problems else 0
+    if without_map:
+        print(f"{len(without_map)} of {len(images)} images have no map as they are now: run the same extraction again")
+    elif images:
+        print(f"every one of {len(images)} images has a map")
+    return 1 if files or without_map else 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from brixel.brixel_features import BrixelFeatures
-from brixel.errors import BrixelError, did_you_mean
+from brixel.errors import BrixelError, did_you_mean, one_line, printable
 from brixel.evaluate.feature_sources import SOURCES
 from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.planner import TileMode
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"invalid \w+ value: (.*)", r"\1; expected a number", message, flags=re.DOTALL)
         if "; " not in message:
             message += f"; example: {self.example}" if self.example else f"; see '{self.prog} --help'"
-        self.exit(2, f"brixel: error: {message}\n")
+        self.exit(2, f"brixel: error: {one_line(message)}\n")
 
 
 def command(
@@ -132,6 +132,16 @@ def byte_count(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a size such as 4GiB or 500MiB") from None
 
 
+def shard_size(text: str) -> int:
+    """Bytes of a shard; a few thousand would hold not even one map, and are rather a unit that was left out."""
+    size_bytes = byte_count(text)
+    if size_bytes <= 4096:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}; expected a size with its unit, such as 1GiB: this is {size_bytes} bytes"
+        )
+    return size_bytes
+
+
 # ------------------------------------------------------------------------------------------------ shared flags
 
 SHARED: Mapping[str, Mapping[str, Any]] = {
@@ -152,7 +162,8 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "--memory-limit": {
         "metavar": "SIZE",
         "type": byte_count,
-        "help": "memory to use at most on the model's device, weights included, such as 4GiB",
+        "help": "memory to use at most on the model's device, weights included, such as 4GiB (4G is the same, 4GB "
+        "a little less)",
     },
     "--tiles": {
         "choices": get_args(TileMode),
@@ -169,6 +180,7 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "--image-px": {"nargs": "+", "type": positive, "metavar": "PX", "help": "sides of the square images in pixels"},
     "--rounds": {"type": positive, "metavar": "N", "help": "timed rounds"},
     "--threads": {"type": positive, "metavar": "N", "help": "threads of torch; default: its own choice"},
+    "--overwrite": {"action": "store_true", "help": "write over what is there"},
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
 }
 """Flags that have one meaning in every command, and their description."""
@@ -200,6 +212,12 @@ def add_flag(
 def add_output(parser: argparse.ArgumentParser, **settings: Any) -> None:
     """What a command writes."""
     add_flag(parser, "--output", "-o", **settings)
+
+
+def add_panel_output(parser: argparse.ArgumentParser) -> None:
+    """The image that a command draws."""
+    add_output(parser, default=Path("panel.png"), metavar="IMAGE")
+    add_flag(parser, "--overwrite", note="without it, brixel replaces only images that it has drawn")
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:
@@ -267,8 +285,10 @@ def load(options: argparse.Namespace) -> BrixelFeatures:
 
 
 def print_json(value: Any) -> None:
-    """Print plain values as JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print plain values as JSON, as ASCII where they hold characters that steer a terminal."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    is_plain = all(printable(line) == line for line in text.split("\n"))
+    print(text if is_plain else json.dumps(value, indent=2))
 
 
 def print_table(rows: Mapping[str, Any]) -> None:
@@ -276,7 +296,7 @@ def print_table(rows: Mapping[str, Any]) -> None:
     labels = {name: re.sub("_(px|hw|bytes)$", "", name).replace("_", " ") for name in rows}
     width = max(map(len, labels.values()))
     for name, value in rows.items():
-        print(f"{labels[name]:{width}}  {_as_text(name, value)}")
+        print(printable(f"{labels[name]:{width}}  {_as_text(name, value)}"))
 
 
 def _as_text(name: str, value: Any) -> str:

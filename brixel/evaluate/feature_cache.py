@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from brixel.errors import BrixelError, DamagedFileError
 from brixel.evaluate.feature_sources import FeatureSource
@@ -23,6 +22,7 @@ from brixel.images.load import load_image
 from brixel.utils.atomic_files import atomic_path
 from brixel.utils.memory import MARGIN, format_bytes, free_bytes
 from brixel.utils.npy_files import open_npy
+from brixel.utils.progress import progress_bar
 from brixel.utils.structured_files import checking_content
 
 _DELETE = "delete it, and it is computed again"
@@ -92,7 +92,7 @@ def check_memory(needed: int, what: str, advice: str) -> None:
 
 def _in_memory(source: FeatureSource, images: Sequence[Path], teacher_px: int) -> list[Tensor]:
     kept: list[Tensor] = []
-    for image in tqdm(images, f"features, {source.name}, {teacher_px} px", disable=None):
+    for image in progress_bar(images, f"features, {source.name}, {teacher_px} px"):
         kept.append(_compute(source, image, teacher_px))
         if len(kept) == 1:
             maps = f"{len(images)} maps of source {source.name!r} at {teacher_px} px"
@@ -105,7 +105,7 @@ def _on_disk(source: FeatureSource, images: Sequence[Path], teacher_px: int, fol
     paths = [folder / f"{_hash(image.read_bytes())}.npy" for image in images]
     missing = {path: image for path, image in zip(paths, images, strict=True) if not path.exists()}
     title = f"features, {source.name}, {teacher_px} px"
-    for number, (path, image) in enumerate(tqdm(missing.items(), title, disable=None)):
+    for number, (path, image) in enumerate(progress_bar(missing.items(), title)):
         half = _compute(source, image, teacher_px)
         needed = len(missing) * half.nbytes
         if number == 0 and needed > (free := shutil.disk_usage(folder).free):

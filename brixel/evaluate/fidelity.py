@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
@@ -35,6 +34,7 @@ from brixel.evaluate.report import Report
 from brixel.images.crops import DOWNSAMPLING, check_teacher_px
 from brixel.model.losses import edge_loss, principal_directions, spectral_loss
 from brixel.utils.devices import describe_machine
+from brixel.utils.progress import progress_bar
 
 BASELINES = ("bilinear", "bicubic")
 EDGE_SHARE = 0.1  # of an image's cells: those with the teacher's strongest gradients
@@ -214,7 +214,7 @@ def _at_size(
     kept: list[Tensor] = []
     mean = mean_feature(_teacher_maps(teacher, images, side, kept))
     records: dict[str, list[dict[str, float]]] = {source.name: [] for source in sources}
-    for number, image in enumerate(tqdm(images, f"images, {side} px", disable=None)):
+    for number, image in enumerate(progress_bar(images, f"images, {side} px")):
         crop = centre_crop(image, side)[None]
         target = kept[number] if number < len(kept) else teacher.features(crop)
         found = features_by_name(sources, crop)
@@ -231,7 +231,7 @@ def _at_size(
 
 def _teacher_maps(teacher: FeatureSource, images: Sequence[Path], side: int, kept: list[Tensor]) -> Iterator[Tensor]:
     """The teacher's map of every image; the first ones, up to `_KEPT_BYTES`, are appended to ``kept``."""
-    for image in tqdm(images, f"teacher, {side} px", disable=None):
+    for image in progress_bar(images, f"teacher, {side} px"):
         maps = teacher.features(centre_crop(image, side)[None])
         if (len(kept) + 1) * maps.nbytes <= _KEPT_BYTES:
             kept.append(maps)

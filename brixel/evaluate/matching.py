@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
@@ -22,6 +21,7 @@ from brixel.evaluate.feature_sources import BASE, FeatureSource, features_by_nam
 from brixel.evaluate.metrics import pck
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
 from brixel.utils.devices import describe_machine
+from brixel.utils.progress import progress_bar
 
 THRESHOLDS = (0.01, 0.02, 0.05, 0.1)  # of the view's side
 WARPS = 2  # of each image
@@ -114,7 +114,7 @@ def _at_size(sources: Sequence[FeatureSource], images: Sequence[Path], side: int
     """Distances of all points by source, (images, WARPS * POINTS); the same warps and points for all."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {source.name: [] for source in sources}
-    for image in tqdm(images, f"images, {side} px", disable=None):
+    for image in progress_bar(images, f"images, {side} px"):
         crop = centre_crop(image, side)
         warps = [random_homography(generator) for _ in range(WARPS)]
         points = [torch.rand(POINTS, 2, generator=generator) for _ in warps]

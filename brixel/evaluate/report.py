@@ -28,6 +28,9 @@ from brixel.utils.memory import format_bytes
 SOURCE_COLUMNS = {"model": ("model", ""), "image_px": ("image, px", "d"), "source": ("source", "")}
 """What every report that compares feature sources begins with."""
 
+_TEACHER_PX = "teacher_px"
+_MOST_COLUMNS = 12  # of a table that has a line for each row
+
 _OLD_KEYS = {"picture_px": "image_px", "image_px": "student_px"}  # of version 0.1, the second in reports of costs
 _FORM = re.compile(r"|d|of|bytes|\+?\.\d[f%g]")
 
@@ -93,14 +96,39 @@ class Report:
         Returns:
             A section with the table, notes, recipe and command.
         """
-        table = markdown_table(
+        table = self._table_by_size(level + 1) if self._is_wide else self._table()
+        notes = [*(f"- {note}" for note in self.notes), ""] if self.notes else []
+        heading = f"{'#' * level} {self.title}"
+        return "\n".join([heading, "", *table, "", *notes, self.recipe, "Made by:", "", f"    {command}"])
+
+    @property
+    def _is_wide(self) -> bool:
+        """Whether no terminal has room for a line of the table."""
+        return len(self.columns) > _MOST_COLUMNS and self.columns.keys() >= SOURCE_COLUMNS.keys()
+
+    def _table(self) -> list[str]:
+        """A line for each row."""
+        return markdown_table(
             [heading for heading, _ in self.columns.values()],
             [[shown(row.get(key), form) for key, (_, form) in self.columns.items()] for row in self.rows],
             numeric=[bool(form) for _, form in self.columns.values()],
         )
-        notes = [*(f"- {note}" for note in self.notes), ""] if self.notes else []
-        heading = f"{'#' * level} {self.title}"
-        return "\n".join([heading, "", *table, "", *notes, self.recipe, "Made by:", "", f"    {command}"])
+
+    def _table_by_size(self, level: int) -> list[str]:
+        """For each model and size a table under a heading, with a line for each metric and a column for each source."""
+        metrics = {key: column for key, column in self.columns.items() if key not in (*SOURCE_COLUMNS, _TEACHER_PX)}
+        groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        for row in self.rows:
+            groups.setdefault((row["model"], row["image_px"], row.get(_TEACHER_PX)), []).append(row)
+        lines: list[str] = []
+        for (model, image_px, teacher_px), rows in groups.items():
+            teacher = "" if teacher_px is None else f", teacher {teacher_px} px"
+            cells = [[name, *(shown(row.get(key), form) for row in rows)] for key, (name, form) in metrics.items()]
+            table = markdown_table(
+                ["", *(row["source"] for row in rows)], cells, numeric=[False, *(True for _ in rows)], pad=True
+            )
+            lines += [f"{'#' * level} {model}, {image_px} px{teacher}", "", *table, ""]
+        return lines[:-1]
 
     def content(self, command: str) -> dict[str, Any]:
         """Convert the report to JSON values, which :meth:`from_content` reads.
@@ -159,7 +187,10 @@ def shown(value: Any, form: str) -> str:
         return value
     if isinstance(value, (list, tuple)):
         return (" of " if form == "of" else " to ").join(shown(end, "" if form == "of" else form) for end in value)
-    return format_bytes(value) if form == "bytes" else format(value, form)
+    try:
+        return format_bytes(value) if form == "bytes" else format(value, "" if form == "of" else form)
+    except (ValueError, TypeError, OverflowError):  # of a report that was changed: a fraction where counts are
+        return str(value)
 
 
 def check_markdown(path: Path | None) -> None:
@@ -169,6 +200,8 @@ def check_markdown(path: Path | None) -> None:
             json_path = path.with_suffix(".json")
             raise BrixelError(f"{path}: expected a name that ends in .md; the same results go to {json_path}")
         check_folder(path)
+        if path.is_dir():
+            raise BrixelError(f"{path} is a folder; expected the name of a file to write")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,10 +1,11 @@
 """Which images and which GPU belong to this process, where `torchrun` started several."""
 
 import hashlib
-import os
 from dataclasses import dataclass
 
 import torch
+
+from brixel.utils.processes import launched_process
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,9 @@ class ProcessShare:
 
     @classmethod
     def from_environment(cls) -> "ProcessShare":
-        """RANK and WORLD_SIZE as `torchrun` sets them; one process where they are not set."""
-        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        """This process as `torchrun` started it; the only one otherwise. Raises BrixelError as `launched_process`."""
+        process = launched_process()
+        return cls(process.rank, process.processes)
 
     def contains(self, relative_path: str) -> bool:
         """Whether an image belongs to this process."""
@@ -27,7 +29,7 @@ class ProcessShare:
 
 def own_device(device: str) -> str:
     """The device as given; for "auto" with several processes on one machine, the GPU of this process."""
-    local = os.environ.get("LOCAL_RANK")
-    if device != "auto" or local is None or not torch.cuda.is_available():
+    if device != "auto" or not torch.cuda.is_available():
         return device
-    return f"cuda:{int(local) % torch.cuda.device_count()}"
+    local_rank = launched_process().local_rank
+    return device if local_rank is None else f"cuda:{local_rank % torch.cuda.device_count()}"

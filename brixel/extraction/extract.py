@@ -23,6 +23,7 @@ from brixel.extraction.pending_images import ExtractionSummary, count_finished_e
 from brixel.extraction.progress import ProgressBar
 from brixel.extraction.writers import FileWriter, MapWriter, ShardWriter, convert
 from brixel.feature_maps.feature_map import FeatureMap
+from brixel.images.find_images import FoundImages
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import dtype_name
 from brixel.utils.memory import parse_bytes
@@ -72,8 +73,8 @@ def extract_files(
         tiles: "auto", "never" or "always", as in :meth:`brixel.BrixelFeatures.extract`.
 
     Returns:
-        How many maps were written and skipped in this process, and the images that failed: those that cannot be read,
-        that do not fit into memory, or whose name is too long.
+        How many maps were written and skipped in this process, the images that failed (those that cannot be read, that
+        do not fit into memory, or whose name is too long), and what was left out.
 
     Raises:
         BrixelError: if the folder cannot be written to, another run writes there, it holds maps of other settings, or
@@ -81,7 +82,8 @@ def extract_files(
         KeyboardInterrupt: after the first Ctrl-C, once the maps in progress are written.
     """
     _check_options(ending, shard_bytes, save_dtype)
-    share, summary = ProcessShare.from_environment(), ExtractionSummary()
+    share = ProcessShare.from_environment()
+    summary = ExtractionSummary(left_out=images.left_out if isinstance(images, FoundImages) else {})
     model = model.at_scale(scale)
     settings = _settings(model, short_side_px, ending if shard_bytes is None else "shards", save_dtype, tiles)
     shard_bytes, memory_limit = _split_memory(shard_bytes, memory_limit, model.device)

@@ -93,6 +93,7 @@ class Manifest:
             self._cut_to_whole_lines()
             self.written = [] if overwrite else read_manifests(folder, settings)
             self.is_new = self._file.tell() == 0
+            self._listed_s = max((file.listed_s for file in self.written), default=0.0)
             self._open = stack.pop_all()
 
     def begin(self) -> None:
@@ -103,7 +104,8 @@ class Manifest:
 
     def add(self, written: WrittenFile) -> None:
         """List a file that is safely on disk; when this returns, the line is on disk as well."""
-        self._append(_record(dataclasses.replace(written, listed_s=time.time())))
+        self._listed_s = max(time.time(), self._listed_s + 0.001)  # in order, also where a clock is set back
+        self._append(_record(dataclasses.replace(written, listed_s=self._listed_s)))
 
     def __enter__(self) -> "Manifest":
         return self
@@ -112,9 +114,20 @@ class Manifest:
         self._open.close()
 
     def _append(self, record: Mapping[str, Any]) -> None:
+        if not self._in_place():
+            raise BrixelError(
+                f"{self.path.parent} was moved or removed while maps were written into it; put it back, and start the "
+                "same command again"
+            )
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
 
     def _cut_to_whole_lines(self) -> None:
         self._file.seek(0)

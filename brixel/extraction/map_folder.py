@@ -1,6 +1,6 @@
 """Reading a folder of maps, in files or in shards, and checking it against its manifests."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from brixel.errors import BrixelError
@@ -64,6 +64,24 @@ def verify(folder: Path) -> list[str]:
         except OSError as error:
             messages.append(f"{path}: cannot be read ({error.strerror or error})")
     return messages
+
+
+def missing_maps(folder: Path, images: Sequence[tuple[Path, Path]]) -> list[str]:
+    """A message for each image, as `find_images` returns them, that has no map in a folder or has changed since."""
+    entries = _read_entries(folder)
+    messages = []
+    for image, relative_path in images:
+        source, _ = entries.get(relative_path.as_posix(), (None, None))
+        if source is None:
+            messages.append(f"{image}: has no map")
+        elif _changed(image, source):
+            messages.append(f"{image}: has changed since its map was made")
+    return messages
+
+
+def _changed(image: Path, source: SourceImage) -> bool:
+    stat = image.stat()
+    return (stat.st_size, stat.st_mtime_ns) != (source.size_bytes, source.mtime_ns)
 
 
 def _read_entries(folder: Path) -> dict[str, tuple[SourceImage, WrittenFile]]:

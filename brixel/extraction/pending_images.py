@@ -1,7 +1,7 @@
 """Which images are left to do: an image is finished if its map is listed, in place, and of the image as it is now."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +21,16 @@ class ExtractionSummary:
         written: maps that are safely on disk.
         skipped: images whose maps were finished before.
         failures: images without a map, each with its error, in order.
+        of_others: images that belong to other processes.
+        left_out: how many files of the searched folders were no images, by ending; empty unless the images came from
+            `find_images`.
     """
 
     written: int = 0
     skipped: int = 0
     failures: list[tuple[Path, Exception]] = field(default_factory=list)
+    of_others: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
     def add_written(self, count: int) -> None:
         """Count maps that are safely on disk."""
@@ -35,7 +40,7 @@ class ExtractionSummary:
         """List an image that has no map. It is logged at once, since a run may take long and be killed."""
         self.failures.append((image, error))
         message = str(error) if image.name in str(error) else f"{image}: {error}"
-        _LOG.warning("skipped: %s", message.encode("utf-8", "backslashreplace").decode())
+        _LOG.warning("skipped: %s", message)
 
 
 def pending_images(
@@ -48,6 +53,7 @@ def pending_images(
     for image, path in images:
         relative_path = path.as_posix()
         if not manifest.share.contains(relative_path):
+            summary.of_others += 1
             continue
         try:
             stat = image.stat()

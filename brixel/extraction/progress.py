@@ -3,9 +3,8 @@
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 from brixel.extraction.manifest import Manifest, manifest_paths
+from brixel.utils.progress import progress_bar
 
 _EVERY_S = 5.0
 
@@ -15,7 +14,7 @@ class ProgressBar:
 
     def __init__(self, total: int, done: int, manifest: Manifest) -> None:
         self._own_manifest, share = manifest.path, manifest.share
-        self._bar = tqdm(total=total, initial=done, unit="image", disable=None if share.rank == 0 else True)
+        self._bar = progress_bar(total=total, initial=done, unit="image", disable=share.rank != 0)
         self._has_others = share.processes > 1 and not self._bar.disable
         self._read_bytes = {path: path.stat().st_size for path in self._other_manifests()}
         self._next_s = time.monotonic() + _EVERY_S

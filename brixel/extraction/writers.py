@@ -44,6 +44,8 @@ class FileWriter:
     def prepare_path(self, source: SourceImage) -> Path:
         """The path of an image's map; its folder is created."""
         path = self.path(source.relative_path)
+        if not self._folder.is_dir():
+            raise BrixelError(f"{self._folder} was moved or removed while maps were written into it; put it back")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 

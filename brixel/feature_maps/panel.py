@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 
 from brixel.errors import BrixelError
 from brixel.feature_maps.feature_map import FeatureMap
@@ -19,6 +19,7 @@ from brixel.utils.atomic_files import atomic_path, check_folder
 HEIGHT_PX = 384  # of a tile, approximately; a tile is at most four times as wide
 MARGIN_PX = 12
 LABEL_PX = 22  # height of a label
+_SOFTWARE = "brixel"  # in the metadata of panels, by which they are known
 
 Colours = npt.NDArray[np.uint8]
 """RGB values (H, W, 3)."""
@@ -83,20 +84,38 @@ def build_panel(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
     return panel
 
 
-def check_panel_path(path: Path, images: Sequence[str | Path] = ()) -> None:
-    """Raise BrixelError if no panel can be written to ``path``, or if it is one of ``images``."""
+def check_panel_path(path: Path, images: Sequence[str | Path] = (), *, overwrite: bool = True) -> None:
+    """Raise BrixelError if no panel can be written to ``path``, or if it is one of ``images``.
+
+    Without ``overwrite``, also if there is a file that is no panel of ours.
+    """
     if any(path.resolve() == Path(image).resolve() for image in images):
         raise BrixelError(f"{path} is itself an image to be shown; give another name for the panel")
     check_folder(path)
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise BrixelError(f"{path}: expected a name that ends in .png, .jpg or .webp")
+    if path.is_dir():
+        raise BrixelError(f"{path} is a folder; expected the name of an image to write")
+    if not overwrite and path.exists() and not _is_ours(path):
+        raise BrixelError(f"{path} exists, and brixel has not drawn it; give another name, or --overwrite")
 
 
 def save_panel(panel: Image.Image, path: Path) -> None:
     """Write a panel, completely or not at all, in the format of the suffix."""
     check_panel_path(path)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = _SOFTWARE
     with atomic_path(path) as temporary:
-        panel.save(temporary)
+        panel.save(temporary, exif=exif)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a panel that `save_panel` wrote."""
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+            return image.getexif().get(ExifTags.Base.Software) == _SOFTWARE
+    except Exception:  # Pillow's readers raise nearly anything
+        return False
 
 
 def _labelled(tile: Colours, text: str) -> Image.Image:

@@ -11,10 +11,10 @@ from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from brixel.errors import ImageError
+from brixel.errors import ImageError, printable
 from brixel.images.formats import identify
 from brixel.images.from_arrays import check_size
-from brixel.images.modes import SIDEWAYS, check_samples, to_rgb_tensor
+from brixel.images.modes import SIDEWAYS, check_samples, correct_transparent_grey, to_rgb_tensor
 from brixel.images.quiet import quiet_decoding
 
 REDUCTIONS = (1, 2, 4, 8)
@@ -26,11 +26,13 @@ _OVERSAMPLING = 3  # pixels per wanted pixel along a side after a reduction; wit
 @contextmanager
 def open_image_file(path: str) -> Iterator[Image.Image]:
     """Open an image file and read its header. Raises `FileNotFoundError` or `ImageError`."""
+    name = printable(path)
     with _open_file(path) as file:
-        with _pillow_errors(path), quiet_decoding():
-            image = identify(file, path)
-            check_size((image.height, image.width), path)
-            check_samples(image, path)
+        with _pillow_errors(name), quiet_decoding():
+            image = identify(file, name)
+            check_size((image.height, image.width), name)
+            check_samples(image, name)
+            correct_transparent_grey(image, name)
         yield image
 
 
@@ -71,20 +73,19 @@ def from_pil(image: Image.Image, name: str) -> Tensor:
 
 def _open_file(path: str) -> BinaryIO:
     """Open a regular file; what else has a path may never give a byte."""
+    name = printable(path)
     try:
         mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise ImageError(f"{path}: is a folder; give the images in it one by one")
-        if not stat.S_ISREG(mode):
-            raise ImageError(f"{path}: is a pipe, a socket or a device; give a file")
-        return open(path, "rb")
+        if stat.S_ISREG(mode):
+            return open(path, "rb")
     except FileNotFoundError as error:
         url = "; a URL must be downloaded first" if "://" in path else ""
         raise FileNotFoundError(errno.ENOENT, f"no such image, check the path{url}", path) from error
     except (OSError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{path}: cannot be opened ({error}); check path and permissions") from error
+        raise ImageError(f"{name}: cannot be opened ({error}); check path and permissions") from error
+    if stat.S_ISDIR(mode):
+        raise ImageError(f"{name}: is a folder; give the images in it one by one")
+    raise ImageError(f"{name}: is a pipe, a socket or a device; give a file")
 
 
 @contextmanager

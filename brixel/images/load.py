@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from brixel.errors import ImageError
+from brixel.errors import ImageError, printable
 from brixel.images.decode import from_pil, jpeg_hw, open_image_file, reduce_jpeg
 from brixel.images.from_arrays import from_array, from_tensor
 
@@ -63,9 +63,9 @@ def open_image(image: ImageInput) -> Iterator[OpenedImage]:
     with open_image_file(path) as file:
         image_hw = jpeg_hw(file)
         if image_hw is None:
-            yield _decoded(from_pil(file, path))
+            yield _decoded(from_pil(file, printable(path)))
         else:
-            yield OpenedImage(image_hw, lambda wanted_hw: _read_jpeg(file, path, wanted_hw))
+            yield OpenedImage(image_hw, lambda wanted_hw: _read_jpeg(file, printable(path), wanted_hw))
 
 
 def _from_memory(image: Image.Image | np.ndarray[Any, Any] | Tensor) -> Tensor:

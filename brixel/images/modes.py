@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
@@ -60,6 +61,22 @@ def check_samples(image: Image.Image, name: str) -> None:
         raise ImageError(f"{name}: has YCbCr colours at a lower resolution, without compression; save it as RGB")
     if tags.get(_SUBFILE, 0) & 1:
         raise ImageError(f"{name}: begins with a thumbnail, as camera raw files do; export it as PNG or JPEG")
+
+
+def correct_transparent_grey(image: Image.Image, name: str) -> None:
+    """Scale the transparent grey of a PNG of 2 or 4 bits as Pillow will scale its pixels; before decoding.
+
+    Raises ImageError for a transparent colour of 16 bits a channel, which cannot be told apart in 8.
+    """
+    transparent = image.info.get("transparency")
+    if not isinstance(image, PngImageFile) or transparent is None or not image.tile:
+        return
+    layout = image.tile[0][3]
+    if layout == "RGB;16B":
+        raise ImageError(f"{name}: has a transparent colour of 16 bits a channel; save it with an alpha channel")
+    white = {"L;2": 3, "L;4": 15}.get(str(layout))
+    if white is not None and transparent <= white:
+        image.info["transparency"] = transparent * 255 // white
 
 
 def to_rgb_tensor(image: Image.Image, orientation: int, name: str) -> Tensor:

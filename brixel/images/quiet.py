@@ -1,11 +1,13 @@
-"""Decoding without the warnings of Pillow and the lines that libtiff prints, in this thread alone.
+"""Decoding without the warnings and log lines of Pillow, and the lines that libtiff prints, in this thread alone.
 
 Pillow warns of metadata that it cannot read and of large images; errors in the pixels are raised. None of it names the
-file. libtiff prints what Pillow then raises as well.
+file. libtiff prints what Pillow then raises as well, and has one handler of errors for all threads: those that decode
+with it at the same time do not see its lines either.
 """
 
 import ctypes
 import functools
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,8 +28,13 @@ class _InDecodingThreads:
         return _decoding.depth > 0
 
 
+def _not_while_decoding(record: logging.LogRecord) -> bool:
+    return _decoding.depth == 0
+
+
 _decoding = _Decoding()
 _FILTER = ("ignore", None, Warning, _InDecodingThreads(), 0)
+_LOGGER = logging.getLogger("PIL.TiffImagePlugin")  # the only one of Pillow that logs errors
 _lock = threading.Lock()
 _threads = 0
 _filtered: list[list[Any]] = []  # the lists of filters that hold ours: each `warnings.catch_warnings` starts another
@@ -52,6 +59,7 @@ def _enter() -> None:
         _threads += 1
         if _threads == 1:
             _libtiff_before = _set_libtiff_handler()(None)
+            _LOGGER.addFilter(_not_while_decoding)
         filters = _filters()
         if not filters or filters[0] is not _FILTER:
             filters.insert(0, _FILTER)
@@ -64,6 +72,7 @@ def _leave() -> None:
         _threads -= 1
         if _threads == 0:
             _set_libtiff_handler()(_libtiff_before)
+            _LOGGER.removeFilter(_not_while_decoding)
             for filters in (*_filtered, _filters()):
                 filters[:] = [entry for entry in filters if entry is not _FILTER]
             _filtered.clear()

@@ -31,6 +31,8 @@ FORMAT_VERSION = 2
 _READ_VERSIONS = (1, 2)  # in 1, "best" is a raw cosine
 _ANY = Rule("anything", lambda value: value)
 _INDICES = several(whole_number(), "a list of whole numbers", single=False)
+_GROUP_KEYS = {"lr", "betas", "eps", "weight_decay"}  # of Adam and AdamW; versions of torch add others
+_STATE_KEYS = {"step", "exp_avg", "exp_avg_sq"}
 _GROUPS = several(json_table(), "a list of tables", single=False)
 _STATE_RULES = {"format_version": whole_number(1), "config": json_table(), "progress": json_table()}
 _PROGRESS_RULES = {
@@ -144,6 +146,8 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) ->
     if indices != [tuple(group["params"]) for group in groups]:
         raise BrixelError(f"{name} has other groups of parameters")
     for group, theirs in zip(groups, found, strict=True):
+        if missing := _GROUP_KEYS - theirs.keys():
+            raise BrixelError(f"a group of {name} lacks {', '.join(sorted(missing))}")
         odd = [key for key, value in group.items() if key in theirs and not _same_kind(theirs[key], value)]
         if odd:
             raise BrixelError(
@@ -153,6 +157,8 @@ def _check_optimizer(name: str, optimizer: torch.optim.Optimizer, state: Any) ->
     for index, values in state["state"].items():
         if type(index) is not int or index not in range(len(parameters)) or not isinstance(values, dict):
             raise BrixelError(f"{name} has the state of a parameter {short_repr(index)}, which the model lacks")
+        if missing := _STATE_KEYS - values.keys():
+            raise BrixelError(f"parameter {index} of {name} lacks {', '.join(sorted(missing))}")
         for key, value in values.items():
             shape = parameters[index].shape if key != "step" else torch.Size()
             _check_tensor(f"{short_repr(key)} of parameter {index} of {name}", value, shape, floating=True)
@@ -168,4 +174,9 @@ def _check_tensor(name: str, value: Any, shape: torch.Size, *, floating: bool) -
 
 
 def _same_kind(value: Any, like: Any) -> bool:
-    return not isinstance(like, bool | float | tuple) or type(value) is type(like)
+    """Whether a setting of an optimiser may be that of this run: switches are equal, numbers are numbers."""
+    if isinstance(like, bool):
+        return value is like
+    if isinstance(like, tuple):
+        return isinstance(value, tuple) and list(map(type, value)) == list(map(type, like))
+    return isinstance(value, bool | None) if like is None else type(value) is type(like)

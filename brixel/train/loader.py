@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
 from brixel.errors import BrixelError
@@ -29,6 +28,7 @@ from brixel.train.data import (
 from brixel.train.distributed import DistributedContext, barrier
 from brixel.train.setup import teacher_sides_px
 from brixel.train.teacher_cache import TeacherCache
+from brixel.utils.progress import progress_bar
 
 Teacher = Callable[[Tensor], Tensor]
 """From normalised pixels (B, 3, T, T) to maps (B, D, 4h, 4w)."""
@@ -153,7 +153,7 @@ class TrainingData:
     def _cached(self, dataset: CropDataset, count: int, folder: Path) -> TeacherCache:
         """The cache in ``folder``, which rank 0 builds and all processes open."""
         if self.context.is_main:
-            with tqdm(total=count, desc="teacher", unit="crop", disable=None) as bar:
+            with progress_bar(total=count, desc="teacher", unit="crop") as bar:
                 TeacherCache.build_or_open(
                     folder,
                     dataset=dataset,

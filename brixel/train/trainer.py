@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.model_folder import ADAPTER, CONFIG, read_config
 from brixel.checkpoints.weight_files import read_tensors
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, printable
 from brixel.model.losses import FeatureScale, total_loss
 from brixel.model.upsampler import SecondUpsampler
 from brixel.train.checkpoint import Parts, TrainingState, load_state, save_state
@@ -36,6 +35,7 @@ from brixel.train.monitoring import Metrics
 from brixel.train.optim import WeightAverage, learning_rate, make_optimizer
 from brixel.train.setup import prepare_model
 from brixel.train.validation import Validator
+from brixel.utils.progress import progress_bar
 
 SETTINGS, STATE, METRICS = "train.toml", "state.pt", "metrics.jsonl"
 
@@ -128,7 +128,7 @@ class Trainer:
         barrier(self.context)
         if data.skipped and self.context.is_main:
             some = ", ".join(sorted(data.skipped)[:5])
-            print(f"brixel: {len(data.skipped)} images could not be used: {some}", file=sys.stderr)
+            print(printable(f"brixel: {len(data.skipped)} images could not be used: {some}"), file=sys.stderr)
         return self._best_model()
 
     def _resume(self) -> bool:
@@ -252,9 +252,9 @@ class Trainer:
 
     # ---------------------------------------------------------------- output
 
-    def _progress_bar(self, iterable: Any = None, **options: Any) -> "tqdm[Any]":
+    def _progress_bar(self, iterable: Any = None, **options: Any) -> Any:
         """A progress bar on rank 0, on a terminal."""
-        return tqdm(iterable, disable=None if self.context.is_main else True, **options)
+        return progress_bar(iterable, disable=not self.context.is_main, **options)
 
     def _write_due(
         self, metrics: Metrics, validator: Validator, loss: float, parts: dict[str, float], images_per_s: float
@@ -265,7 +265,7 @@ class Trainer:
         if step % config.log_every == 0 or last:
             lr = learning_rate(config, step - 1)
             metrics.add({"step": step, "loss": loss, **parts, "lr": lr, "pictures_per_s": round(images_per_s, 2)})
-            if not sys.stderr.isatty():
+            if sys.stderr is not None and not sys.stderr.isatty():
                 left_s = (config.steps - step) * self.images_per_step / images_per_s
                 line = f"step {step}/{config.steps} loss {loss:.4f}, {images_per_s:.1f} images/s, {left_s:.0f} s left"
                 print(line, file=sys.stderr, flush=True)

@@ -12,17 +12,23 @@ import torch
 from brixel.errors import BrixelError
 
 MARGIN = 0.1  # share of the free memory that is left to other programs by default
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_PREFIXES = "kmgt"
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate(_PREFIXES, 1)}
+_UNITS |= {f"{prefix}{ib}": 1024**power for power, prefix in enumerate(_PREFIXES, 1) for ib in ("ib", "")}
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def parse_bytes(amount: int | str) -> int:
-    """Bytes, from an integer or a text such as "4GiB", "500 MiB", "1.5 GB"."""
-    if isinstance(amount, int) and not isinstance(amount, bool) and amount > 0:
-        return amount
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", amount.lower()) if isinstance(amount, str) else None
-    if match and match[2] in _UNITS and float(match[1]) > 0:
+def parse_bytes(amount: int | float | str) -> int:
+    """Bytes, from a number or a text such as "4GiB", "500 MiB", "1.5 GB", "4e9".
+
+    "G" alone is "GiB", as in the tools of Unix; "GB" is 10^9 bytes.
+    """
+    if isinstance(amount, int | float) and not isinstance(amount, bool) and amount > 0 and amount % 1 == 0:
+        return int(amount)
+    number = r"\s*([0-9]+(?:\.[0-9]*)?(?:e\+?[0-9]{1,2})?)\s*([a-z]*)\s*"
+    match = re.fullmatch(number, amount.lower()) if isinstance(amount, str) else None
+    if match and match[2] in _UNITS and Fraction(match[1]) > 0:
         return math.ceil(Fraction(match[1]) * _UNITS[match[2]])  # up, so that format_bytes shows the given amount
     raise BrixelError(
         f"a limit of {amount!r} is no amount of memory; expected bytes above zero or text such as '4GiB', '500 MiB'"

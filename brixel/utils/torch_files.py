@@ -1,6 +1,7 @@
 """Reading what ``torch.save`` wrote, as data only: a file can hold numbers and containers of them, but run no code."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def load_torch(path: Path, *, verify: bool) -> Any:
             _check_stored(archive, path.stat().st_size)
             if verify and (name := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the checksum of {name} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_data(path)
     except pickle.UnpicklingError as error:
         raise DamagedFileError(
             f"{path} is damaged, or holds other objects than numbers and their containers"
@@ -41,6 +42,16 @@ def load_torch(path: Path, *, verify: bool) -> Any:
         raise DamagedFileError(
             f"{path} is damaged or no file of torch.save ({error or type(error).__name__})"
         ) from error
+
+
+def load_data(path: Path, *, mmap: bool = False) -> Any:
+    """What `torch.load` reads of a file as data only, without its warnings: about unusual versions of pickle."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with path.open("rb") as file:  # a path with this ending, torch would not take for a file of its own
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_stored(archive: zipfile.ZipFile, file_bytes: int) -> None:

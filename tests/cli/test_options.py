@@ -82,7 +82,7 @@ def test_help_has_an_example():
         ("extract photos", "missing -o/--output; example: brixel extract photos -o maps"),
         ("info", "missing MODEL; example: brixel info brixel-small"),
         ("info a b", "unexpected argument 'b'; example: brixel info brixel-small"),
-        ("show a -o x.png b", "unexpected argument 'b': give every IMAGE in one place; example: brixel show "),
+        ("show a -o x.png b", "unexpected argument 'b': give every PATH in one place; example: brixel show "),
         ("show --short-side-px", "--short-side-px: expected one argument; example: brixel show "),
         ("show --short-side-px 0", "--short-side-px: '0'; expected a positive number of pixels, or 'native'"),
         ("show --memory-limit much", "--memory-limit: 'much'; expected a size such as 4GiB or 500MiB"),

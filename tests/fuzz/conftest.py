@@ -7,5 +7,9 @@ from fuzz.runner import Fuzz
 
 
 @pytest.fixture
-def fuzz(capfd: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]) -> Fuzz:
-    return Fuzz(capfd, record_property)
+def fuzz(
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    record_property: Callable[[str, object], None],
+) -> Fuzz:
+    return Fuzz(capfd, caplog, record_property)

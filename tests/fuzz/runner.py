@@ -28,6 +28,7 @@ class Fuzz:
     """Runs damaged cases; see :meth:`run`."""
 
     capfd: pytest.CaptureFixture[str]
+    caplog: pytest.LogCaptureFixture
     record_property: Callable[[str, object], None]
 
     def run(
@@ -39,7 +40,7 @@ class Fuzz:
         refusals: type[Exception] | tuple[type[Exception], ...] = BrixelError,
         limit_s: float = 5.0,
     ) -> None:
-        """Every case returns or raises one of `refusals`, without warnings and output, within `limit_s` of CPU time.
+        """Every case returns or raises one of `refusals`, without warnings, log lines and output, in `limit_s` of CPU.
 
         `make_case` damages an input by the random numbers that it gets. Assertions of what reads it count as failures.
         """
@@ -77,6 +78,8 @@ class Fuzz:
                 last = traceback.extract_tb(error.__traceback__)[-1]
                 problems.append(f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})")
         problems += [f"warning: {warning.message}" for warning in warned]
+        problems += [f"logged: {record.getMessage()}" for record in self.caplog.records]
+        self.caplog.clear()
         written = self.capfd.readouterr()
         problems += [f"printed: {text.strip()}" for text in (written.out, written.err) if text]
         return outcome, problems

@@ -29,6 +29,11 @@ def test_an_error_leaves_the_earlier_file(tmp_path: Path) -> None:
     assert (tmp_path / "note.txt").read_text(encoding="utf-8") == "naïve ✓"
 
 
+def test_names_that_are_no_utf_8_are_escaped(tmp_path: Path) -> None:
+    write_text(tmp_path / "note.txt", "a\udcff")
+    assert (tmp_path / "note.txt").read_bytes() == b"a\\udcff"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 def test_the_permissions_are_those_of_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")

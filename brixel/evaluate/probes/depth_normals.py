@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import by_metric, interval
@@ -26,6 +25,7 @@ from brixel.evaluate.metrics import angles, depth_errors, normal_errors
 from brixel.evaluate.probes.training import Maps, Probe, ProbeSettings, convolutional_readout, train_probe
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
 from brixel.utils.devices import describe_machine
+from brixel.utils.progress import progress_bar
 
 _LOG = logging.getLogger("brixel")
 CONVOLUTIONAL = ProbeSettings(steps=300, batch_size=8, learning_rates=(3e-4, 1e-3, 3e-3))
@@ -72,7 +72,7 @@ def probe_depth_normals(
 
     probe = train_probe(new, Maps(fitted), loss, score, settings)
     found = []
-    for index in tqdm(range(len(val.samples)), f"images, {source.name}", disable=None):
+    for index in progress_bar(range(len(val.samples)), f"images, {source.name}"):
         target = centre_square(val.target(index))
         with torch.no_grad():
             output = probe.readout(evaluated[index][None])
@@ -148,7 +148,7 @@ def leave_out_empty(kind: str, splits: Sequence[ImageDataset]) -> tuple[list[Ima
     """
     kept, empty = [], []
     for data in splits:
-        indices = tqdm(range(len(data.samples)), f"{kind}, {data.name}", disable=None)
+        indices = progress_bar(range(len(data.samples)), f"{kind}, {data.name}")
         known = [bool(_known(kind, centre_square(data.target(index))[None]).any()) for index in indices]
         without = [sample.target for sample, has_value in zip(data.samples, known, strict=True) if not has_value]
         if len(without) == len(known):

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
@@ -33,6 +32,7 @@ from brixel.evaluate.metrics import (
 from brixel.evaluate.probes.training import Cells, Probe, ProbeSettings, items_of, linear_readout, train_probe
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
 from brixel.utils.devices import describe_machine
+from brixel.utils.progress import progress_bar
 
 CELLS = 256  # of each image, the same positions in all
 POINTS = 4  # labels are read at so many points along each side of a cell
@@ -100,7 +100,7 @@ def _evaluate(probe: Probe, features: Features, val: ImageDataset, within_px: in
     classes = len(val.classes)
     total = torch.zeros(classes, classes, dtype=torch.int64)
     areas, strips = [], []
-    for index in tqdm(range(len(val.samples)), f"images, {features.source.name}", disable=None):
+    for index in progress_bar(range(len(val.samples)), f"images, {features.source.name}"):
         labels = centre_square(val.target(index))
         with torch.no_grad():
             logits = probe.readout(features[index][None]).contiguous(memory_format=torch.channels_last)  # 1 K h w

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from brixel.errors import BrixelError
 from brixel.evaluate.feature_cache import Features, check_memory
 from brixel.utils.fields import check_fields, number, several, whole_number
+from brixel.utils.progress import progress_bar
 
 _STATISTICS_ITEMS = 4096  # mean and deviation of channels are computed on at most so many examples, evenly spaced
 
@@ -132,7 +132,7 @@ class Cells:
         shape = (self.images, self.per_image, width)
         check_memory(2 * math.prod(shape), f"cells of {self.images} images", "take fewer images (--limit)")
         rows = torch.empty(shape, dtype=torch.float16)
-        for index in tqdm(range(self.images), f"cells, {features.source.name}", disable=None):
+        for index in progress_bar(range(self.images), f"cells, {features.source.name}"):
             rows[index] = rearrange(features[index] if index else first, "d h w -> (h w) d")[self.chosen]
         self._rows = rows.flatten(0, 1)  # images*n D
 

@@ -1,0 +1,16 @@
+"""Progress bars on standard error, where that is a terminal."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, title: str | None = None, **options: Any) -> "tqdm[Any]":
+    """A progress bar over an iterable, or one to update; ``disable=True`` for none.
+
+    Nothing is shown where standard error is no terminal, or closed, as in a daemon.
+    """
+    disable = options.pop("disable", None) or (True if sys.stderr is None else None)
+    return tqdm(iterable, title, disable=disable, **options)
