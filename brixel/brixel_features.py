@@ -65,7 +65,8 @@ class BrixelFeatures(DenseFeatures):
                 config names; required for a model that was made on a module.
             device: Such as "cpu" or "cuda:1"; "auto" is CUDA, then MPS, then the CPU.
             dtype: Of the weights; "auto" is bfloat16 on CUDA devices that compute in it, else float32.
-            revision: Branch, tag or commit of the repository; a commit needs no request once it is cached.
+            revision: Branch, tag or commit of the repository; a commit needs no request once it is cached. An error
+                where anything but a repository is named.
             token: Access token for the Hub in place of that of `hf auth login`; False for none.
             cache_dir: Cache of the Hub's client in place of its default.
             local_files_only: Whether files are only taken from the cache.
@@ -125,9 +126,10 @@ class BrixelFeatures(DenseFeatures):
             name_or_path: A name or an alias in :func:`brixel.list_models`, such as "dinov2-small" or "brixel-tiny",
                 whose repositories are tried in order; a repository on the Hub, as a string "ORG/NAME" or
                 "ORG/NAME@REVISION"; a folder in Hugging Face's or timm's layout; a weight file (Meta's `.pth`,
-                safetensors); or a module: a model of `transformers` (with ``mean`` and ``std``) or timm, or your own,
-                see :class:`brixel.backbones.base.Backbone`. A path on disk takes precedence over a name. A module is
-                frozen and put in evaluation mode; "auto" keeps its device and dtype.
+                safetensors, a checkpoint of a training); or a module: a model of `transformers` or torch.hub (with
+                ``mean`` and ``std``) or timm, or your own, see :class:`brixel.backbones.base.Backbone`. A path on disk
+                takes precedence over a name. A module is taken out of wrappers such as torch.compile's, frozen and put
+                in evaluation mode; "auto" keeps its device and dtype.
             adapter: "universal", the upsampler in the package that sharpens the features of any backbone along the
                 outlines in the image (`docs/universal.md`); "bilinear" interpolation; or "fresh", an untrained adapter
                 for :mod:`brixel.train`, which starts as the universal one.
@@ -136,7 +138,7 @@ class BrixelFeatures(DenseFeatures):
             short_side_px: Short side in pixels that :meth:`extract` resizes images to; 16 patches where None.
             device, dtype, revision, token, cache_dir, local_files_only: As in :meth:`from_pretrained`.
             **vit_fields: Fields of :class:`ViTConfig` that replace what the file's format implies, such as ``mean``,
-                ``rope_rounding`` or ``position_antialias``.
+                ``native_grid``, ``rope_rounding`` or ``position_antialias``.
 
         Returns:
             The model on ``device``, in evaluation mode.

@@ -10,6 +10,7 @@ COLOURS = "three numbers, for red, green and blue in [0, 1]"
 Colours = tuple[float, float, float]
 
 _LARGEST = 255.0  # of a pixel in an image file
+_TELL = "give mean=(...) and std=(...), for pixels in [0, 1]"
 # steps of an image processor that brixel's normalisation cannot express
 _OTHER_STEPS = ("do_flip_channel_order", "rescale_offset", "offset")
 
@@ -70,9 +71,6 @@ def of_processor(stated: Mapping[str, Any], owner: str) -> tuple[Colours, Colour
             f"from 0 to 255 or to 1: {_TELL}"
         )
     return unit_normalisation(_scaled(means, largest), _scaled(deviations, largest), f"{owner}image_")
-
-
-_TELL = "give mean=(...) and std=(...), for pixels in [0, 1]"
 
 
 def _is_on(stated: Mapping[str, Any], name: str, owner: str) -> bool:

@@ -177,9 +177,8 @@ class HubBackbone(nn.Module):
             )
         self.model = model.eval()
         self.width = _setting(model, "embed_dim", name)
-        self.depth = len(_setting(model, "blocks", name))
-        blocks = getattr(model, "n_blocks", None)
-        self.depth = blocks if isinstance(blocks, int) else self.depth  # blocks may be in chunks
+        count = getattr(model, "n_blocks", None)  # the blocks themselves may be in chunks
+        self.depth = count if isinstance(count, int) else len(_setting(model, "blocks", name))
         self.patch_px = _square(_setting(model, "patch_size", name), name)
         self.mean, self.std = _normalisation(mean, std, (None, None), name)
 
@@ -273,7 +272,7 @@ def _square(patch: Any, model: str) -> int:
 def _normalisation(mean: MeanOrStd, std: MeanOrStd, defaults: tuple[Any, Any], model: str) -> tuple[Colours, Colours]:
     """What the user gave, else what the model knows."""
     given = (defaults[0] if mean is None else mean, defaults[1] if std is None else std)
-    if None in given:
+    if any(values is None for values in given):
         raise BrixelError(
             f"{model} does not say how its images are normalised; give mean=(...) and std=(...), for instance "
             "image_mean and image_std of its image processor"

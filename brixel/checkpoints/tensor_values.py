@@ -39,10 +39,8 @@ def _fault(tensor: Tensor, unfilled: bool) -> str | None:
         return "without numbers, on the meta device"
     if tensor.dtype not in _DTYPES:
         return _name(tensor)
-    if (
-        not unfilled and not tensor.sum(dtype=torch.float64).isfinite()
-    ):  # a sum of finite numbers is finite; no copy is made
-        return "NaN or infinite"
+    if not unfilled and tensor.numel() and not torch.stack(tensor.detach().aminmax()).isfinite().all():
+        return "NaN or infinite"  # NaN is the extreme of any tensor that holds one
     return None
 
 

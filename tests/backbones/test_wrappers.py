@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -330,8 +331,13 @@ def test_a_mean_for_another_scale_is_refused_with_the_one_to_give():
 
 def test_one_number_stands_for_three(pixels):
     plain = BrixelFeatures.from_backbone(transformers_model("ViT"), mean=(0.5,) * 3, std=(0.25,) * 3)
-    model = BrixelFeatures.from_backbone(transformers_model("ViT"), mean=0.5, std=0.25)
-    assert model.config == plain.config
+    for half, quarter in (
+        (0.5, 0.25),
+        (torch.tensor(0.5), torch.full((3,), 0.25)),
+        (np.full(3, 0.5), np.float32(0.25)),
+    ):
+        model = BrixelFeatures.from_backbone(transformers_model("ViT"), mean=half, std=quarter)
+        assert model.config == plain.config
     own = BrixelFeatures.from_backbone(changed(mean=0.5, std=1))
     assert (own.config.backbone.vit.mean, own.config.backbone.vit.std) == ((0.5,) * 3, (1.0,) * 3)
 
