@@ -16,7 +16,7 @@ from brixel.checkpoints.hub_download import Access, portable_sources
 from brixel.checkpoints.hub_upload import push
 from brixel.checkpoints.locate_files import DEFAULT, locate
 from brixel.checkpoints.model_folder import ADAPTER, CONFIG, FLOAT, read_config, save
-from brixel.checkpoints.release_adapters import choose_release, read_release
+from brixel.checkpoints.release_adapters import check_width, choose_release, our_names, read_release
 from brixel.checkpoints.saved_backbone import match_module, move_module, read_backbone, resolve_backbone, wrap_module
 from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
 from brixel.errors import BrixelError
@@ -65,7 +65,8 @@ class BrixelFeatures(DenseFeatures):
                 config names; required for a model that was made on a module.
             device: Such as "cpu" or "cuda:1"; "auto" is CUDA, then MPS, then the CPU.
             dtype: Of the weights; "auto" is bfloat16 on CUDA devices that compute in it, else float32.
-            revision: Branch, tag or commit of the repository; a commit needs no request once it is cached.
+            revision: Branch, tag or commit of the repository; a commit needs no request once it is cached. An error
+                where anything but a repository is named.
             token: Access token for the Hub in place of that of `hf auth login`; False for none.
             cache_dir: Cache of the Hub's client in place of its default.
             local_files_only: Whether files are only taken from the cache.
@@ -82,6 +83,8 @@ class BrixelFeatures(DenseFeatures):
         files = locate(name_or_path, what="model", revision=revision, access=access)
         config = read_config(files.need(CONFIG))
         path = files.need(ADAPTER)
+        with files.reading():
+            tensors = read_tensors(path)  # before anything is fetched for it
         vit: Backbone
         if isinstance(backbone, nn.Module):
             vit = match_module(config.backbone, backbone)
@@ -93,7 +96,7 @@ class BrixelFeatures(DenseFeatures):
         what = f"{path} does not fit an adapter for {config.backbone.title}"
         with files.reading():
             upsampler = load_into(
-                lambda: make_upsampler(config.backbone.vit, config.adapter), read_tensors(path), dtype, what=what
+                lambda: make_upsampler(config.backbone.vit, config.adapter), tensors, dtype, what=what
             )
         config = dataclasses.replace(config, commits={**config.commits, **files.commits})
         if files.snapshot:  # once saved here, the config must not name paths of the machine that it came from
@@ -123,9 +126,10 @@ class BrixelFeatures(DenseFeatures):
             name_or_path: A name or an alias in :func:`brixel.list_models`, such as "dinov2-small" or "brixel-tiny",
                 whose repositories are tried in order; a repository on the Hub, as a string "ORG/NAME" or
                 "ORG/NAME@REVISION"; a folder in Hugging Face's or timm's layout; a weight file (Meta's `.pth`,
-                safetensors); or a module: a model of `transformers` (with ``mean`` and ``std``) or timm, or your own,
-                see :class:`brixel.backbones.base.Backbone`. A path on disk takes precedence over a name. A module is
-                frozen and put in evaluation mode; "auto" keeps its device and dtype.
+                safetensors, a checkpoint of a training); or a module: a model of `transformers` or torch.hub (with
+                ``mean`` and ``std``) or timm, or your own, see :class:`brixel.backbones.base.Backbone`. A path on disk
+                takes precedence over a name. A module is taken out of wrappers such as torch.compile's, frozen and put
+                in evaluation mode; "auto" keeps its device and dtype.
             adapter: "universal", the upsampler in the package that sharpens the features of any backbone along the
                 outlines in the image (`docs/universal.md`); "bilinear" interpolation; or "fresh", an untrained adapter
                 for :mod:`brixel.train`, which starts as the universal one.
@@ -134,7 +138,7 @@ class BrixelFeatures(DenseFeatures):
             short_side_px: Short side in pixels that :meth:`extract` resizes images to; 16 patches where None.
             device, dtype, revision, token, cache_dir, local_files_only: As in :meth:`from_pretrained`.
             **vit_fields: Fields of :class:`ViTConfig` that replace what the file's format implies, such as ``mean``,
-                ``rope_rounding`` or ``position_antialias``.
+                ``native_grid``, ``rope_rounding`` or ``position_antialias``.
 
         Returns:
             The model on ``device``, in evaluation mode.
@@ -207,7 +211,9 @@ class BrixelFeatures(DenseFeatures):
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         adapter_path = locate(adapter_pth, what="adapter").path
-        backbone, architecture, side = choose_release(adapter_path, release, backbone, architecture, short_side_px)
+        backbone, architecture, side = choose_release(release, backbone, architecture, short_side_px)
+        tensors = read_release(adapter_path)  # before anything is fetched for it
+        check_width(adapter_path, tensors, backbone, architecture)
         access = _access(token, cache_dir, local_files_only)
         files = locate(backbone, what="backbone", revision=revision, access=access)
         vit, described = read_backbone(files, architecture, dtype, vit_fields)
@@ -218,7 +224,7 @@ class BrixelFeatures(DenseFeatures):
         def build() -> Upsampler:
             return Upsampler(vit.width, adapter)
 
-        upsampler = load_into(build, read_release(adapter_path, shapes_of(build), what=what), dtype, what=what)
+        upsampler = load_into(build, our_names(tensors, shapes_of(build), what=what), dtype, what=what)
         return cls(vit, upsampler, BrixelConfig(described, adapter, files.commits, training)).to(device)
 
     def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False, weights: str = FLOAT) -> None:

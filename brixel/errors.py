@@ -5,6 +5,7 @@ cannot steer a terminal or begin a line: see :func:`one_line`.
 """
 
 import difflib
+import errno
 import logging
 import re
 from collections.abc import Iterable
@@ -40,7 +41,18 @@ class CheckpointError(BrixelError):
 
 
 class DamagedFileError(CheckpointError):
-    """A weight file or a configuration cannot be read at all, for example because it was cut off."""
+    """A file cannot be read at all, or holds what no such file may hold: it was cut off, changed, or is another's.
+
+    Weight files, configurations, feature maps, manifests, caches, states: everything that is read back.
+    """
+
+
+class MissingFileError(BrixelError, FileNotFoundError):
+    """A file that was named is not there."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.ENOENT
 
 
 class MemoryLimitError(BrixelError, MemoryError):

@@ -318,7 +318,7 @@ def test_a_folder_with_its_backbone_needs_no_other(model, backbone_folder, tmp_p
     BrixelFeatures.from_backbone(moved, device="cpu").save_pretrained(tmp_path / "part")
     shutil.rmtree(moved)
     BrixelFeatures.from_pretrained(tmp_path / "whole", device="cpu")
-    with pytest.raises(CheckpointError, match=r"without its backbone, ViT of width 64.*give the backbone's folder"):
+    with pytest.raises(CheckpointError, match=r"without its backbone, ViT of width 64.*Give the backbone's folder"):
         BrixelFeatures.from_pretrained(tmp_path / "part")
     BrixelFeatures.from_pretrained(tmp_path / "part", backbone=backbone_folder, device="cpu")
 
@@ -444,12 +444,33 @@ def edited(model, tmp_path, edit):
             r"BackboneConfig.fingerprint is \[.*; expected a list of",
         ),
         (lambda c: c["backbone"]["vit"].update(qkv_bias="false"), "qkv_bias is 'false'; expected True or False"),
-        (lambda c: c["backbone"]["vit"].update(registers=-1), "registers is -1; expected a whole number from 0 up"),
+        (lambda c: c["backbone"]["vit"].update(registers=-1), "registers is -1; expected a whole number from 0 to"),
         (
             lambda c: c["backbone"]["vit"].update(norm_eps="1e-6"),
             "ViTConfig.norm_eps is '1e-6'; expected a finite number",
         ),
-        (lambda c: c["backbone"]["vit"].update(std=[float("nan")] * 3), "std is .*; expected three numbers"),
+        (lambda c: c["backbone"]["vit"].update(std=[0.5, 0, 0.5]), "std is .*; expected three numbers"),
+        (lambda c: c["backbone"]["vit"].update(std=[float("nan")] * 3), "not JSON .the number NaN is not finite"),
+        (lambda c: c.pop("adapter"), "adapter is None; expected a table"),
+        (lambda c: c.update(backbone="abc"), "backbone is 'abc'; expected a table"),
+        (lambda c: c["backbone"].update(vit=[1]), r"backbone.vit is \[1\]; expected a table"),
+        (lambda c: c["backbone"].update(fingerprint=[10**400]), "fingerprint is .10000.*; expected a list of finite"),
+        (
+            lambda c: c["backbone"].update(fingerprint=[1e300] * 12),
+            "fingerprint is .1e.300",
+        ),
+        (lambda c: c["backbone"].update(architecture=["x"]), "architecture is .'x'.; expected a text"),
+        (lambda c: c["backbone"].update(sources={"a": 1}), "sources is .'a': 1.; expected a list"),
+        (lambda c: c["backbone"]["vit"].update(depth=10**9), "depth is 1000000000; expected a whole number"),
+        (lambda c: c["backbone"]["vit"].update(width=3 * 10**9), "width is 3000000000; expected a whole number"),
+        (lambda c: c["backbone"]["vit"].update(ffn_width=2**62), "ffn_width is 46.*; expected a whole number"),
+        (lambda c: c["backbone"]["vit"].update(native_grid=10**6), "native_grid is 1000000; expected a whole number"),
+        (lambda c: c["backbone"]["vit"].update(rope_theta=0), "rope_theta is 0; expected a finite number above 0"),
+        (lambda c: c["backbone"]["vit"].update(depth=1000), "its depth is 4, not 1000"),
+        (lambda c: c["backbone"]["vit"].update(ffn_width=2**19), "its feed-forward width is 256, not 524288"),
+        (lambda c: c["backbone"]["vit"].update(width=2**16), "its width is 64, not 65536"),
+        (lambda c: c["backbone"]["vit"].update(patch_px=1000), "its patch side is 14, not 1000"),
+        (lambda c: c["backbone"]["vit"].update(native_grid=4000), "position_embeddings.*model has .1, 16000001, 64"),
     ],
 )
 def test_a_wrong_config_says_what_is_wrong(model, tmp_path, edit, message):

@@ -111,7 +111,8 @@ class ViT(nn.Module):
         if config.registers:
             self.registers = nn.Parameter(torch.zeros(1, config.registers, config.width))
         if config.positions == "learned":
-            self.positions = nn.Parameter(torch.zeros(1, config.class_token + config.native_grid**2, config.width))
+            rows, columns = config.native_hw
+            self.positions = nn.Parameter(torch.zeros(1, config.class_token + rows * columns, config.width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
 
@@ -190,9 +191,8 @@ class ViT(nn.Module):
         return torch.cat([*(tokens.expand(pixels.shape[0], -1, -1) for tokens in prefix), patches], dim=1)
 
     def _learned_positions(self, grid_hw: tuple[int, int]) -> Tensor:
-        native = self.config.native_grid
         positions = self.positions[:, self.config.class_token :].float()  # without the class token's
-        positions = rearrange(positions, "1 (h0 w0) D -> 1 D h0 w0", h0=native)
+        positions = rearrange(positions, "1 (h0 w0) D -> 1 D h0 w0", h0=self.config.native_hw[0])
         resized = interpolate_positions(
             positions,
             grid_hw,

@@ -9,7 +9,6 @@ from einops import rearrange
 from torch import Tensor
 
 from brixel.checkpoints.key_mapping import KeyMap, State, layer_keys
-from brixel.errors import CheckpointError
 
 
 def fold_bias_mask(state: State) -> State:
@@ -91,6 +90,7 @@ DINOV3_META = KeyMap(
         **layer_keys("blocks.{i}.ffn.gate_up", "blocks.{i}.mlp.w1", "blocks.{i}.mlp.w2"),
     },
     dropped=("mask_token", "rope_embed.periods", "local_cls_norm.weight", "local_cls_norm.bias"),
+    unfilled=(".attn.qkv.bias_mask",),
     aliases=(_GATED_DOWN,),
     prepare=fold_bias_mask,
     options={"rope_rounding": "bfloat16"},  # as the released files' `rope_embed.periods` are
@@ -150,11 +150,13 @@ DINOV2_META = KeyMap(
     aliases=(_GATED_DOWN,),
     options={"position_antialias": False, "position_scale_offset": 0.1},
 )
+# without the mask token, which a training may leave out, the names of gated layers and of registers are Meta's
+DINOV2_META_GATED = replace(DINOV2_META, marks=("pos_embed", "blocks.0.mlp.w12.weight", "blocks.0.ls1.gamma"))
 # the release with registers dropped the offset and brought antialiasing
 DINOV2_META_REGISTERS = replace(
     DINOV2_META,
     name="DINOv2 with registers in Meta's layout",
-    marks=(*DINOV2_META.marks, "register_tokens"),
+    marks=("pos_embed", "register_tokens", "blocks.0.ls1.gamma"),
     unmarked=("reg_token",),
     options={"position_antialias": True, "position_scale_offset": 0.0},
 )
@@ -238,7 +240,6 @@ SIGLIP_HUGGINGFACE = KeyMap(
         *("text_model.*", "logit_scale", "logit_bias"),
         *("head.probe", "head.attention.*", "head.layernorm.*", "head.mlp.*"),
     ),
-    aliases=((r"^vision_model\.", ""),),
     prepare=unfold_tables,
     options={"position_antialias": False, "position_scale_offset": 0.0, "position_mode": "bicubic"},
 )
@@ -278,6 +279,7 @@ KEY_MAPS = (
     DINOV3_HUGGINGFACE,
     DINOV3_TIMM,
     DINOV2_META,
+    DINOV2_META_GATED,
     DINOV2_META_REGISTERS,
     DINOV2_HUGGINGFACE,
     DINOV2_HUGGINGFACE_REGISTERS,
@@ -288,29 +290,9 @@ KEY_MAPS = (
     SIGLIP_NAFLEX_TIMM,
     BRIXEL,
 )
-# prefixes of all keys that wrappers add: DataParallel, a trainer, a bigger model
-_PREFIXES = ("module.", "backbone.", "model.")
 
 
 def needed(name: str) -> bool:
     """Whether a tensor must be read: False where a format leaves it unread, whatever the prefix of its name."""
     unread = (pattern for key_map in KEY_MAPS for pattern in key_map.unread)
     return not any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in unread)
-
-
-def without_prefix(state: State) -> State:
-    """The state without prefixes that a wrapper added to all of its keys."""
-    for prefix in _PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            return without_prefix({key.removeprefix(prefix): tensor for key, tensor in state.items()})
-    return state
-
-
-def recognise(state: State, path: str) -> KeyMap:
-    """The format of a checkpoint, by its keys; ``path`` names it in the error."""
-    for key_map in KEY_MAPS:
-        if key_map.matches(state):
-            return key_map
-    some = ", ".join(list(state)[:5])
-    known = ", ".join(key_map.name for key_map in KEY_MAPS)
-    raise CheckpointError(f"{path} holds {len(state)} tensors ({some}, ...), no layout that we know; known: {known}")

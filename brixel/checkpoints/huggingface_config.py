@@ -1,61 +1,105 @@
 """Reading the `config.json` and `preprocessor_config.json` of a Hugging Face or timm checkpoint."""
 
-import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from brixel.backbones.normalisation import Colours, of_processor, unit_normalisation
 from brixel.backbones.vit_config import ViTConfig, siglip_config
-from brixel.errors import BrixelError, CheckpointError, DamagedFileError
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where the file does not exist."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedFileError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}; expected a JSON object")
-    return content
+from brixel.errors import BrixelError, CheckpointError
+from brixel.utils.structured_files import read_json
 
 
 def vit_config(folder: Path) -> ViTConfig | None:
-    """The architecture in a folder's `config.json`; None where that is not in Hugging Face's format."""
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if kind is None:
+    """The architecture in a folder's `config.json`; None where that is not in Hugging Face's format.
+
+    In the config of a bigger model, such as one for depth, it is that of its backbone.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("model_type") is None:
         return None
-    readers = {
-        "dinov3_vit": _dinov3,
-        **dict.fromkeys(("dinov2", "dinov2_with_registers"), _dinov2),
-        **dict.fromkeys(("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"), _siglip),
-    }
-    if kind not in readers:
-        raise CheckpointError(f"{folder / 'config.json'}: model_type {kind!r}; we read {', '.join(readers)}")
+    part = next((part for part in _parts(config) if _kind(part) in _READERS), None)
+    if part is None:
+        raise CheckpointError(f"{path}: model_type {config['model_type']!r}; we read {', '.join(_READERS)}")
+    kind = _kind(part)
     try:
-        return readers[kind](config)
+        return _READERS[kind](part if part is config else _DEFAULTS.get(kind, {}) | part)
     except KeyError as error:
-        raise CheckpointError(f"{folder / 'config.json'} lacks {error} of a {kind} model") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} does not describe a {kind} model: {error}") from error
+        raise CheckpointError(f"{path} lacks {error} of a {kind} model") from error
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not describe a {kind} model: {error}") from error
 
 
-def normalisation(folder: Path) -> dict[str, tuple[float, float, float]]:
-    """``mean`` and ``std`` from a folder's files (Hugging Face's processor or timm's config), if they state them."""
-    stated = read_json(folder / "preprocessor_config.json")
-    timm = read_json(folder / "config.json").get("pretrained_cfg") or {}
-    mean = stated.get("image_mean", timm.get("mean"))
-    std = stated.get("image_std", timm.get("std"))
-    return {"mean": tuple(mean), "std": tuple(std)} if mean and std else {}
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config, and those of the networks in it that may be a backbone."""
+    yield config
+    for name in ("backbone_config", "vision_config", "encoder", "encoder_config"):
+        part = config.get(name)
+        if isinstance(part, dict):
+            yield part
+
+
+def _kind(config: dict[str, Any]) -> str:
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else ""
+
+
+def normalisation(folder: Path) -> dict[str, Colours]:
+    """``mean`` and ``std`` from a folder's files (Hugging Face's processor or timm's config), if they state them.
+
+    They are for pixels in [0, 1]. Raises CheckpointError where what is stated cannot be brought to that.
+    """
+    path, stated = _processor(folder)
+    try:
+        found = of_processor(stated, "")
+        if found is None:
+            path, timm = folder / "config.json", pretrained_cfg(folder)
+            if timm.get("mean") is not None and timm.get("std") is not None:
+                found = unit_normalisation(timm["mean"], timm["std"], "pretrained_cfg.")
+    except BrixelError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return {} if found is None else {"mean": found[0], "std": found[1]}
+
+
+def _processor(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The settings of the image processor, and their file: of a whole processor first, as `transformers` does."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        content = read_json(folder / name)
+        nested = content.get("image_processor")
+        if isinstance(nested, dict):
+            return folder / name, nested
+    return folder / name, content
+
+
+def pretrained_cfg(folder: Path) -> dict[str, Any]:
+    """What timm's `config.json` in a folder states about its weights; empty where there is none."""
+    stated = read_json(folder / "config.json").get("pretrained_cfg") or {}
+    if not isinstance(stated, dict):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: pretrained_cfg is a {type(stated).__name__}; expected a table, as timm has"
+        )
+    return stated
+
+
+def is_timm(folder: Path) -> bool:
+    """Whether a folder's `config.json` is timm's."""
+    return bool(pretrained_cfg(folder)) or "architecture" in read_json(folder / "config.json")
 
 
 def timm_tag(folder: Path) -> str | None:
     """The tag in a timm folder's `config.json` that names its weights, such as "lvd1689m"."""
-    tag = (read_json(folder / "config.json").get("pretrained_cfg") or {}).get("tag")
+    tag = pretrained_cfg(folder).get("tag")
     return tag if isinstance(tag, str) else None
+
+
+def timm_image_hw(folder: Path) -> tuple[int, int] | None:
+    """Height and width of the images that the weights in a timm folder were trained on, if it states them."""
+    size = pretrained_cfg(folder).get("input_size")
+    if isinstance(size, list) and len(size) == 3 and all(type(side) is int for side in size):
+        return size[1], size[2]
+    return None
 
 
 # fields of ViTConfig that all of these models have, by our name
@@ -69,7 +113,28 @@ _NAMES = {
 
 
 def _sizes(config: dict[str, Any]) -> dict[str, Any]:
-    return {ours: config[theirs] for ours, theirs in _NAMES.items()}
+    sizes = {ours: config[theirs] for ours, theirs in _NAMES.items()}
+    height, width = _sides(config, "patch_size")
+    if height != width:
+        raise BrixelError(f"patch_size is {config['patch_size']!r}; expected square patches")
+    return {**sizes, "patch_px": height}
+
+
+def _sides(config: dict[str, Any], name: str) -> tuple[int, int]:
+    """Height and width from a field that is one number, a list of two, or a table of both."""
+    value = config[name]
+    if isinstance(value, dict):
+        value = [value.get("height"), value.get("width")]
+    sides = value if isinstance(value, list) else [value, value]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise BrixelError(f"{name} is {config[name]!r}; expected a whole number above 0, or height and width")
+    return sides[0], sides[1]
+
+
+def _grid(config: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of patches of the images that a model was trained on."""
+    (height, width), (rows_px, columns_px) = _sides(config, "image_size"), _sides(config, "patch_size")
+    return height // rows_px, width // columns_px
 
 
 def _dinov3(config: dict[str, Any]) -> ViTConfig:
@@ -108,32 +173,67 @@ def _dinov2(config: dict[str, Any]) -> ViTConfig:
         positions="learned",
         registers=config.get("num_register_tokens", 0),
         qkv_bias=config["qkv_bias"],
-        native_grid=config["image_size"] // config["patch_size"],
+        native_grid=_grid(config),
     )
 
 
-# defaults of transformers for fields that a configuration leaves out, as the published ones do
-_SIGLIP_DEFAULTS = {
+# Defaults of transformers for fields that a configuration inside another leaves out; those of SigLIP do so everywhere.
+_DINOV2_DEFAULTS = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "patch_size": 16,
-    "image_size": 224,
-    "num_patches": 256,
+    "mlp_ratio": 4,
     "layer_norm_eps": 1e-6,
+    "image_size": 224,
+    "patch_size": 14,
+    "qkv_bias": True,
+    "use_swiglu_ffn": False,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dinov2": _DINOV2_DEFAULTS,
+    "dinov2_with_registers": {**_DINOV2_DEFAULTS, "patch_size": 16, "num_register_tokens": 4},
+    "dinov3_vit": {
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "intermediate_size": 1536,
+        "patch_size": 16,
+        "layer_norm_eps": 1e-5,
+        "use_gated_mlp": False,
+        "num_register_tokens": 0,
+        "query_bias": True,
+        "value_bias": True,
+        "rope_theta": 100.0,
+    },
+    "siglip": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "patch_size": 16,
+        "image_size": 224,
+        "num_patches": 256,
+        "layer_norm_eps": 1e-6,
+    },
 }
 
 
 def _siglip(config: dict[str, Any]) -> ViTConfig:
     """Both towers or the vision tower alone. `siglip2` is NaFlex only; SigLIP 2 for one resolution is `siglip`."""
-    vision = {**_SIGLIP_DEFAULTS, **config.get("vision_config", config)}
+    vision = {**_DEFAULTS["siglip"], **config.get("vision_config", config)}
     naflex = config["model_type"].startswith("siglip2")
     _check_activation(vision, "gelu_pytorch_tanh")
     return siglip_config(
         **_sizes(vision),
         ffn="mlp",
         ffn_width=vision["intermediate_size"],
-        native_grid=math.isqrt(vision["num_patches"]) if naflex else vision["image_size"] // vision["patch_size"],
+        native_grid=math.isqrt(vision["num_patches"]) if naflex else _grid(vision),
         naflex=naflex,
     )
+
+
+_READERS = {
+    "dinov3_vit": _dinov3,
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), _dinov2),
+    **dict.fromkeys(("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"), _siglip),
+}

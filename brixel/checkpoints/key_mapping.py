@@ -31,6 +31,7 @@ class KeyMap:
         zeros: Keys of theirs that a whole file may lack; read as zeros.
         dropped: Keys of theirs that are not needed, as shell patterns.
         unread: Keys of theirs that are not even read from the file, as shell patterns.
+        unfilled: Endings of keys of theirs that may be NaN, which means that nothing was written there.
         aliases: Other spellings of their keys, as (regular expression, replacement).
         prepare: Changes the tensors before they are renamed.
         options: Fields of :class:`ViTConfig` that files of this format imply.
@@ -44,9 +45,19 @@ class KeyMap:
     zeros: frozenset[str] = frozenset()
     dropped: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    unfilled: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     prepare: Callable[[State], State] | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+
+    def used(self, state: State) -> State:
+        """Those tensors of a state, under this format's own names, that become part of ours."""
+        sources = {source for theirs in self.tensors.values() for source in theirs}
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if name in sources or _template(name) in sources or name.endswith(self.unfilled)
+        }
 
     def canonical(self, state: State) -> State:
         """The state with aliases replaced; a key stays as it is where both spellings are present."""

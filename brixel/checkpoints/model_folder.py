@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
-from brixel.checkpoints.huggingface_config import read_json
 from brixel.checkpoints.int8_weights import quantised_state
 from brixel.checkpoints.model_card import model_card, write_card
 from brixel.checkpoints.weight_files import write_tensors
@@ -16,7 +15,8 @@ from brixel.errors import BrixelError, CheckpointError
 from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig
 from brixel.model.student import Student
 from brixel.utils.atomic_files import write_text
-from brixel.utils.fields import check_field, check_names, one_of
+from brixel.utils.fields import check_field, check_names, one_of, short_repr
+from brixel.utils.structured_files import read_json
 
 FORMAT_VERSION = 1
 CONFIG, ADAPTER, BACKBONE = "config.json", "adapter.safetensors", "backbone.safetensors"
@@ -90,35 +90,48 @@ def write_config(path: Path, config: BrixelConfig) -> None:
 def read_config(path: Path) -> BrixelConfig:
     """Read `config.json`; CheckpointError where it is missing, not ours, damaged, or of a newer format."""
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} holds no {path.name}: expected a folder written by save_pretrained")
+        raise CheckpointError(
+            f"{path.parent} holds no {path.name}: expected a folder written by save_pretrained; for a backbone use "
+            "from_backbone"
+        )
     content = read_json(path)
     version = content.pop("format_version", None)
     if type(version) is not int:
-        raise CheckpointError(
-            f"{path} is no brixel model's, it lacks format_version; for a backbone use from_backbone, --backbone"
-        )
+        raise CheckpointError(f"{path} is no brixel model's, it lacks format_version; for a backbone use from_backbone")
     if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format {version}, newer than {FORMAT_VERSION}, which we read: update brixel")
+        raise CheckpointError(
+            f"{path} has format {short_repr(version)}, newer than {FORMAT_VERSION}, which we read: update brixel"
+        )
     try:
-        backbone = dict(content.pop("backbone"))
+        backbone = dict(_table("backbone", content.pop("backbone", None)))
         if "source" in backbone:  # written before there could be several
             backbone["sources"] = (backbone.pop("source"),)
-        values = backbone.pop("vit")
+        values = _table("backbone.vit", backbone.pop("vit", None))
         vit = _section(ForeignConfig if "class_name" in values else ViTConfig, values)
         config = BrixelConfig(
             _section(BackboneConfig, {**backbone, "vit": vit}),
-            _section(AdapterConfig, content.pop("adapter")),
+            _section(AdapterConfig, _table("adapter", content.pop("adapter", None))),
             content.pop("commits", {}),
             content.pop("training", {}),
         )
-    except (KeyError, TypeError, BrixelError) as error:
+    except BrixelError as error:
         raise CheckpointError(f"{path} does not describe a model: {error}") from error
     if content:
-        raise CheckpointError(f"{path} has unknown parts: {', '.join(content)}")
+        raise CheckpointError(f"{path} has unknown parts: {', '.join(content)[:200]}")
     return config
 
 
+def _table(name: str, values: object) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise BrixelError(f"{name} is {short_repr(values)}; expected a table")
+    return values
+
+
 def _section(kind: type[Section], values: dict[str, Any]) -> Section:
-    """A dataclass from its fields by name; an unknown name is an error."""
-    check_names(values, [field.name for field in dataclasses.fields(kind)], f"{kind.__name__} has no")  # type: ignore[arg-type]
+    """A dataclass from its fields by name; an unknown or a missing name is an error."""
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    check_names(values, [field.name for field in fields], f"{kind.__name__} has no")
+    required = [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise BrixelError(f"{kind.__name__} lacks {', '.join(missing)}")
     return kind(**values)

@@ -11,7 +11,7 @@ from brixel.backbones.base import Backbone, device_and_dtype
 from brixel.backbones.registry import find_backbone
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
-from brixel.backbones.wrappers import as_backbone, config_of
+from brixel.backbones.wrappers import as_backbone, config_of, unwrapped
 from brixel.checkpoints.fingerprint import check_fingerprint, fingerprint
 from brixel.checkpoints.hub_download import Access
 from brixel.checkpoints.huggingface_config import vit_config
@@ -64,7 +64,7 @@ def resolve_backbone(
         missing = f"{files.path} holds an adapter without its backbone, {ours.title}{hint}"
         found = locate_first(ours.sources, downloaded=files.snapshot is not None, access=access, missing=missing)
     with found.reading():
-        backbone = load_backbone(found.path, architecture=vit, dtype=dtype).vit
+        backbone = load_backbone(found.path, architecture=vit, dtype=dtype, adapter_for=ours.title).vit
     check_fingerprint(ours, backbone, str(included or found.source))
     if included is not None:
         return backbone, config
@@ -77,6 +77,7 @@ def resolve_backbone(
 
 def wrap_module(module: nn.Module, settings: Mapping[str, object]) -> tuple[Backbone, BackboneConfig]:
     """A module as a frozen backbone, and its description. Of ``settings`` only mean and std apply to modules."""
+    module = unwrapped(module)
     wrong = [name for name, value in settings.items() if value not in (None, False) and name not in ("mean", "std")]
     if wrong:
         raise BrixelError(f"{', '.join(wrong)}: not for a backbone that is a module, {type(module).__name__}")
@@ -87,6 +88,7 @@ def wrap_module(module: nn.Module, settings: Mapping[str, object]) -> tuple[Back
 
 def match_module(ours: BackboneConfig, module: nn.Module) -> Backbone:
     """A module as the backbone that a saved adapter was made for; CheckpointError where it is another."""
+    module = unwrapped(module)
     has_normalisation = hasattr(module, "block_maps")
     backbone = as_backbone(module) if has_normalisation else as_backbone(module, mean=ours.vit.mean, std=ours.vit.std)
     theirs = config_of(backbone)

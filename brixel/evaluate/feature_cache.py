@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, DamagedFileError
 from brixel.evaluate.feature_sources import FeatureSource
 from brixel.images.crops import CropSettings, teacher_crop
 from brixel.images.load import load_image
 from brixel.utils.atomic_files import atomic_path
 from brixel.utils.memory import MARGIN, format_bytes, free_bytes
+from brixel.utils.npy_files import open_npy
 from brixel.utils.progress import progress_bar
+from brixel.utils.structured_files import checking_content
 
+_DELETE = "delete it, and it is computed again"
 _ADVICE = "take fewer images (--limit) or a smaller --teacher-px"
 
 
@@ -49,7 +52,12 @@ class Features:
 
     def batch(self, indices: Sequence[int]) -> Tensor:
         """Maps of several images, (B, D, h, w), float32."""
-        maps = [_read(self._kept[index]) for index in indices]
+        kept = [self._kept[index] for index in indices]
+        maps = [_read(each) for each in kept]
+        for one, found in zip(kept, maps, strict=True):
+            if isinstance(one, Path) and found.shape != maps[0].shape:
+                shapes = f"a map of {tuple(found.shape)}, another file one of {tuple(maps[0].shape)}"
+                raise DamagedFileError(f"{one} holds {shapes}; {_DELETE}")
         return self.source.finish(torch.stack(maps).float())
 
     def split(self, count: int) -> tuple["Features", "Features"]:
@@ -121,7 +129,15 @@ def _compute(source: FeatureSource, image: Path, teacher_px: int) -> Tensor:
 def _read(kept: Tensor | Path | Callable[[], Tensor]) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
-    return torch.from_numpy(np.load(kept)) if isinstance(kept, Path) else kept()
+    return _read_file(kept) if isinstance(kept, Path) else kept()
+
+
+def _read_file(path: Path) -> Tensor:
+    with checking_content(path, "a map of the cache", _DELETE):
+        array = open_npy(path)
+        if array.ndim != 3 or array.dtype != np.float16:
+            raise BrixelError(f"it holds {array.dtype} {array.shape}, expected float16 (D, h, w)")
+        return torch.from_numpy(np.array(array))
 
 
 def _hash(content: bytes) -> str:

@@ -69,17 +69,19 @@ def _warn_once(message: str) -> None:
     _LOG.warning("%s", message)
 
 
-def report_figure(report: Report) -> "Figure":
+def report_figure(report: Report) -> "Figure | None":
     """The main metrics over the size of the image, a diagram per metric and model, with 95 % intervals as error bars.
 
     The teacher is drawn at the size of the student whose map is as fine as its own. Rows without a metric, of earlier
-    versions, are left out.
+    versions, are left out; None where nothing is left.
     """
     diagrams: dict[tuple[tuple[str, str, str], str], list[Mapping[str, Any]]] = {}
     for metric in _METRICS[report.task]:
         for row in report.rows:
-            if metric[0] in row:
+            if isinstance(row.get(metric[0]), int | float):
                 diagrams.setdefault((metric, row["model"]), []).append(row)
+    if not diagrams:
+        return None
     figure, axes = _figure(len(diagrams))
     for axis, (((key, interval_key, label), model), rows) in zip(axes, diagrams.items(), strict=True):
         axis.set_title(f"{model}: {label}")

@@ -10,13 +10,55 @@ from typing import Any
 
 from brixel.errors import BrixelError, printable
 from brixel.utils.atomic_files import check_folder, write_text
+from brixel.utils.fields import (
+    Rule,
+    check_field,
+    check_table,
+    json_table,
+    number,
+    optional,
+    several,
+    short_repr,
+    table_of,
+    text,
+)
 from brixel.utils.markdown import markdown_table
 from brixel.utils.memory import format_bytes
 
 SOURCE_COLUMNS = {"model": ("model", ""), "image_px": ("image, px", "d"), "source": ("source", "")}
 """What every report that compares feature sources begins with."""
 
+_TEACHER_PX = "teacher_px"
+_MOST_COLUMNS = 12  # of a table that has a line for each row
+
 _OLD_KEYS = {"picture_px": "image_px", "image_px": "student_px"}  # of version 0.1, the second in reports of costs
+_FORM = re.compile(r"|d|of|bytes|\+?\.\d[f%g]")
+
+
+def _column(value: Any) -> tuple[str, str]:
+    heading, form = value
+    if not isinstance(heading, str) or not isinstance(form, str) or not _FORM.fullmatch(form):
+        raise ValueError
+    return heading, form
+
+
+def _value(value: Any) -> Any:
+    plain = value if isinstance(value, list | tuple) and len(value) == 2 else [value]
+    if not all(each is None or isinstance(each, str | int | float) for each in plain):
+        raise TypeError
+    return value
+
+
+_VALUE = Rule("a number, a text, None, or a pair of numbers", _value)
+_INTERVAL = optional(several(number(finite=False), "a pair of numbers", count=2))
+_TEXT = text(empty=True)
+_RULES = {
+    **{"task": text(), "title": _TEXT, "recipe": _TEXT},
+    "columns": table_of(Rule("a heading and a format", _column), "a heading and a format by key"),
+    "rows": several(json_table(), "a list of tables", single=False),
+    "notes": several(_TEXT, "a list of texts", single=False),
+    "details": optional(json_table()),
+}
 _OLD_PICTURES = re.compile(r"(?<=\d )pictures\b|(?<=% of the )pictures(?= to fit)")  # in recipes of version 0.1
 
 
@@ -54,14 +96,39 @@ class Report:
         Returns:
             A section with the table, notes, recipe and command.
         """
-        table = markdown_table(
+        table = self._table_by_size(level + 1) if self._is_wide else self._table()
+        notes = [*(f"- {note}" for note in self.notes), ""] if self.notes else []
+        heading = f"{'#' * level} {self.title}"
+        return "\n".join([heading, "", *table, "", *notes, self.recipe, "Made by:", "", f"    {command}"])
+
+    @property
+    def _is_wide(self) -> bool:
+        """Whether no terminal has room for a line of the table."""
+        return len(self.columns) > _MOST_COLUMNS and self.columns.keys() >= SOURCE_COLUMNS.keys()
+
+    def _table(self) -> list[str]:
+        """A line for each row."""
+        return markdown_table(
             [heading for heading, _ in self.columns.values()],
             [[shown(row.get(key), form) for key, (_, form) in self.columns.items()] for row in self.rows],
             numeric=[bool(form) for _, form in self.columns.values()],
         )
-        notes = [*(f"- {note}" for note in self.notes), ""] if self.notes else []
-        heading = f"{'#' * level} {self.title}"
-        return "\n".join([heading, "", *table, "", *notes, self.recipe, "Made by:", "", f"    {command}"])
+
+    def _table_by_size(self, level: int) -> list[str]:
+        """For each model and size a table under a heading, with a line for each metric and a column for each source."""
+        metrics = {key: column for key, column in self.columns.items() if key not in (*SOURCE_COLUMNS, _TEACHER_PX)}
+        groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        for row in self.rows:
+            groups.setdefault((row["model"], row["image_px"], row.get(_TEACHER_PX)), []).append(row)
+        lines: list[str] = []
+        for (model, image_px, teacher_px), rows in groups.items():
+            teacher = "" if teacher_px is None else f", teacher {teacher_px} px"
+            cells = [[name, *(shown(row.get(key), form) for row in rows)] for key, (name, form) in metrics.items()]
+            table = markdown_table(
+                ["", *(row["source"] for row in rows)], cells, numeric=[False, *(True for _ in rows)], pad=True
+            )
+            lines += [f"{'#' * level} {model}, {image_px} px{teacher}", "", *table, ""]
+        return lines[:-1]
 
     def content(self, command: str) -> dict[str, Any]:
         """Convert the report to JSON values, which :meth:`from_content` reads.
@@ -88,9 +155,16 @@ class Report:
 
         Returns:
             The report.
+
+        Raises:
+            BrixelError: They are not those of a report.
         """
-        fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
-        columns = {key: (heading, form) for key, (heading, form) in content["columns"].items()}
+        names = [field.name for field in dataclasses.fields(cls)]
+        fields = check_table("the report", {name: content[name] for name in names if name in content}, _RULES)
+        for index, row in enumerate(fields["rows"], 1):
+            for key, value in row.items():
+                check_field(f"{short_repr(key)} in row {index}", value, _INTERVAL if "interval" in key else _VALUE)
+        columns = fields["columns"]
         if "picture_px" in columns:
             columns = {key: (head.replace("picture", "image"), form) for key, (head, form) in _renamed(columns).items()}
             fields["rows"] = [_renamed(row) for row in fields["rows"]]
@@ -109,11 +183,14 @@ def shown(value: Any, form: str) -> str:
     """A value as the table shows it."""
     if value is None:
         return "-"
-    if form == "of":
-        return " of ".join(map(str, value))
+    if isinstance(value, str):
+        return value
     if isinstance(value, (list, tuple)):
-        return " to ".join(shown(end, form) for end in value)
-    return format_bytes(value) if form == "bytes" else format(value, form)
+        return (" of " if form == "of" else " to ").join(shown(end, "" if form == "of" else form) for end in value)
+    try:
+        return format_bytes(value) if form == "bytes" else format(value, "" if form == "of" else form)
+    except (ValueError, TypeError, OverflowError):  # of a report that was changed: a fraction where counts are
+        return str(value)
 
 
 def check_markdown(path: Path | None) -> None:

@@ -6,7 +6,6 @@ interrupted goes on with the next part, and one that was changed runs what is ne
 
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,10 +18,13 @@ from brixel.evaluate.plots import plots_available, report_figure, save_plot
 from brixel.evaluate.report import Report, write_json
 from brixel.evaluate.suite_file import Part
 from brixel.utils.atomic_files import write_text
+from brixel.utils.fields import check_field, check_table, json_table, one_of, text, whole_number
+from brixel.utils.structured_files import checking_content, read_json_value
 
 _DAY = re.compile(r"\d{4}-\d\d-\d\d(?=\.$)")  # the date at a recipe's end; names of data may contain dates too
 _SMALL = 2**26  # files of a model up to so many bytes are read to see whether the model changed
 _FINGERPRINT = "model_files"  # in a part's JSON
+_ROW_RULES = {"model": text(), "image_px": whole_number(1, 2**31), "source": text()}  # what plots need of every row
 
 Load = Callable[[Mapping[str, str]], BrixelFeatures]
 
@@ -84,8 +86,17 @@ def fingerprint_of(model: Mapping[str, str]) -> str | None:
 
 
 def _content(folder: Path, part: Part) -> dict[str, Any] | None:
+    """What was kept of a part that is done; None where it is not."""
     path = folder / f"{part.key}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    with checking_content(path, "the report of a part", "delete it to run the part again"):
+        content = read_json_value(path, finite=False)
+        report = Report.from_content(check_field("the file", content, json_table()))
+        check_field("task", report.task, one_of(part.task.kind))
+        for number, row in enumerate(report.rows, 1):
+            check_table(f"row {number}", {name: row.get(name) for name in _ROW_RULES}, _ROW_RULES)
+        return dict(content)
 
 
 def _is_done(folder: Path, part: Part) -> bool:

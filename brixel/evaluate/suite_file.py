@@ -5,6 +5,7 @@ Paths are relative to the working directory. `examples/suite_paper.toml` shows t
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 from brixel.errors import BrixelError
 from brixel.evaluate.tasks import KINDS, PROBES, Task
-from brixel.utils.fields import check_field, check_names, several, text, whole_number
-from brixel.utils.toml import read_toml
+from brixel.utils.fields import check_field, check_names, several, short_repr, text, whole_number
+from brixel.utils.structured_files import read_toml
 
+_LONGEST_NAME = 160  # bytes of a model's name in a file name
 _TEXTS = several(text(), "texts", least=1)
-_NUMBERS = several(whole_number(1), "whole numbers from 1 up", least=1)
+_NUMBERS = several(whole_number(1, 2**16), "whole numbers from 1 to below 65536", least=1)
 _MODEL_KEYS = {"model": text(), "backbone": text(), "architecture": text()}
 _COMMON_KEYS = {"task": text(), "models": _TEXTS, "teacher_px": _NUMBERS, "sources": _TEXTS}
 _PROBE_KEYS = {
@@ -38,9 +40,12 @@ class Part:
         """A file name that depends on all settings that differ from the defaults, except ``cache``."""
         defaults = {field.name: field.default for field in dataclasses.fields(Task)}
         given = {name: value for name, value in vars(self.task).items() if name != "cache" and value != defaults[name]}
-        settings = repr((sorted(self.model.items()), sorted(given.items())))
-        digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
-        return f"{self.task.kind}-{self.name}-{self.task.teacher_px[0]}-{digest}"
+        parts: tuple[object, ...] = (sorted(self.model.items()), sorted(given.items()))
+        name = re.sub(r"[^\w.-]", "_", self.name)
+        if name != self.name or len(name.encode()) > _LONGEST_NAME:  # others might become the same
+            name, parts = name[: _LONGEST_NAME // 4], (*parts, self.name)
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+        return f"{self.task.kind}-{name}-{self.task.teacher_px[0]}-{digest}"
 
 
 def read_suite(path: Path) -> list[Part]:
@@ -63,14 +68,16 @@ def read_suite(path: Path) -> list[Part]:
     for name, table in models.items():
         where = f"[models.{name}] of {path}"
         if not isinstance(table, dict):
-            raise BrixelError(f'{where} is {table!r}; expected a table with model = "..." or backbone = "..."')
+            raise BrixelError(
+                f'{where} is {short_repr(table)}; expected a table with model = "..." or backbone = "..."'
+            )
         check_names(table, _MODEL_KEYS, f"{where} has the unknown key")
         for key, value in table.items():
             check_field(f"{key} in {where}", value, _MODEL_KEYS[key])
     return [part for number, run in enumerate(runs, 1) for part in _parts(content, run, f"run {number} of {path}")]
 
 
-def _parts(content: Mapping[str, Any], run: Mapping[str, Any], where: str) -> Iterator[Part]:
+def _parts(content: Mapping[str, Any], run: object, where: str) -> Iterator[Part]:
     fields = _task_fields(run, where)
     models = content["models"]
     names = fields.pop("models", tuple(models))
@@ -83,8 +90,10 @@ def _parts(content: Mapping[str, Any], run: Mapping[str, Any], where: str) -> It
             yield Part(name, models[name], replace(task, teacher_px=(side,)))
 
 
-def _task_fields(run: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _task_fields(run: object, where: str) -> dict[str, Any]:
     """The settings of a run as fields of a task, and the names of its models."""
+    if not isinstance(run, dict):
+        raise BrixelError(f"{where} is {short_repr(run)}; expected a table, [[run]]")
     kind = run.get("task", "")
     check_names([kind], KINDS, f"{where} has the unknown task")
     rules = _COMMON_KEYS | (_PROBE_KEYS if kind in PROBES else {"images": _TEXTS})

@@ -103,6 +103,8 @@ class Task:
         assert self.data is not None
         read = read_labelled if self.kind == "segmentation" else functools.partial(read_measured, self.kind)
         train, val = (read(self.layout, self.data, split).first(self.limit) for split in (self.train, self.val))
+        for data in (train, val):  # whatever is wrong with all files of a data set shows before hours of work
+            data.target(0)
         name = self.data.as_posix() if self.layout == "plain" else val.name
         unusual = "" if (self.train, self.val) == ("train", "val") else f" ({self.train}, {self.val})"
         return train, dataclasses.replace(val, name=f"{name}{unusual}")

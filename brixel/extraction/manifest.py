@@ -19,16 +19,28 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from brixel.errors import BrixelError, DamagedFileError
+from brixel.errors import BrixelError
 from brixel.extraction.distributed import ProcessShare
 from brixel.utils.atomic_files import UNFINISHED
+from brixel.utils.contained_paths import path_below
+from brixel.utils.fields import Rule, check_table, number, several, short_repr, text, text_table, whole_number
+from brixel.utils.structured_files import checking_content, read_json_lines
 
 FORMAT_VERSION = 1
 _LOG = logging.getLogger("brixel")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems without locks, on some clusters
 _OTHER_SIZE_S = 2.0  # processes that start together may try the same file; a run holds its own for longer
 _NAME = "manifest-{}.jsonl"
-_SHARD = re.compile(r"maps-\d+-\d{5,}\.safetensors")
+_SHARD = re.compile(r"maps-(\d+)-(\d{5,})\.safetensors")
+_DAMAGED = ("a manifest of brixel", "--overwrite extracts everything again")
+
+_HEADER_RULES = {"format_version": whole_number(1, 2), "settings": text_table("texts by name")}
+_BYTES = whole_number(0, 2**63)
+_IMAGE_RULES = {"picture": text(), "bytes": _BYTES, "mtime_ns": whole_number(-(2**63), 2**63)}
+_FILE_RULES = {
+    **{"file": text(), "bytes": _BYTES, "sha256": text()},
+    **{"pictures": several(Rule("an image", lambda value: value), "a list of images", single=False), "at": number()},
+}
 
 
 @dataclass(frozen=True)
@@ -137,19 +149,20 @@ def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> l
     """
     written: list[WrittenFile] = []
     for path in manifest_paths(folder):
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was cut off
-        try:
-            records = [json.loads(line) for line in lines]
-            if records:
-                _check_header(path, records[0], settings)
-            written += [_parse(record) for record in records[1:]]
-        except BrixelError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedFileError(
-                f"{path} is damaged or no manifest of brixel ({error}); --overwrite extracts everything again"
-            ) from error
+        records = read_json_lines(path)
+        with checking_content(path, *_DAMAGED):
+            header = next(records, None)
+        if header is not None:
+            _check_header(path, header, settings)
+        with checking_content(path, *_DAMAGED):
+            written += [_parse(folder, path, number, record) for number, record in enumerate(records, 2)]
     return sorted(written, key=lambda file: file.listed_s)
+
+
+def shard_number(file: str) -> tuple[int, int] | None:
+    """The rank and the number of a shard by its name; None for other names."""
+    found = _SHARD.fullmatch(file)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def latest_by_image(written: Iterable[WrittenFile]) -> dict[str, tuple[SourceImage, WrittenFile]]:
@@ -157,11 +170,13 @@ def latest_by_image(written: Iterable[WrittenFile]) -> dict[str, tuple[SourceIma
     return {image.relative_path: (image, file) for file in written for image in file.images}
 
 
-def _parse(record: dict[str, Any]) -> WrittenFile:
-    if unknown := record.keys() - {"file", "bytes", "sha256", "pictures", "at"}:
-        raise ValueError(f"unknown keys {sorted(unknown)}")
-    images = tuple(SourceImage(image["picture"], image["bytes"], image["mtime_ns"]) for image in record["pictures"])
-    return WrittenFile(record["file"], record["bytes"], record["sha256"], images, record.get("at", 0.0))
+def _parse(folder: Path, path: Path, number: int, record: dict[str, Any]) -> WrittenFile:
+    line = f"line {number}"
+    fields = check_table(line, record, _FILE_RULES, {"at": 0.0})
+    path_below(folder, fields["file"], path)
+    images = [check_table(f"an image of {line}", image, _IMAGE_RULES) for image in fields["pictures"]]
+    sources = tuple(SourceImage(image["picture"], image["bytes"], image["mtime_ns"]) for image in images)
+    return WrittenFile(fields["file"], fields["bytes"], fields["sha256"], sources, fields["at"])
 
 
 def _record(written: WrittenFile) -> dict[str, Any]:
@@ -175,12 +190,13 @@ def _record(written: WrittenFile) -> dict[str, Any]:
 
 
 def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str] | None) -> None:
-    version = header["format_version"]
-    if version != FORMAT_VERSION:
-        raise BrixelError(f"{path} has format {version!r}, this brixel reads {FORMAT_VERSION}; update brixel")
+    version = header.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        raise BrixelError(f"{path} has format {short_repr(version)}, this brixel reads {FORMAT_VERSION}; update brixel")
+    with checking_content(path, *_DAMAGED):
+        stored = check_table("line 1", header, _HEADER_RULES)["settings"]
     if settings is None:
         return
-    stored = header["settings"]
     wrong = [
         f"{name}: {settings.get(name)}, not {stored.get(name)}"
         for name in stored | dict(settings)
@@ -207,7 +223,7 @@ def _remove_earlier_run(folder: Path, share: ProcessShare) -> None:
         if rank >= share.processes and rank % share.processes == share.rank:
             path.unlink(missing_ok=True)
     for path in folder.glob("maps-*.safetensors"):
-        if _SHARD.fullmatch(path.name) and int(path.stem.split("-")[1]) % share.processes == share.rank:
+        if (number := shard_number(path.name)) and number[0] % share.processes == share.rank:
             path.unlink(missing_ok=True)
 
 

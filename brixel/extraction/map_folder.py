@@ -1,15 +1,16 @@
 """Reading a folder of maps, in files or in shards, and checking it against its manifests."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from brixel.errors import BrixelError, DamagedFileError
+from brixel.errors import BrixelError
 from brixel.extraction.manifest import SourceImage, WrittenFile, latest_by_image, manifest_paths, read_manifests
 from brixel.extraction.writers import SHARD_KEY, checksum
 from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.storage import GEOMETRY_RULES
+from brixel.utils.fields import check_table
+from brixel.utils.safetensors_files import open_safetensors
+from brixel.utils.structured_files import check_regular, checking_content, parse_json
 
 
 class MapFolder(Mapping[str, FeatureMap]):
@@ -23,8 +24,9 @@ class MapFolder(Mapping[str, FeatureMap]):
         folder: the output folder of an extraction, with files or shards.
 
     Raises:
-        BrixelError: if the folder holds no manifest, or a damaged one. A lookup raises ``DamagedFileError`` for a file
-            that cannot be read, and ``KeyError`` for an image that has no map.
+        BrixelError: if the folder holds no manifest, or a damaged one, or one that names files outside of the folder.
+            A lookup raises ``DamagedFileError`` for a file that cannot be read, ``MissingFileError`` for one that is
+            gone, and ``KeyError`` for an image that has no map.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -54,8 +56,11 @@ def verify(folder: Path) -> list[str]:
     for written in {file.file: file for _, file in _read_entries(folder).values()}.values():
         path = folder / written.file
         try:
+            check_regular(path)
             if checksum(path) != (written.size_bytes, written.sha256):
                 messages.append(f"{path}: changed or damaged")
+        except BrixelError as error:
+            messages.append(str(error))
         except OSError as error:
             messages.append(f"{path}: cannot be read ({error.strerror or error})")
     return messages
@@ -86,9 +91,8 @@ def _read_entries(folder: Path) -> dict[str, tuple[SourceImage, WrittenFile]]:
 
 
 def _load_from_shard(path: Path, image: str) -> FeatureMap:
-    try:
-        with safe_open(path, framework="pt") as file:
-            fields = json.loads(file.metadata()[SHARD_KEY])[image]
-            return FeatureMap(file.get_tensor(image), fields["image_hw"], fields["stride"], fields["meta"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DamagedFileError(f"{path} is damaged or no shard of brixel ({error}); extract again") from error
+    with checking_content(path, "a shard of brixel", "extract again"), open_safetensors(path) as file:
+        maps = parse_json((file.metadata() or {}).get(SHARD_KEY, "null"), path)
+        if not isinstance(maps, dict) or image not in maps:
+            raise BrixelError(f"it does not describe the map of {image}")
+        return FeatureMap(file.get_tensor(image), **check_table(f"the map of {image}", maps[image], GEOMETRY_RULES))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from brixel.errors import BrixelError
-from brixel.extraction.manifest import SourceImage, WrittenFile
+from brixel.extraction.manifest import SourceImage, WrittenFile, shard_number
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.storage import sidecar_path
 from brixel.utils.atomic_files import atomic_path
@@ -69,8 +69,8 @@ class ShardWriter:
     def __init__(self, folder: Path, limit_bytes: int, rank: int, written: Iterable[WrittenFile] = ()) -> None:
         self._folder, self._limit_bytes, self._rank = folder, limit_bytes, rank
         # numbers go on after the last shard that is listed: one that was not listed is written over
-        names = [Path(file.file).stem.split("-") for file in written]
-        self._number = max((int(name[2]) for name in names if int(name[1]) == rank), default=-1) + 1
+        numbers = [found for file in written if (found := shard_number(file.file))]
+        self._number = max((number for owner, number in numbers if owner == rank), default=-1) + 1
         self._waiting: list[tuple[SourceImage, FeatureMap]] = []
         self._waiting_bytes = 0
 

@@ -10,7 +10,6 @@ beyond the edge, but does not lie completely outside.
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -27,8 +26,10 @@ from brixel.errors import BrixelError
 from brixel.feature_maps.pca import PcaBasis
 from brixel.feature_maps.storage import as_array, damaged, load_map, save_map
 from brixel.utils.devices import DTYPES, dtype_name
+from brixel.utils.fields import short_repr
 from brixel.utils.tensor_kinds import not_plain
 
+_LARGEST = 2.0**53  # of sizes and strides: whole numbers up to here are exact as floats
 ROUNDING = 1e-6  # relative tolerance between the cells' extent and the image's size
 
 Number = TypeVar("Number", int, float)
@@ -237,8 +238,9 @@ class FeatureMap:
             The map, with the features on the CPU in their saved dtype.
 
         Raises:
-            FileNotFoundError: There is no such file.
-            BrixelError: The file is damaged, not a feature map, or of a newer format.
+            MissingFileError: There is no such file; it is a FileNotFoundError as well.
+            DamagedFileError: The file is damaged or not a feature map.
+            BrixelError: It is of a newer format, or its description is missing.
         """
         features, fields = load_map(Path(path))
         try:
@@ -261,11 +263,11 @@ def _check_features(features: object) -> None:
 def _positive_pair(name: str, value: Any, convert: Callable[[Any], Number]) -> tuple[Number, Number]:
     try:
         first, second = (convert(part) for part in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         first = second = convert(0)
-    if not (0 < first < math.inf and 0 < second < math.inf):
+    if not (0 < first < _LARGEST and 0 < second < _LARGEST):
         kind = "finite numbers" if convert is float else "whole numbers"
-        raise BrixelError(f"{name} is {value!r}; expected two positive {kind}, (y, x)")
+        raise BrixelError(f"{name} is {short_repr(value)}; expected two positive {kind}, (y, x)")
     return first, second
 
 

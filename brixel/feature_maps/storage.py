@@ -4,23 +4,36 @@
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, DamagedFileError, MissingFileError
 from brixel.utils.atomic_files import atomic_path, write_text
 from brixel.utils.devices import DTYPES, dtype_name
+from brixel.utils.fields import Rule, check_table, number, one_of, several, short_repr, text_table, whole_number
+from brixel.utils.npy_files import open_npy
+from brixel.utils.safetensors_files import open_safetensors
+from brixel.utils.structured_files import parse_json, read_json_value
 
 VERSION_KEY, VERSION = "brixel_feature_map", "1"
-FIELDS = ("image_hw", "stride", "meta", "shape", "dtype")  # of a description, besides its version
+GEOMETRY_RULES: Mapping[str, Rule] = {
+    "image_hw": several(whole_number(1, 2**31), "two positive whole numbers", count=2),
+    "stride": several(number(above=0), "two positive finite numbers", count=2),
+    "meta": text_table("a mapping from texts to texts"),
+}
+"""What a file says of a map besides its features."""
+_RULES = {
+    **GEOMETRY_RULES,
+    "shape": several(whole_number(1), "three positive whole numbers", count=3),
+    "dtype": one_of(*DTYPES),
+}
 
 
 def save_map(path: Path, features: Tensor, geometry: Mapping[str, Any]) -> None:
@@ -42,16 +55,14 @@ def save_map(path: Path, features: Tensor, geometry: Mapping[str, Any]) -> None:
 def load_map(path: Path) -> tuple[Tensor, dict[str, Any]]:
     """Read features (D, Hf, Wf) and their "image_hw", "stride" and "meta"; see :meth:`FeatureMap.load`."""
     _check_suffix(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no feature map at {path}: there is no such file")
-    header, features = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npy(path)
+    if not os.path.exists(path):
+        raise MissingFileError(f"no feature map at {path}: there is no such file")
     try:
-        fields = {name: header[name] for name in FIELDS}
-        shape, dtype = fields.pop("shape"), DTYPES[fields.pop("dtype")]
-    except (KeyError, TypeError) as error:
+        header, features = _read_safetensors(path) if path.suffix == ".safetensors" else _read_npy(path)
+        fields = _checked(header, features)
+    except DamagedFileError as error:
         raise damaged(path, error) from error
-    if list(features.shape) != shape:
-        raise damaged(path, f"the array is {tuple(features.shape)}, its description says {shape}")
+    dtype = DTYPES[fields.pop("dtype")]
     return features.to(dtype), fields
 
 
@@ -68,13 +79,13 @@ def check_writable(path: Path) -> None:
 
 
 def write_sidecar(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write the description (FIELDS) of the map in the ``.npy`` file at ``path``."""
+    """Write the description of the map in the ``.npy`` file at ``path``."""
     write_text(sidecar_path(path), json.dumps({VERSION_KEY: VERSION, **fields}, indent=1))
 
 
-def damaged(path: Path, error: object) -> BrixelError:
+def damaged(path: Path, error: object) -> DamagedFileError:
     """The error for a file that cannot be read."""
-    return BrixelError(f"{path} is damaged or not a feature map ({error}); compute the map and save it again")
+    return DamagedFileError(f"{path} is damaged or not a feature map ({error}); compute the map and save it again")
 
 
 def _check_suffix(path: Path) -> None:
@@ -89,33 +100,45 @@ def sidecar_path(path: Path) -> Path:
 
 def _check_version(path: Path, header: Any) -> None:
     if not isinstance(header, dict) or VERSION_KEY not in header:
-        raise BrixelError(f"{path} was not written by brixel: it lacks {VERSION_KEY!r}; give a file that save() wrote")
+        raise DamagedFileError(
+            f"{path} was not written by brixel: it lacks {VERSION_KEY!r}; give a file that save() wrote"
+        )
     if header[VERSION_KEY] != VERSION:
-        version = header[VERSION_KEY]
-        raise BrixelError(f"{path} has format {version!r}, this brixel reads {VERSION!r}; update brixel")
+        version = short_repr(header[VERSION_KEY])
+        raise BrixelError(f"{path} has format {version}, this brixel reads {VERSION!r}; update brixel")
+
+
+def _checked(header: Mapping[str, Any], features: Tensor) -> dict[str, Any]:
+    """The fields of a description that fits the features, without its version."""
+    try:
+        fields = check_table("the description", header, {VERSION_KEY: one_of(VERSION), **_RULES})
+    except BrixelError as error:
+        raise DamagedFileError(str(error)) from error
+    shape, stored = fields.pop("shape"), dtype_name(features.dtype)
+    if tuple(features.shape) != shape:
+        raise DamagedFileError(f"the array is {tuple(features.shape)}, its description says {list(shape)}")
+    if stored != fields["dtype"] and (stored, fields["dtype"]) != ("float32", "bfloat16"):
+        raise DamagedFileError(f"the array holds {stored}, its description says {fields['dtype']}")
+    del fields[VERSION_KEY]
+    return fields
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            header: Any = json.loads(metadata[VERSION_KEY]) if VERSION_KEY in metadata else None
-            _check_version(path, header)
-            return header, file.get_tensor("features")
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise damaged(path, error) from error
+    with open_safetensors(path) as file:
+        metadata = file.metadata() or {}
+        header: Any = parse_json(metadata[VERSION_KEY], path) if VERSION_KEY in metadata else None
+        _check_version(path, header)
+        return header, file.get_tensor("features")
 
 
 def _read_npy(path: Path) -> tuple[dict[str, Any], Tensor]:
     sidecar = sidecar_path(path)
-    if not sidecar.is_file():
+    if not os.path.exists(sidecar):
         raise BrixelError(f"{path} lacks {sidecar.name} next to it; move both files, or save the map again")
-    try:
-        header = json.loads(sidecar.read_bytes())
-    except ValueError as error:
-        raise damaged(sidecar, error) from error
+    header = read_json_value(sidecar)
     _check_version(sidecar, header)
+    array = open_npy(path)
     try:
-        return header, torch.from_numpy(np.lib.format.open_memmap(path, mode="c"))  # never unpickles
-    except (ValueError, TypeError, EOFError, SyntaxError, TokenError) as error:
-        raise damaged(path, error) from error
+        return header, torch.from_numpy(array)
+    except (TypeError, ValueError) as error:  # numbers that torch lacks
+        raise DamagedFileError(str(error)) from error

@@ -11,9 +11,10 @@ from brixel.feature_maps.feature_map import FeatureMap
 from brixel.images.load import ImageInput
 from brixel.images.preprocess import ImagePlacement, Preprocessor
 from brixel.inference.batching import run_batches
-from brixel.inference.memory.limited_forward import ComputedMap, MemoryLimitedForward, is_out_of_memory
+from brixel.inference.memory.limited_forward import ComputedMap, MemoryLimitedForward
 from brixel.inference.prefetch import prefetch
 from brixel.utils.fields import Rule, check_field, whole_number
+from brixel.utils.out_of_memory import is_out_of_memory
 
 _POSITIVE = Rule("a positive whole number", whole_number(1).convert)
 _ZERO_OR_POSITIVE = Rule("zero or a positive whole number", whole_number().convert)

@@ -21,6 +21,7 @@ from brixel.utils.fields import (
 
 TRAINED, UNIVERSAL, BILINEAR = "trained", "universal", "bilinear"
 KINDS = (TRAINED, UNIVERSAL, BILINEAR)
+_LARGEST_SIDE = 2**16  # px
 
 
 def _ascending(value: Any) -> tuple[int, ...]:
@@ -33,16 +34,16 @@ def _ascending(value: Any) -> tuple[int, ...]:
 _ADAPTER_RULES = {
     "blocks": Rule("four indices from 0, in ascending order (one for kinds that read the last map alone)", _ascending),
     "residual_detour": boolean(),
-    "short_side_px": whole_number(1),
+    "short_side_px": whole_number(1, _LARGEST_SIDE),
     "blend": boolean(),
     "kind": one_of(*KINDS),
     "generation": whole_number(1, 3),
-    "grids": several(whole_number(1), "whole numbers above 0, ascending", single=False),
+    "grids": several(whole_number(1, _LARGEST_SIDE), "whole numbers above 0, ascending", most=64, single=False),
 }
 _BACKBONE_RULES = {
     "architecture": optional(text()),
-    "sources": several(text(), "a list of paths and names of repositories", single=False),
-    "fingerprint": several(number(), "a list of finite numbers", single=False),
+    "sources": several(text(), "a list of paths and names of repositories", most=64, single=False),
+    "fingerprint": several(number(-1e30, 1e30), "a list of finite numbers", most=2**12, single=False),
     "int8": boolean(),
 }
 _BRIXEL_RULES = {

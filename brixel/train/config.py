@@ -14,7 +14,7 @@ from brixel.model.losses import LossWeights
 from brixel.utils.atomic_files import write_text
 from brixel.utils.fields import Rule, boolean, check_fields, check_names, number, one_of, optional, several, text
 from brixel.utils.fields import whole_number as whole
-from brixel.utils.toml import read_toml
+from brixel.utils.structured_files import read_toml
 
 # the recipe of the authors' release, apart from its three epochs: set them with ``steps``
 RELEASE = MappingProxyType(
@@ -28,6 +28,7 @@ BEFORE_SECOND_GENERATION = MappingProxyType({"generation": 1, "cosine": 0.0})
 # settings without effect on the result: they may change when a run is resumed
 INCIDENTAL = frozenset({"out", "workers", "log_every", "save_every", "device", "cache_dir", "about"})
 
+_LARGEST_SIDE, _MANY = 2**16, 2**40  # px; steps or crops
 _FOLDERS = "a folder or a list of folders; '.' is the current one"
 
 
@@ -55,29 +56,37 @@ class TrainConfig:
         False, boolean(), "train the universal upsampler in the adapter as well, which is fixed otherwise"
     )
     sizes: tuple[int, ...] = _setting(
-        (), several(whole(1), "sides in pixels"), "sides of the student's crops in pixels, one after another in turn"
+        (),
+        several(whole(1, _LARGEST_SIDE), "sides in pixels", most=64),
+        "sides of the student's crops in pixels, one after another in turn",
     )
-    steps: int = _setting(2000, whole(1), "optimiser steps of the whole run")
+    steps: int = _setting(2000, whole(1, _MANY), "optimiser steps of the whole run")
     batch_size: int = _setting(
-        16, whole(1), "crops per process and micro-batch; of larger sizes fewer, as many cells as of the smallest"
+        16,
+        whole(1, _MANY),
+        "crops per process and micro-batch; of larger sizes fewer, as many cells as of the smallest",
     )
-    accumulate: int = _setting(1, whole(1), "micro-batches per step")
+    accumulate: int = _setting(1, whole(1, _MANY), "micro-batches per step")
     teacher_px: int | None = _setting(
         None,
-        optional(whole(1)),
+        optional(whole(1, _LARGEST_SIDE)),
         "side of the teacher's crops, four times the student's; in place of sizes; default: 64 patches",
     )
-    max_zoom: float = _setting(1.5, number(1), "largest random zoom of a crop; 1: crops span the image's short side")
+    max_zoom: float = _setting(
+        1.5, number(1, below=1e6), "largest random zoom of a crop; 1: crops span the image's short side"
+    )
     flip: bool = _setting(True, boolean(), "mirror half of the crops")
     small: Literal["upsample", "skip"] = _setting(
         "upsample", one_of("upsample", "skip"), "what to do with images whose short side is below teacher_px"
     )
     fit: int = _setting(
-        2048, whole(), "crops to fit the blend of the backbone's maps to, before the first step; 0: keep the last map"
+        2048,
+        whole(0, _MANY),
+        "crops to fit the blend of the backbone's maps to, before the first step; 0: keep the last map",
     )
     cache: int = _setting(
         0,
-        whole(),
+        whole(0, _MANY),
         "fixed crops whose teacher maps are kept on disk, of larger sizes fewer; 0: run the teacher every step",
     )
     cache_dir: str | None = _setting(
@@ -86,7 +95,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "adam"] = _setting("adamw", one_of("adamw", "adam"), "optimiser")
     lr: float = _setting(1e-3, number(0), "highest learning rate")
     weight_decay: float = _setting(0.01, number(0), "weight decay of matrices and kernels")
-    warmup: int = _setting(50, whole(), "steps of linear warm-up of the cosine schedule")
+    warmup: int = _setting(50, whole(0, _MANY), "steps of linear warm-up of the cosine schedule")
     schedule: Literal["cosine", "release"] = _setting(
         "cosine", one_of("cosine", "release"), "learning rate: cosine decay to zero, or a tenth for the first third"
     )
@@ -98,11 +107,11 @@ class TrainConfig:
     edge: float = _setting(0.0, number(0), "weight of the edge loss")
     spectral: float = _setting(0.0, number(0), "weight of the spectral loss")
     true_rings: bool = _setting(True, boolean(), "spectral loss: rings of true frequency, unlike the release")
-    val_images: int = _setting(24, whole(), "images to validate on, at most; 0: no validation")
-    val_every: int = _setting(200, whole(1), "steps between validations")
-    save_every: int = _setting(100, whole(1), "steps between writes of the training state")
-    log_every: int = _setting(10, whole(1), "steps between lines of metrics")
-    workers: int = _setting(2, whole(), "processes that read images")
+    val_images: int = _setting(24, whole(0, _MANY), "images to validate on, at most; 0: no validation")
+    val_every: int = _setting(200, whole(1, _MANY), "steps between validations")
+    save_every: int = _setting(100, whole(1, _MANY), "steps between writes of the training state")
+    log_every: int = _setting(10, whole(1, _MANY), "steps between lines of metrics")
+    workers: int = _setting(2, whole(0, 1024), "processes that read images")
     seed: int = _setting(0, whole(0, below=2**63), "seed of crops, initial weights and stochastic depth")
     device: str = _setting("auto", text(), "device, such as cpu or cuda; auto: the best one present")
     about: str = _setting("", text(empty=True), "what the images are, for the model card")

@@ -14,8 +14,13 @@ from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.panel import build_panel, image_tile, map_tiles, save_panel, tile_size
 from brixel.train.teacher_cache import TeacherCache
 from brixel.utils.atomic_files import write_text
+from brixel.utils.fields import check_table, number, whole_number
+from brixel.utils.structured_files import checking_content, read_json_lines
 
 _PANEL_ROWS = 3
+_NOT_MEASURED = dict.fromkeys(("loss", "cosine", "bilinear_cosine", "centred_cosine", "bilinear_centred_cosine"), 0.0)
+_RECORD_RULES = {"step": whole_number(0, 2**40), **dict.fromkeys(_NOT_MEASURED, number(finite=False))}
+"""Of what is read back from a line of metrics; it may hold more."""
 
 
 class Metrics:
@@ -35,8 +40,12 @@ class Metrics:
         """All records, without a last line that was cut off."""
         if not self.path.exists():
             return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        with checking_content(self.path, "the metrics of a run", "delete it to go on without those so far"):
+            records = list(read_json_lines(self.path, finite=False))
+            for number, record in enumerate(records, 1):
+                read = {name: value for name, value in record.items() if name in _RECORD_RULES}
+                check_table(f"line {number}", read, _RECORD_RULES, _NOT_MEASURED)
+        return records
 
 
 def draw_curve(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

@@ -22,17 +22,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, DamagedFileError
 from brixel.train.data import CropBatch, CropDataset, collate
 from brixel.utils.atomic_files import write_text
 from brixel.utils.devices import dtype_name
+from brixel.utils.fields import Rule, check_table, json_table, one_of, several, text, whole_number
+from brixel.utils.structured_files import read_json, read_json_value
 
 FORMAT_VERSION = 1
 HEADER, DONE, TEACHER, STUDENT = "header.json", "done.json", "teacher.bin", "student.bin"
 # of the teacher's features; the student's pixels are always float16, as bfloat16 is coarser than their 8 bits
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-_NOTHING_DONE: dict[str, Any] = {"crops": 0, "skipped": []}
+_COUNT = whole_number(1, 2**40)
+_SHAPE = several(whole_number(1, 2**31), "three whole numbers above 0", count=3)
+_HEADER_RULES = {
+    "format_version": Rule(f"{FORMAT_VERSION}, which this version reads", whole_number(FORMAT_VERSION, 2).convert),
+    **{"fingerprint": json_table(), "teacher_shape": _SHAPE, "student_shape": _SHAPE},
+}
+_DONE_RULES = {"crops": whole_number(0, 2**40), "skipped": several(text(), "a list of paths", single=False)}
 
 
 class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
@@ -44,7 +52,7 @@ class TeacherCache(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, folder: Path) -> None:
         header, done, skipped = _read(folder)
-        self.folder, self.skipped, self.count = folder, tuple(skipped), int(header["fingerprint"]["count"])
+        self.folder, self.skipped, self.count = folder, tuple(skipped), header["fingerprint"]["count"]
         if done < self.count:
             raise BrixelError(f"the teacher cache in {folder} has {done} of {self.count} crops: finish building it")
         self.dtype = _DTYPES[header["fingerprint"]["dtype"]]
@@ -154,7 +162,7 @@ def _append(
     folder: Path, fingerprint: dict[str, Any], teacher: Tensor, student: Tensor, done: int, skipped: list[str]
 ) -> None:
     """Write a batch, then the new number of crops once its bytes are on the disk."""
-    shapes = {"teacher_shape": list(teacher.shape[1:]), "student_shape": list(student.shape[1:])}
+    shapes = {"teacher_shape": tuple(teacher.shape[1:]), "student_shape": tuple(student.shape[1:])}
     header = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, **shapes}
     left = fingerprint["count"] - done
     try:
@@ -192,22 +200,25 @@ def _write(path: Path, rows: Tensor, start: int) -> None:
 
 def _memmap(path: Path, shape: Sequence[int]) -> "np.memmap[Any, np.dtype[np.int16]]":
     """A file as rows of 16-bit numbers, read on access."""
-    if not path.exists() or path.stat().st_size != 2 * math.prod(shape):
-        raise BrixelError(f"{path} is missing or has the wrong size: delete the folder and build it again")
+    if not path.is_file() or path.stat().st_size != 2 * math.prod(shape):
+        raise DamagedFileError(f"{path} is missing or has the wrong size: delete the folder and build it again")
     return np.memmap(path, np.int16, "r", shape=tuple(shape))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], int, list[str]]:
     """The header, the number of crops done and the images skipped."""
     try:
-        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        done = json.loads((folder / DONE).read_text(encoding="utf-8")) if (folder / DONE).exists() else _NOTHING_DONE
-        if header["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format {header['format_version']}; this version reads {FORMAT_VERSION}")
-        return header, int(done["crops"]), list(done["skipped"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise BrixelError(f"{folder} holds no intact teacher cache ({what}): build one in another folder") from error
+        header = check_table(HEADER, read_json_value(folder / HEADER), _HEADER_RULES)
+        crops = {name: header["fingerprint"].get(name) for name in ("count", "dtype")}
+        check_table("fingerprint", crops, {"count": _COUNT, "dtype": one_of(*_DTYPES)})
+        done = check_table(DONE, read_json(folder / DONE), _DONE_RULES, {"crops": 0, "skipped": ()})
+        return header, done["crops"], list(done["skipped"])
+    except MemoryError:
+        raise
+    except BrixelError as error:
+        raise DamagedFileError(
+            f"{folder} holds no intact teacher cache ({error}): build one in another folder"
+        ) from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

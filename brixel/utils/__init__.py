@@ -1,1 +1,1 @@
-"""Helpers for all other packages: files, devices, memory, field validation, optional packages, tables, TOML."""
+"""Helpers for all other packages: files, devices, memory, field validation, optional packages, tables, JSON, TOML."""

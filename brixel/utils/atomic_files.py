@@ -34,9 +34,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text as UTF-8, completely or not at all."""
+    """Write a text as UTF-8, completely or not at all; what UTF-8 lacks, in the names of some files, is escaped."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_output_folder(path: Path) -> None:

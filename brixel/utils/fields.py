@@ -2,12 +2,19 @@
 
 import math
 import operator
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
+from types import MappingProxyType
 from typing import Any
 
 from brixel.errors import BrixelError, did_you_mean
+
+_MOST_SHOWN = 200  # characters of a value in an error
+_SHORT = reprlib.Repr()  # containers from files may contain each other many times over
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 4, _MOST_SHOWN, _MOST_SHOWN, _MOST_SHOWN
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,7 @@ def check_field(name: str, value: object, rule: Rule) -> Any:
     try:
         return rule.convert(value)
     except (TypeError, ValueError, OverflowError):
-        raise BrixelError(f"{name} is {value!r}; expected {rule.expected}") from None
+        raise BrixelError(f"{name} is {short_repr(value)}; expected {rule.expected}") from None
 
 
 def check_fields(instance: object, rules: Mapping[str, Rule], *, prefix: str = "") -> None:
@@ -37,12 +44,45 @@ def check_fields(instance: object, rules: Mapping[str, Rule], *, prefix: str = "
         object.__setattr__(instance, name, check_field(f"{prefix}{name}", getattr(instance, name), rule))
 
 
+def check_table(
+    name: str, content: object, rules: Mapping[str, Rule], defaults: Mapping[str, object] = MappingProxyType({})
+) -> dict[str, Any]:
+    """A table that was read from a file, its fields converted by their rules.
+
+    Args:
+        name: Of the table, for errors.
+        content: What was read; a table with these fields, no others.
+        rules: By field.
+        defaults: Of fields that may be missing.
+
+    Raises:
+        BrixelError: It is no table, a field is missing or unknown, or has a value that is not allowed.
+    """
+    if not isinstance(content, Mapping):
+        raise BrixelError(f"{name} is {short_repr(content)}; expected a table of {', '.join(rules)}")
+    if not content.keys() <= rules.keys():
+        check_names(content, rules, f"{name} has the unknown field")
+    given = {**defaults, **content}
+    if missing := [field for field in rules if field not in given]:
+        raise BrixelError(f"{name} lacks {', '.join(missing)}")
+    return {field: check_field(f"{field} in {name}", given[field], rule) for field, rule in rules.items()}
+
+
+def short_repr(value: object) -> str:
+    """A value in an error, cut where it is long."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
 def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raise BrixelError for the first unknown name; ``what`` starts the message, such as "unknown setting"."""
     known = list(known)
     for name in given:
         if name not in known:
-            raise BrixelError(f"{what} {name!r}; {did_you_mean(str(name), known)}")
+            raise BrixelError(f"{what} {short_repr(name)}; {did_you_mean(str(name)[:_MOST_SHOWN], known)}")
 
 
 def whole_number(least: int = 0, below: int | None = None) -> Rule:
@@ -59,9 +99,10 @@ def whole_number(least: int = 0, below: int | None = None) -> Rule:
     return Rule(f"a whole number from {least} {'up' if below is None else f'to below {below}'}", convert)
 
 
-def number(least: float = -math.inf, below: float = math.inf, *, above: float = -math.inf) -> Rule:
+def number(least: float = -math.inf, below: float = math.inf, *, above: float = -math.inf, finite: bool = True) -> Rule:
     """A finite number, which becomes a float: at least ``least``, above ``above``, below ``below``.
 
+    With ``finite`` False, where a file may record that a run went wrong, NaN and infinities are numbers as well.
     Scalars of NumPy and PyTorch are numbers; booleans and texts are not.
     """
 
@@ -69,6 +110,8 @@ def number(least: float = -math.inf, below: float = math.inf, *, above: float = 
         if isinstance(value, bool) or not hasattr(value, "__float__"):
             raise TypeError
         found = float(value)
+        if not finite:
+            return found
         if not (math.isfinite(found) and found >= least and above < found < below):
             raise ValueError
         return found
@@ -100,7 +143,7 @@ def text(*, empty: bool = False) -> Rule:
 
     def convert(value: Any) -> str:
         string = fspath(value) if isinstance(value, PathLike) else value
-        if not isinstance(string, str) or not (string or empty):
+        if not isinstance(string, str) or not (string or empty) or "\0" in string:
             raise ValueError
         return string
 
@@ -112,7 +155,15 @@ def optional(rule: Rule) -> Rule:
     return Rule(f"{rule.expected}, or None", lambda value: None if value is None else rule.convert(value))
 
 
-def several(rule: Rule, expected: str, *, count: int | None = None, least: int = 0, single: bool = True) -> Rule:
+def several(
+    rule: Rule,
+    expected: str,
+    *,
+    count: int | None = None,
+    least: int = 0,
+    most: int | None = None,
+    single: bool = True,
+) -> Rule:
     """A list or tuple of values that ``rule`` allows, which becomes a tuple.
 
     Args:
@@ -120,31 +171,49 @@ def several(rule: Rule, expected: str, *, count: int | None = None, least: int =
         expected: The allowed values in words.
         count: How many there must be.
         least: How many there must be at least.
+        most: How many there may be.
         single: Without ``count``, a value that is no list or tuple stands for a list of one.
     """
 
     def convert(value: Any) -> tuple[Any, ...]:
-        if isinstance(value, str) and not (single and count is None):
+        if isinstance(value, Mapping | bytes) or (isinstance(value, str) and not (single and count is None)):
             raise TypeError
         alone = single and count is None and not isinstance(value, list | tuple)
         kept = tuple(rule.convert(item) for item in ([value] if alone else value))
-        if len(kept) < least or (count is not None and len(kept) != count):
+        low, high = (least, math.inf if most is None else most) if count is None else (count, count)
+        if not low <= len(kept) <= high:
             raise ValueError
         return kept
 
     return Rule(expected, convert)
 
 
-def text_table(expected: str) -> Rule:
-    """A mapping from texts to texts, which becomes a dict."""
-    entry = text(empty=True)
+def json_table() -> Rule:
+    """A mapping, of whatever JSON holds, which becomes a dict."""
 
-    def convert(value: Any) -> dict[str, str]:
+    def convert(value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise TypeError
-        return {entry.convert(name): entry.convert(content) for name, content in value.items()}
+        return dict(value)
+
+    return Rule("a table", convert)
+
+
+def table_of(rule: Rule, expected: str) -> Rule:
+    """A mapping from texts to values that ``rule`` allows, which becomes a dict; ``expected`` says so in words."""
+    name_rule = text(empty=True)
+
+    def convert(value: Any) -> dict[str, Any]:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        return {name_rule.convert(name): rule.convert(content) for name, content in value.items()}
 
     return Rule(expected, convert)
+
+
+def text_table(expected: str) -> Rule:
+    """A mapping from texts to texts, which becomes a dict."""
+    return table_of(text(empty=True), expected)
 
 
 def _boolean(value: Any) -> bool:

@@ -266,8 +266,8 @@ def test_pixels_of_another_shape(tiny: ViT, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 0}, "width is 0; expected a whole number from 1 up"),
-        ({"depth": 2.0}, "depth is 2.0; expected a whole number from 1 up"),
+        ({"width": 0}, "width is 0; expected a whole number from 1 to"),
+        ({"depth": 2.0}, "depth is 2.0; expected a whole number from 1 to"),
         ({"ffn": "gelu"}, "ffn is 'gelu'; expected one of 'mlp', 'swiglu'"),
         ({"gelu": "relu"}, "gelu is 'relu'; expected one of 'exact', 'tanh'"),
         ({"class_token": 1}, "class_token is 1; expected True or False"),

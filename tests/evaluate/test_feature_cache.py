@@ -9,6 +9,7 @@ from helpers import mean_colour
 from PIL import Image
 
 from brixel import BrixelError
+from brixel.errors import DamagedFileError, MissingFileError
 from brixel.evaluate import feature_cache
 from brixel.evaluate.feature_cache import centre_crop, features_of
 from brixel.evaluate.feature_sources import FeatureSource
@@ -113,3 +114,29 @@ def test_maps_that_are_not_kept_are_computed_when_they_are_asked_for(images):
         assert torch.equal(kept[0], direct[0].half().float())
         assert torch.equal(other[1], direct[2].half().float())
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "does not start like one"),
+        (None, "makes 152 bytes, and the file has 151"),
+        (np.zeros((3, 2, 2), np.float64), "holds float64"),
+        (np.zeros((12,), np.float16), r"holds float16 .12,., expected"),
+        (np.zeros((3, 4, 4), np.float16), r"holds a map of .3, 4, 4., another file one of .3, 2, 2."),
+    ],
+)
+def test_a_damaged_map_is_named(images, tmp_path, content, message):
+    kept = features_of(FeatureSource("x", mean_colour, 8, identity="x"), images, 64, tmp_path / "cache")
+    path = kept._kept[1]
+    if content is None:
+        path.write_bytes(path.read_bytes()[:-1])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    with pytest.raises(DamagedFileError, match=rf"{path.name} .*{message}.*delete it, and it is computed again"):
+        kept.batch([0, 1])
+    path.unlink()
+    with pytest.raises(MissingFileError, match=path.name):
+        kept[1]

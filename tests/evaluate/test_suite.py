@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from PIL import Image
 
 from brixel import BrixelError, BrixelFeatures
 from brixel.cli.app import main
+from brixel.errors import DamagedFileError
 from brixel.evaluate import plots
-from brixel.evaluate.report import Report, shown
+from brixel.evaluate.report import SOURCE_COLUMNS, Report, shown
 from brixel.evaluate.suite import merged, run_suite
 from brixel.evaluate.suite_file import Part, read_suite
 from brixel.evaluate.tasks import Task
@@ -159,7 +161,7 @@ def test_the_command_writes_one_report_whose_numbers_are_those_of_its_json(suite
         assert Report.from_content(content).markdown(content["command"], level=2) in text
         for row in content["rows"]:
             cells = [shown(row.get(key), form) for key, (_, form) in content["columns"].items()]
-            assert f"| {' | '.join(cells)} |" in text
+            assert all(f" {cell} " in text for cell in cells)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,13 @@ def test_the_command_writes_one_report_whose_numbers_are_those_of_its_json(suite
             "teacher_px = [112]\nlimit = 3",
             r"run 2 of .* \(matching\) has the unknown key 'limit'",
         ),
+        (
+            "teacher_px = [112]",
+            "teacher_px = [100000]",
+            "teacher_px in run 2 .* expected whole numbers from 1 to below",
+        ),
+        ("teacher_px = [112]", 'images = "\\u0000"\nteacher_px = [112]', "is no TOML"),
+        ('cache = "', 'cache = "\\u0000', "cache is .*; expected a text"),
         ("backbone = ", "backbone = 3 #", "backbone in .*models.tiny. of .* is 3; expected a text"),
         ("[models.tiny]\n        backbone", "[models]\n        tiny", "models.tiny. of .* expected a table with model"),
     ],
@@ -195,6 +204,13 @@ def test_mistakes_in_a_suite_are_named(suite, old, new, message):
     suite.write_text(suite.read_text().replace(old, new))
     with pytest.raises(BrixelError, match=message):
         read_suite(suite)
+
+
+def test_a_run_is_a_table(tmp_path):
+    path = tmp_path / "suite.toml"
+    path.write_text('run = [5]\n[models.a]\nmodel = "brixel-tiny"\n')
+    with pytest.raises(BrixelError, match=r"run 1 of .* is 5; expected a table, \[\[run\]\]"):
+        read_suite(path)
 
 
 def test_one_value_stands_for_a_list_of_one(suite):
@@ -286,9 +302,8 @@ def test_parts_of_version_0_1_without_centred_metrics_are_merged_and_drawn(suite
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))[0]
     assert [row["teacher_px"] for row in report["rows"]] == [56] * 4 + [112] * 4
     assert {"centred_cosine", "r2", "better"} <= set(report["columns"])
-    lines = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").splitlines()
-    old, new = (next(line for line in lines if f"| {px} | student |" in line) for px in (56, 112))
-    assert old.count(" - |") > new.count(" - |") == 0
+    old, new = (tmp_path / "out" / "report.md").read_text(encoding="utf-8").split("teacher 112 px")
+    assert old.count(" - |") > new.count(" - |")
     assert (tmp_path / "out" / "fidelity.png").exists()
 
 
@@ -312,3 +327,82 @@ def test_without_matplotlib_a_suite_goes_on_without_plots(suite, tmp_path, monke
     assert "![" not in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     (record,) = caplog.records
     assert "pip install 'brixel[plots]'" in record.getMessage()
+
+
+# ---------------------------------------------------------------- names of models, and parts read back
+
+COLUMNS = {**SOURCE_COLUMNS, "cosine": ("cosine", ".4f")}
+
+
+def fake_run(task, model, name):
+    row = {"model": name, "image_px": 14, "source": "student", "cosine": 0.5, "cosine_interval": [0.4, 0.6]}
+    return Report(task.kind, "Title", COLUMNS, [row], "1 image; 2026-01-01.")
+
+
+@pytest.fixture
+def run_named(tmp_path, suite, monkeypatch):
+    """A function that runs one part of a model of some name, and gives the lines that were said."""
+    monkeypatch.setattr(Task, "run", fake_run)
+    monkeypatch.setattr("brixel.evaluate.suite.save_plot", lambda *_: False)
+
+    def run(*names):
+        task = Task("fidelity", (56,), images=(tmp_path / "images",))
+        said = []
+        parts = [Part(name, {"backbone": "b"}, task) for name in names]
+        run_suite(parts, tmp_path / "out", "command", lambda table: SimpleNamespace(patch_px=14), said.append)
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["org/name", "../../up", "a\\b", "C:name", "ü" * 200, "a" * 300, " ", "two\nlines"])
+def test_a_model_of_any_name_keeps_its_results(tmp_path, run_named, name):
+    assert run_named(name) == [f"1 of 1: fidelity, {name}, 56 px"]
+    assert "1 of 1 parts are done" in run_named(name)[0]
+    assert len(list((tmp_path / "out" / "parts").iterdir())) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out", "suite.toml"]
+
+
+def test_names_that_differ_in_what_no_file_name_has_are_different_parts(tmp_path, run_named):
+    assert len(run_named("org/name", "org:name", "org_name")) == 3
+    assert len(list((tmp_path / "out" / "parts").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.pop("rows"), "the report lacks rows"),
+        (lambda c: c.update(task="cost"), "task is 'cost'; expected one of 'fidelity'"),
+        (lambda c: c.update(task=["x"]), "task in the report is"),
+        (lambda c: c.update(rows=[5]), "rows in the report is .5."),
+        (lambda c: c.update(notes="no"), "notes in the report is 'no'"),
+        (lambda c: c.update(details=[1]), "details in the report is .1."),
+        (lambda c: c["columns"].update(cosine=["cosine", ".999999999f"]), "columns in the report is"),
+        (lambda c: c["columns"].update(cosine="ab"), "columns in the report is"),
+        (lambda c: c["rows"][0].pop("model"), "model in row 1 is None"),
+        (lambda c: c["rows"][0].update(image_px="56"), "image_px in row 1 is '56'"),
+        (lambda c: c["rows"][0].update(cosine={}), "'cosine' in row 1 is"),
+        (lambda c: c["rows"][0].update(cosine_interval=0.5), "'cosine_interval' in row 1 is 0.5"),
+        (lambda c: c["rows"][0].update(cosine_interval=[1, 2, 3]), "'cosine_interval' in row 1 is .1, 2, 3."),
+    ],
+)
+def test_a_part_that_was_changed_is_named(tmp_path, run_named, edit, message):
+    run_named("tiny")
+    [path] = (tmp_path / "out" / "parts").iterdir()
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DamagedFileError, match=rf"fidelity-tiny-56.*json is damaged or not the report .*{message}"):
+        run_named("tiny")
+
+
+def test_a_figure_that_is_a_text_or_not_finite_is_shown_as_it_is(tmp_path, run_named, monkeypatch):
+    run_named("tiny")
+    monkeypatch.setattr("brixel.evaluate.suite.save_plot", plots.save_plot)
+    [path] = (tmp_path / "out" / "parts").iterdir()
+    content = json.loads(path.read_text())
+    for value, cell in ((float("nan"), "nan"), ("lost", "lost")):
+        content["rows"][0].update(cosine=value)
+        path.write_text(json.dumps(content))
+        run_named("tiny")
+        assert f"| {cell} |" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

@@ -40,7 +40,7 @@ def test_a_line_that_was_cut_off_is_ignored(tmp_path):
 @pytest.mark.parametrize("content", [b"{}\n", b"not json\n", b'{"format_version": 1}\n', b"[]\n"])
 def test_a_damaged_manifest_says_so(tmp_path, content):
     (tmp_path / "manifest-0.jsonl").write_bytes(content)
-    with pytest.raises(BrixelError, match=r"manifest-0\.jsonl is damaged or no manifest of brixel"):
+    with pytest.raises(BrixelError, match=r"manifest-0\.jsonl is damaged or not a manifest of brixel"):
         Manifest(tmp_path, {}, ProcessShare())
     with Manifest(tmp_path, {}, ProcessShare(), overwrite=True) as manifest:
         assert manifest.written == []

@@ -173,6 +173,12 @@ def test_every_truncation_is_noticed(tmp_path: Path, ending: str) -> None:
             FeatureMap.load(path)
 
 
+def npy_of(shape: str, dtype: str = "<f4") -> bytes:
+    """A `.npy` file of 3 x 5 x 8 numbers whose header says something else."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({shape}), }}".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(3 * 5 * 8 * 4)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -181,6 +187,11 @@ def test_every_truncation_is_noticed(tmp_path: Path, ending: str) -> None:
         pickle.dumps([1]),
         b"\x93NUMPY\x01\x00\x02\x00(\n",  # brackets that do not close
         b"\x93NUMPY\x03\x00\x03\x00\x00\x001 1",  # not an expression
+        npy_of("-" * 9000 + "1,"),  # deep for who evaluates it
+        npy_of("3, 5, 8, 10000000000"),
+        npy_of("3, 5, 0"),
+        npy_of("3, 5, 8", dtype="<f16"),
+        npy_of("3, 5, 8", dtype=">f4"),  # whole, but torch has no such numbers
     ],
 )
 def test_an_npy_that_is_something_else(tmp_path: Path, content: bytes) -> None:
@@ -188,6 +199,13 @@ def test_an_npy_that_is_something_else(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "map.npy").write_bytes(content)
     with pytest.raises(BrixelError, match=r"map\.npy is damaged or not a feature map"):
         FeatureMap.load(tmp_path / "map.npy")
+
+
+def test_an_npy_in_the_order_of_fortran_is_read(tmp_path: Path) -> None:
+    fm = random_map()
+    fm.save(tmp_path / "map.npy")
+    np.save(tmp_path / "map.npy", np.asfortranarray(fm.numpy()))
+    assert torch.equal(FeatureMap.load(tmp_path / "map.npy").features, fm.features)
 
 
 def test_an_npy_of_objects_is_never_unpickled(tmp_path: Path) -> None:
@@ -200,11 +218,12 @@ def test_an_npy_of_objects_is_never_unpickled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"map\.npy\.json is damaged or not a feature map"),
-        ("\xff", r"map\.npy\.json is damaged or not a feature map"),
+        ("{", r"map\.npy is damaged or not a feature map \(.*map\.npy\.json is not JSON"),
+        ("\xff", r"map\.npy is damaged or not a feature map \(.*map\.npy\.json is not JSON"),
+        ("[" * 100000, r"map\.npy is damaged or not a feature map \(.*map\.npy\.json is nested deeper"),
         ("[1]", r"map\.npy\.json was not written by brixel: it lacks 'brixel_feature_map'; give a file that save"),
         ("{}", r"map\.npy\.json was not written by brixel"),
-        ('{"brixel_feature_map": "1"}', r"map\.npy is damaged or not a feature map \('image_hw'\)"),
+        ('{"brixel_feature_map": "1"}', r"map\.npy is damaged or not a feature map \(.*lacks image_hw, stride"),
         ('{"brixel_feature_map": "2"}', r"json has format '2', this brixel reads '1'; update brixel"),
     ],
 )
@@ -220,11 +239,17 @@ def test_a_description_that_is_something_else(tmp_path: Path, text: str, message
     [
         ("shape", [3, 8, 5], r"the array is \(3, 5, 8\), its description says \[3, 8, 5\]"),
         ("image_hw", [900, 51], "along y, 5 cells at a stride of 9.75 do not fit 900 pixels"),
-        ("image_hw", "43", "image_hw is '43'; expected two positive whole numbers"),
-        ("stride", None, "stride is None; expected two positive finite numbers"),
-        ("meta", ["model"], r"meta is \['model'\]; expected a mapping"),
+        ("image_hw", "43", "image_hw in the description is '43'; expected two positive whole numbers"),
+        ("stride", None, "stride in the description is None; expected two positive finite numbers"),
+        ("meta", ["model"], r"meta in the description is \['model'\]; expected a mapping"),
         ("dtype", "int8", "'int8'"),
-        ("dtype", ["float32"], "unhashable"),
+        ("dtype", ["float32"], "expected one of 'float32'"),
+        ("dtype", "float16", "the array holds float32, its description says float16"),
+        ("image_hw", [10**400, 51], "expected two positive whole numbers"),
+        ("stride", [10**400, 7.125], "expected two positive finite numbers"),
+        ("stride", [1e300, 7.125], "expected two positive finite numbers"),
+        ("shape", [3, 5, 2**62], r"its description says \[3, 5, 4611686018427387904\]"),
+        ("meta", {"model": 1}, "expected a mapping from texts to texts"),
     ],
 )
 @pytest.mark.parametrize("ending", [".safetensors", ".npy"])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from brixel import BrixelError
+from brixel.errors import DamagedFileError
 from brixel.evaluate.fidelity import BASELINES, l1_and_cosine, teacher_edges
 from brixel.feature_maps.panel import HEIGHT_PX, LABEL_PX, MARGIN_PX
 from brixel.model.losses import principal_directions
@@ -92,6 +93,24 @@ def test_nan_survives_the_lines_of_metrics(tmp_path):
     metrics = Metrics(tmp_path / "m.jsonl", 0)
     metrics.add({"step": 1, "loss": math.nan})
     assert math.isnan(Metrics(metrics.path, 1).records()[0]["loss"])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("5", "line 1 of .* holds 5; expected a JSON object"),
+        ("{", "line 1 of .* is not JSON"),
+        ("[" * 100000, "is nested deeper"),
+        ('{"loss": 1}', "line 1 lacks step"),
+        ('{"step": 1e999}', "step in line 1 is inf"),
+        ('{"step": 1, "loss": "low"}', "loss in line 1 is 'low'"),
+        ('{"step": 1, "cosine": [1]}', "cosine in line 1 is .1."),
+    ],
+)
+def test_damaged_metrics_are_named(tmp_path, line, message):
+    (tmp_path / "m.jsonl").write_text(f"{line}\n")
+    with pytest.raises(DamagedFileError, match=rf"m\.jsonl is damaged or not the metrics .*{message}.*delete it"):
+        Metrics(tmp_path / "m.jsonl", 5)
 
 
 # ---------------------------------------------------------------- the panel

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from brixel import BrixelError
+from brixel.errors import DamagedFileError
 from brixel.images.crops import CropSettings
 from brixel.train import teacher_cache as cache_module
 from brixel.train.data import CropDataset, find_training_images
@@ -356,16 +357,34 @@ def damaged(name, data):
     return lambda folder: (folder / name).write_bytes(data((folder / name).read_bytes()))
 
 
+def edited(name, **fields):
+    return damaged(name, lambda data: json.dumps({**json.loads(data), **fields}).encode())
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damaged("header.json", lambda data: data[:40]), "holds no intact teacher cache .*JSONDecodeError"),
-        (damaged("header.json", lambda data: b"{}"), "holds no intact teacher cache .*KeyError: 'format_version'"),
-        (damaged("header.json", lambda data: b"[]"), "holds no intact teacher cache .*TypeError"),
+        (damaged("header.json", lambda data: data[:40]), "holds no intact teacher cache .*header.json is not JSON"),
+        (damaged("header.json", lambda data: b"{}"), "holds no intact teacher cache .*lacks format_version"),
+        (damaged("header.json", lambda data: b"[]"), "holds no intact teacher cache .*header.json is ..; expected"),
         (
             damaged("header.json", lambda data: data.replace(b'"format_version": 1', b'"format_version": 2')),
-            "format 2; this version reads 1.*build one in another folder",
+            "format_version in header.json is 2; expected 1, which this version reads.*build one in another folder",
         ),
+        (edited("header.json", fingerprint=None), "fingerprint in header.json is None; expected a table"),
+        (edited("header.json", fingerprint={"dtype": "float16"}), "count in fingerprint is None"),
+        (edited("header.json", fingerprint={"count": "x", "dtype": "float16"}), "count in fingerprint is 'x'"),
+        (edited("header.json", fingerprint={"count": 2**70, "dtype": "float16"}), "count in fingerprint is 1180"),
+        (edited("header.json", fingerprint={"count": 7, "dtype": "int8"}), "dtype in fingerprint is 'int8'"),
+        (edited("header.json", teacher_shape=[None]), "teacher_shape in header.json is .None.; expected three"),
+        (edited("header.json", student_shape=[2**62] * 3), "student_shape in header.json is .461"),
+        (edited("header.json", student_shape=[3, 8, 8, 1]), "student_shape in header.json is .3, 8, 8, 1.; expected"),
+        (edited("header.json", more=1), "header.json has the unknown field 'more'"),
+        (edited("done.json", crops=1e999), "done.json is not JSON"),
+        (edited("done.json", crops=-1), "crops in done.json is -1"),
+        (edited("done.json", crops=True), "crops in done.json is True"),
+        (edited("done.json", skipped={"a": 1}), "skipped in done.json is .'a': 1.; expected a list of paths"),
+        (damaged("done.json", lambda data: b"[" * 100000), "done.json is nested deeper"),
         (damaged("done.json", lambda data: b""), "holds no intact teacher cache"),
         (damaged("teacher.bin", lambda data: data[:-2]), "teacher.bin is missing or has the wrong size"),
         (damaged("student.bin", lambda data: data + b"xx"), "student.bin is missing or has the wrong size"),
@@ -377,7 +396,7 @@ def test_damage_is_named(tmp_path, images, damage, message):
     build(folder, images)
     damage(folder)
     for open_cache in (lambda: TeacherCache(folder), lambda: build(folder, images, Teacher(fails_in=0))):
-        with pytest.raises(BrixelError, match=message):
+        with pytest.raises(DamagedFileError, match=message):
             open_cache()
 
 
@@ -505,7 +524,7 @@ def test_features_of_a_wrong_shape_are_an_error(tmp_path, images, wrong):
 def test_a_teacher_that_changes_shape_is_an_error(tmp_path, images):
     with pytest.raises(RuntimeError):
         build(tmp_path / "cache", images, Teacher(fails_in=3))
-    message = r"output does not fit the cache in .*: teacher_shape is \[6, 4, 4\] in the folder, \[3, 32, 32\] now"
+    message = r"output does not fit the cache in .*: teacher_shape is \(6, 4, 4\) in the folder, \(3, 32, 32\) now"
     with pytest.raises(BrixelError, match=message):
         build(tmp_path / "cache", images, lambda pixels: pixels)
     assert crops_done(tmp_path / "cache") == 3

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and TOML files that are read."""
+"""Files that are written completely or not at all."""
 
 import os
 import stat
@@ -8,7 +8,6 @@ import pytest
 
 from brixel.errors import BrixelError
 from brixel.utils.atomic_files import UNFINISHED, atomic_path, check_folder, write_text
-from brixel.utils.toml import read_toml
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -30,6 +29,11 @@ def test_an_error_leaves_the_earlier_file(tmp_path: Path) -> None:
     assert (tmp_path / "note.txt").read_text(encoding="utf-8") == "naïve ✓"
 
 
+def test_names_that_are_no_utf_8_are_escaped(tmp_path: Path) -> None:
+    write_text(tmp_path / "note.txt", "a\udcff")
+    assert (tmp_path / "note.txt").read_bytes() == b"a\\udcff"
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
 def test_the_permissions_are_those_of_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
@@ -43,15 +47,3 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     check_folder(tmp_path / "note.txt")
     with pytest.raises(BrixelError, match=r"^no folder .*absent to write note\.txt into$"):
         check_folder(tmp_path / "absent" / "note.txt")
-
-
-def test_toml(tmp_path: Path) -> None:
-    path = tmp_path / "train.toml"
-    path.write_text("steps = 3\n[loss]\nl1 = 0.5\n")
-    assert read_toml(path, "run") == {"steps": 3, "loss": {"l1": 0.5}}
-    for content in (b"steps = ", b"\xff"):
-        path.write_bytes(content)
-        with pytest.raises(BrixelError, match=r"train\.toml is no TOML in UTF-8: "):
-            read_toml(path, "run")
-    with pytest.raises(BrixelError, match=r"^no run at .*absent\.toml: No such file"):
-        read_toml(tmp_path / "absent.toml", "run")

@@ -20,5 +20,14 @@ def test_a_table_without_rows_has_its_heading() -> None:
     assert markdown_table(["name"], []) == ["| name |", "| --- |"]
 
 
+def test_columns_can_be_as_wide_as_their_cells() -> None:
+    assert markdown_table(["", "px"], [["name", "1"], ["b", "2000"]], numeric=[False, True], pad=True) == [
+        "|      |   px |",
+        "| ---- | ---: |",
+        "| name |    1 |",
+        "| b    | 2000 |",
+    ]
+
+
 def test_a_cell_cannot_break_the_table() -> None:
     assert markdown_table(["name"], [["a|b\nc \t d"]])[2] == "| a\\|b c d |"

@@ -4,20 +4,26 @@
 (3, H, W), x right, y down, z into the image, pointing to the camera, zeros where there is none.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.evaluate.datasets.labelled import ImageDataset, Sample, check_samples, need, paired, read_numbers, unpacked
+from brixel.evaluate.datasets.labelled import ImageDataset, Sample, check_samples, need, paired, unpacked, visible_files
 from brixel.evaluate.datasets.normals_from_depth import normals_from_depth
-from brixel.utils.fields import check_names
+from brixel.evaluate.datasets.target_files import read_colours, read_floats, read_numbers
+from brixel.utils.contained_paths import path_below
+from brixel.utils.fields import check_field, check_names, json_table, number, several, text, whole_number
+from brixel.utils.structured_files import read_json_value
 
+_SIZE = several(whole_number(1, 2**31), "height and width in pixels", count=2)
+_ENTRIES = several(json_table(), "a list of tables", single=False)
+_NYU_MM = (1000, 10_050)  # the farthest point of a room lies between these; the sensor reaches 10 m
+_FARTHEST_M = 1000.0
+_MOST = 0.8  # share of pixels that tells one direction from the other
 _NAVI = "navi_v1.5.tar.gz or an earlier version, see https://github.com/google/navi"
 
 
@@ -43,10 +49,10 @@ def nyuv2(root: Path, split: str) -> ImageDataset:
     base = unpacked(root, "official_splits")
     folder = base / ("test" if split == "val" else split)
     need("a folder of NYU Depth v2", where, folder)
-    images = sorted(folder.glob("*/rgb_*.jpg"))
+    images = visible_files(folder, "*/rgb_*.jpg")
     samples = [Sample(path, path.with_name(f"sync_depth_{path.stem[4:]}.png")) for path in images]
     check_samples(samples, "NYU Depth v2", where)
-    return ImageDataset("NYU Depth v2", samples, read_depth)
+    return ImageDataset("NYU Depth v2", samples, _read_nyuv2)
 
 
 def nyuv2_normals(root: Path, split: str) -> ImageDataset:
@@ -58,10 +64,10 @@ def nyuv2_normals(root: Path, split: str) -> ImageDataset:
     base = unpacked(root, "dsine_eval/nyuv2", "nyuv2")
     folder = base / ("test" if split == "val" else split)
     need("a folder of NYU Depth v2 with normals", where, folder)
-    images = sorted(folder.glob("*_img.png"))
+    images = visible_files(folder, "*_img.png")
     samples = [Sample(path, path.with_name(path.name.replace("_img.png", "_normal.png"))) for path in images]
     check_samples(samples, f"NYU Depth v2 with normals ({folder}/*_img.png)", where)
-    return ImageDataset("NYU Depth v2", samples, lambda path: -read_normals(path))
+    return ImageDataset("NYU Depth v2", samples, _read_nyuv2_normals)
 
 
 def navi(root: Path, split: str) -> ImageDataset:
@@ -72,7 +78,7 @@ def navi(root: Path, split: str) -> ImageDataset:
     need("the folder of NAVI", _NAVI, root)
     scenes = {"train": "multiview*", "val": "wild_set"}  # multiview_NN_CAMERA at first, then multiview-NN-CAMERA
     check_names([split], scenes, "NAVI has no split")
-    images = sorted(root.glob(f"*/{scenes[split]}/images/*.jpg"))
+    images = visible_files(root, f"*/{scenes[split]}/images/*.jpg")
     images = [path for path in images if not path.name.startswith("downsampled_")]
     samples = [Sample(path, path.parent.parent / "depth" / f"{path.stem}.png") for path in images]
     check_samples(samples, f"NAVI ({root}/OBJECT/{scenes[split]}/images/*.jpg)", _NAVI)
@@ -89,7 +95,7 @@ def navi_normals(root: Path, split: str) -> ImageDataset:
         raise BrixelError(f"{listed} lacks the focal length of {missing[0].stem}; source: {_NAVI}")
 
     def read(path: Path) -> Tensor:
-        numbers = read_numbers(path)
+        numbers = _navi_numbers(path)
         return normals_from_depth(numbers, cameras[path] * numbers.shape[1])
 
     return replace(data, read=read)
@@ -100,14 +106,22 @@ def _navi_cameras(scene: Path) -> dict[Path, float]:
     path = scene / "annotations.json"
     need("the cameras of a scene of NAVI", _NAVI, path)
     try:
-        return {
-            scene / "depth" / f"{Path(entry['filename']).stem}.png": entry["camera"]["focal_length"] / width
-            for entry in json.loads(path.read_text(encoding="utf-8"))
-            for _, width in [entry["image_size"]]
-        }
-    except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        entries = check_field("the file", read_json_value(path), _ENTRIES)
+        return dict(_navi_camera(scene, path, entry) for entry in entries)
+    except MemoryError:
+        raise
+    except BrixelError as error:
         expected = "a list with filename, image_size and camera.focal_length of each image"
-        raise BrixelError(f"{path} cannot be used ({error!r}); expected {expected}; source: {_NAVI}") from error
+        raise BrixelError(f"{path} cannot be used ({error}); expected {expected}; source: {_NAVI}") from error
+
+
+def _navi_camera(scene: Path, listed: Path, entry: dict[str, Any]) -> tuple[Path, float]:
+    """The depth map of an entry, and its focal length over the image's width."""
+    name = check_field("filename", entry.get("filename"), text())
+    _, width = check_field("image_size", entry.get("image_size"), _SIZE)
+    camera = check_field("camera", entry.get("camera"), json_table())
+    focal = check_field("focal_length", camera.get("focal_length"), number(above=0))
+    return scene / "depth" / f"{path_below(scene, name, listed).stem}.png", focal / width
 
 
 DEPTH_LAYOUTS = {"plain": plain_depth, "nyuv2": nyuv2, "navi": navi}
@@ -136,44 +150,77 @@ def read_measured(kind: str, layout: str, root: str | Path, split: str) -> Image
 
 def read_depth(path: Path) -> Tensor:
     """Metres, (1, H, W), 0 where not measured: from a `.npy` in metres or a 16-bit image in millimetres."""
-    depth = torch.from_numpy(_array(path, 2)).float() if path.suffix == ".npy" else _millimetres(path) / 1000
-    return torch.where(depth.isfinite() & (depth > 0), depth, 0.0)[None]
+    depth = read_floats(path) if path.suffix == ".npy" else _millimetres(path) / 1000
+    depth = torch.where(depth.isfinite() & (depth > 0), depth, 0.0)
+    known = depth[depth > 0]
+    if len(known) and (middle := float(known.median())) > _FARTHEST_M:
+        raise BrixelError(
+            f"{path}: half of its depths are {middle:g} m and more: these look like millimetres, not metres"
+        )
+    return depth[None]
 
 
 def _millimetres(path: Path) -> Tensor:
-    with Image.open(path) as image:
-        if not image.mode.startswith("I"):
-            raise BrixelError(
-                f"{path} has mode {image.mode}, 8 bits; expected 16 bits with millimetres of depth, or .npy in metres"
-            )
-    return read_numbers(path).float()
+    return read_numbers(path, deep="millimetres of depth, or .npy in metres").float()
+
+
+def _read_nyuv2(path: Path) -> Tensor:
+    """Metres, (1, H, W), from NYU's files in millimetres."""
+    depth = _millimetres(path)
+    farthest = float(depth.max())
+    if farthest > _NYU_MM[1]:
+        raise BrixelError(
+            f"{path} reaches {farthest / 1000:g} m, and the sensor 10 m: this looks like depth that was scaled so that "
+            "65535 = 10 m, or of which the bytes were swapped; expected millimetres"
+        )
+    if 0 < farthest < _NYU_MM[0]:
+        raise BrixelError(
+            f"{path} reaches {farthest / 1000:g} m, which no room of NYU does: this looks like centimetres; expected "
+            "millimetres"
+        )
+    return torch.where(depth > 0, depth, 0.0)[None] / 1000
 
 
 def read_normals(path: Path) -> Tensor:
     """Unit vectors, (3, H, W), zeros where there is none: from a `.npy` (H, W, 3), or an image, black where none."""
     if path.suffix == ".npy":
-        values = torch.from_numpy(_array(path, 3)).float()
+        values = read_floats(path, [3])
+        values = torch.where(values.isfinite().all(-1, keepdim=True), values, 0.0)
     else:
-        with Image.open(path) as image:
-            colours = torch.from_numpy(np.asarray(image.convert("RGB")).astype(np.float32))
+        colours = read_colours(path)
         values = torch.where(colours.sum(-1, keepdim=True) > 0, colours / 127.5 - 1, 0.0)
     length = values.norm(dim=-1, keepdim=True)
-    return torch.where(length > 0.5, values / length.clamp(min=1e-6), 0.0).permute(2, 0, 1).contiguous()
+    known = length > 0.5
+    if path.suffix != ".npy" and _share((length[known] - 1).abs() > 0.05) > 0.5:
+        raise BrixelError(
+            f"{path}: its colours are not those of unit vectors; expected 0 to 255 for -1 to 1, so that 127.5 is 0, "
+            "and black where there is no normal"
+        )
+    return torch.where(known, values / length.clamp(min=1e-6), 0.0).permute(2, 0, 1).contiguous()
+
+
+def _read_nyuv2_normals(path: Path) -> Tensor:
+    """Unit vectors that point to the camera, from files whose vectors point away from it."""
+    normals = read_normals(path)
+    depth_axis = normals[2][normals.square().sum(0) > 0]
+    if _share(depth_axis < -0.1) > _MOST:
+        raise BrixelError(
+            f"{path}: its normals point to the camera; those of dsine_eval.zip point away from it, blue for a wall "
+            "that faces the camera: make a plain folder of others"
+        )
+    return -normals
+
+
+def _share(mask: Tensor) -> float:
+    """The share of pixels that are True; 0 of none."""
+    return float(mask.float().mean()) if len(mask) else 0.0
 
 
 def _read_inverse(path: Path) -> Tensor:
     """Metres, (1, H, W), from NAVI's files: a number n is a depth of 65535 * 10 / n mm, 0 is none."""
-    numbers = read_numbers(path).float()
+    numbers = _navi_numbers(path).float()
     return torch.where(numbers > 0, 65535 * 10 / numbers.clamp(min=1) / 1000, 0.0)[None]
 
 
-def _array(path: Path, dimensions: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.floating]]":
-    try:
-        array: np.ndarray[tuple[int, ...], np.dtype[np.floating]] = np.load(path)
-    except (ValueError, OSError, EOFError) as error:
-        raise BrixelError(f"{path} cannot be read ({error}); write it again with numpy.save") from error
-    wrong = array.ndim != dimensions or (dimensions == 3 and array.shape[-1] != 3)
-    if wrong or not np.issubdtype(array.dtype, np.floating):
-        expected = "(H, W)" if dimensions == 2 else "(H, W, 3)"
-        raise BrixelError(f"{path} contains {array.dtype} {array.shape}; expected floats {expected}")
-    return array
+def _navi_numbers(path: Path) -> Tensor:
+    return read_numbers(path, deep="1 / depth")

@@ -6,23 +6,32 @@ Shapes: H x W pixels, K classes.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from brixel.errors import BrixelError
+from brixel.evaluate.datasets.target_files import check_aspect, read_numbers, read_palette
 from brixel.evaluate.metrics import IGNORE
-from brixel.images.decode import jpeg_hw, open_image_file
-from brixel.images.find_images import IMAGE_SUFFIXES
-from brixel.utils.fields import check_names
+from brixel.images.find_images import IMAGE_SUFFIXES, is_hidden
+from brixel.utils.contained_paths import path_below
+from brixel.utils.fields import check_names, short_repr
+from brixel.utils.structured_files import read_bounded, read_json_value
+
+NONE = 255
+"""The number of pixels without a class, in most data sets."""
 
 _UNKNOWN = -2  # for numbers that no mask should contain
+_VOC_MASKS = ("SegmentationClass", "SegmentationClassAug")  # the second is SBD's, in the format of the first
+_CITYSCAPES_NUMBERS = 34
+_SEVERAL = 6  # different numbers in the masks of Cityscapes: among as many there is one above 18
+_TRAIN_IDS = (
+    "these look like trainIds, which number the 19 classes of the benchmark from 0; expected labelIds, 0 to 33, as in "
+    "gtFine_trainvaltest.zip"
+)
 
 _VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -84,42 +93,50 @@ class ImageDataset:
         """
         sample = self.samples[index]
         target = self.read(sample.target)
-        with open_image_file(str(sample.image)) as file:
-            upright = jpeg_hw(file)
-            width, height = file.size
-        possible = [upright] if upright else [(height, width), (width, height)]  # only JPEG says so before decoding
-        if not any(_same_aspect(image_hw, target.shape[-2:]) for image_hw in possible):
-            image_px, target_px = (" x ".join(map(str, size)) for size in (possible[0], target.shape[-2:]))
-            raise BrixelError(
-                f"{sample.image} has {image_px} px upright, {sample.target} has {target_px}: different aspects, so "
-                "they cannot belong together; rotate or crop one like the other"
-            )
+        check_aspect(sample.image, sample.target, target.shape[-2:])
         return target
 
 
-def _labelled(name: str, classes: Sequence[str], samples: Sequence[Sample], table: Tensor) -> ImageDataset:
-    """A data set of masks; ``table``: (256,), the class of every number in a mask."""
+def _distinct(numbers: Tensor) -> Tensor:
+    """The numbers in a mask, each once, ascending."""
+    low, high = numbers.aminmax()
+    if low < 0 or high >= 2**16:
+        return numbers.unique()
+    return torch.bincount(numbers.flatten()).nonzero()[:, 0]
+
+
+Explain = Callable[[Tensor], str | None]
+"""From the numbers of a mask, without repetitions, to what is wrong with all of them; None where nothing is known."""
+
+
+def _labelled(
+    name: str, classes: Sequence[str], samples: Sequence[Sample], table: Tensor, variant: Explain = lambda numbers: None
+) -> ImageDataset:
+    """A data set of masks.
+
+    Args:
+        name: Of the data set.
+        classes: Their names.
+        samples: The files.
+        table: (256,), the class of every number in a mask, IGNORE or _UNKNOWN.
+        variant: Recognises masks of another format by their numbers.
+    """
 
     def read(path: Path) -> Tensor:
         numbers = read_numbers(path)
-        known = torch.where(numbers < len(table), table[numbers.clamp(max=len(table) - 1)], _UNKNOWN)
-        if (known == _UNKNOWN).any():
-            wrong = int(numbers[known == _UNKNOWN][0])
+        found = _distinct(numbers)
+        if explanation := variant(found):
+            raise BrixelError(f"{path}: {explanation}; docs/evaluation.md describes the layouts")
+        inside = (found >= 0) & (found < len(table))
+        known = inside & (table[found.clamp(0, len(table) - 1)] != _UNKNOWN)
+        if not known.all():
             raise BrixelError(
-                f"{path} contains the number {wrong}; expected a class below {len(classes)} of {name}, or the number "
-                "for pixels without one; docs/evaluation.md describes the layouts"
+                f"{path} contains the number {int(found[~known][0])}; expected a class below {len(classes)} of {name}, "
+                "or the number for pixels without one; docs/evaluation.md describes the layouts"
             )
-        return known
+        return table[numbers]
 
     return ImageDataset(name, samples, read, classes)
-
-
-def read_numbers(path: Path) -> Tensor:
-    """An image of one number per pixel, without applying a palette: (H, W), int64."""
-    with Image.open(path) as image:
-        if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
-            raise BrixelError(f"{path} has mode {image.mode}; expected one whole number per pixel (grey or palette)")
-        return torch.from_numpy(np.asarray(image).astype(np.int64))
 
 
 def plain(folder: Path, split: str) -> ImageDataset:
@@ -131,12 +148,11 @@ def plain(folder: Path, split: str) -> ImageDataset:
     paths = (folder / split / "classes.json", folder / split / ".." / "classes.json")
     files = [path for path in paths if path.exists()]
     if files:
-        classes = json.loads(files[0].read_text(encoding="utf-8"))
-        if not isinstance(classes, list) or not 1 < len(classes) <= 255:
-            raise BrixelError(f"{files[0]} is not a list of 2 to 255 names")
+        classes = read_json_value(files[0])
+        if not isinstance(classes, list) or not 1 < len(classes) <= NONE:
+            raise BrixelError(f"{files[0]} is not a list of 2 to {NONE} names")
     else:
-        numbers = (read_numbers(sample.target) for sample in samples)
-        count = 1 + max(int(torch.where(mask == 255, 0, mask).max()) for mask in numbers)
+        count = 1 + max(_highest_class(sample.target) for sample in samples)
         if count == 1:
             raise BrixelError(
                 f"the masks of {folder / split} contain only 0 and 255, and 255 means no label; write "
@@ -146,18 +162,74 @@ def plain(folder: Path, split: str) -> ImageDataset:
     return _labelled(folder.resolve().name, [str(name) for name in classes], samples, _table(range(len(classes))))
 
 
+def _highest_class(path: Path) -> int:
+    numbers = _distinct(read_numbers(path))
+    if wrong := numbers[(numbers < 0) | (numbers > NONE)].tolist():
+        raise BrixelError(
+            f"{path} contains the number {wrong[0]}; expected classes from 0 to {NONE - 1}, and {NONE} for none: give "
+            "the classes smaller numbers"
+        )
+    return int(numbers[numbers != NONE].amax()) if (numbers != NONE).any() else 0
+
+
 def voc2012(root: Path, split: str) -> ImageDataset:
     """Pascal VOC 2012 as unpacked from `VOCtrainval_11-May-2012.tar`: 21 classes; 255, the outlines, means none."""
     where = "VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
     inner = unpacked(root, "VOCdevkit/VOC2012", "VOC2012")
     listed = inner / "ImageSets" / "Segmentation" / f"{split}.txt"
     need("the list of images of Pascal VOC 2012", where, listed)
-    samples = [
-        Sample(inner / "JPEGImages" / f"{name}.jpg", inner / "SegmentationClass" / f"{name}.png")
-        for name in listed.read_text(encoding="utf-8").split()
-    ]
+    samples = _voc_samples(inner, listed)
     check_samples(samples, "Pascal VOC 2012", where)
-    return _labelled("Pascal VOC 2012", _VOC, samples, _table(range(21)))
+    data = _labelled("Pascal VOC 2012", _VOC, samples, _table(range(21)))
+
+    def read(path: Path) -> Tensor:
+        _check_voc_palette(path)
+        return data.read(path)
+
+    return dataclasses.replace(data, read=read)
+
+
+def _voc_samples(inner: Path, listed: Path) -> list[Sample]:
+    """The images of a list of names; or, as those of SBD's "trainaug" are written, of paths of image and mask."""
+    try:
+        text = read_bounded(listed, 2**26).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BrixelError(f"{listed} is no text in UTF-8 ({error}); expected a name on each line") from error
+    samples = []
+    for number, line in enumerate(text.splitlines(), 1):
+        paths = [path.lstrip("/") for path in line.replace("\\", "/").split()]
+        if len(paths) > 2:
+            raise BrixelError(
+                f"line {number} of {listed} is {short_repr(line)}; expected a name, or an image and a mask"
+            )
+        if paths:
+            image = paths[0] if "/" in paths[0] else f"JPEGImages/{paths[0].removesuffix('.jpg')}.jpg"
+            masks = paths[1:] or [f"{folder}/{Path(image).stem}.png" for folder in _VOC_MASKS]
+            places = [path_below(inner, mask, listed) for mask in masks]
+            mask = next((place for place in places if place.exists()), places[0])
+            samples.append(Sample(path_below(inner, image, listed), mask))
+    return samples
+
+
+def _check_voc_palette(path: Path) -> None:
+    """Raise BrixelError for a mask with the colours of VOC under other numbers, as programs that save colours write."""
+    palette = read_palette(path)
+    if palette is None:
+        return
+    used = [number for number in _distinct(read_numbers(path)).tolist() if number < len(palette)]
+    ours = {tuple(_voc_colour(number)): number for number in (*range(21), NONE)}
+    meant = [ours.get(tuple(palette[number].tolist())) for number in used]
+    if None not in meant and meant != used:
+        number, other = next((number, other) for number, other in zip(used, meant, strict=True) if number != other)
+        raise BrixelError(
+            f"{path} has the colour of class {other} under the number {number}: a program has sorted its palette; take "
+            "the file from the archive"
+        )
+
+
+def _voc_colour(number: int) -> list[int]:
+    """The colour of a class in VOC's palette: its bits in turn go to red, green and blue, from the highest bit down."""
+    return [sum((number >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
 
 
 def ade20k(root: Path, split: str) -> ImageDataset:
@@ -167,12 +239,18 @@ def ade20k(root: Path, split: str) -> ImageDataset:
     folder = {"train": "training", "val": "validation"}.get(split, split)
     images, masks = inner / "images" / folder, inner / "annotations" / folder
     need("a folder of ADE20K", where, images, masks)
-    samples = [Sample(image, masks / f"{image.stem}.png") for image in sorted(images.glob("*.jpg"))]
+    samples = [Sample(image, masks / f"{image.stem}.png") for image in visible_files(images, "*.jpg")]
     check_samples(samples, "ADE20K", where)
     names = inner / "objectInfo150.txt"  # a table with a head; the name is the last column
     lines = names.read_text(encoding="utf-8").splitlines()[1:151] if names.exists() else []
     classes = [line.split("\t")[-1].strip() for line in lines] or [f"class {number}" for number in range(1, 151)]
-    return _labelled("ADE20K", classes, samples, _table(range(150), first=1, ignored=[0]))
+    return _labelled("ADE20K", classes, samples, _table(range(150), first=1, ignored=[0]), _explain_ade20k)
+
+
+def _explain_ade20k(numbers: Tensor) -> str | None:
+    if (numbers == NONE).any() and ((numbers < 150) | (numbers == NONE)).all():
+        return f"{NONE} is none, so these look like numbers that were reduced by one; expected 1 to 150, and 0 for none"
+    return None
 
 
 def cityscapes(root: Path, split: str) -> ImageDataset:
@@ -182,12 +260,26 @@ def cityscapes(root: Path, split: str) -> ImageDataset:
     need("a folder of Cityscapes", where, images, masks)
     samples = [
         Sample(path, masks / path.parent.name / path.name.replace("_leftImg8bit.png", "_gtFine_labelIds.png"))
-        for path in sorted(images.glob("*/*_leftImg8bit.png"))
+        for path in visible_files(images, "*/*_leftImg8bit.png")
     ]
     check_samples(samples, "Cityscapes", where)
-    table = torch.full((256,), IGNORE)
+    table = torch.full((256,), _UNKNOWN)
+    table[[*range(_CITYSCAPES_NUMBERS), NONE]] = IGNORE
     table[list(_CITYSCAPES)] = torch.arange(len(_CITYSCAPES))
-    return _labelled("Cityscapes", list(_CITYSCAPES.values()), samples, table)
+    data = _labelled("Cityscapes", list(_CITYSCAPES.values()), samples, table, _explain_cityscapes)
+    some = torch.cat([_distinct(read_numbers(sample.target)) for sample in a_few(samples)]).unique()
+    if len(some) >= _SEVERAL and some.max() < len(_CITYSCAPES):
+        raise BrixelError(f"{samples[0].target} and others contain no number above 18: {_TRAIN_IDS}")
+    return data
+
+
+def _explain_cityscapes(numbers: Tensor) -> str | None:
+    rest = numbers[numbers != NONE]
+    if len(rest) < len(numbers) and (rest < len(_CITYSCAPES)).all():
+        return _TRAIN_IDS
+    if (numbers >= 1000).any():
+        return "these look like instanceIds, 1000 times the number and more; expected *_gtFine_labelIds.png"
+    return None
 
 
 LAYOUTS = {"plain": plain, "voc2012": voc2012, "ade20k": ade20k, "cityscapes": cityscapes}
@@ -216,11 +308,28 @@ def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:
     where = f"your own images in {folder / 'images'} and {folder / targets}/NAME{' or '.join(endings)}"
     need("a folder of the plain layout", where, folder / "images", folder / targets)
     samples = []
-    for image in sorted(path for path in (folder / "images").iterdir() if path.suffix.lower() in IMAGE_SUFFIXES):
+    for image in visible_files(folder / "images", "*"):
+        if image.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
         found = [folder / targets / f"{image.stem}{ending}" for ending in endings]
         samples.append(Sample(image, next((path for path in found if path.exists()), found[0])))
     check_samples(samples, f"images in {folder / 'images'}", where)
     return samples
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """What a pattern finds below a folder, sorted, without hidden files and what is in hidden folders."""
+    found = (path for path in folder.glob(pattern) if not any(map(is_hidden, _below(folder, path))))
+    return sorted(found)
+
+
+def _below(folder: Path, path: Path) -> list[Path]:
+    return [path, *(parent for parent in path.parents if parent != folder and folder in parent.parents)]
+
+
+def a_few(samples: Sequence[Sample]) -> list[Sample]:
+    """Some samples from all over a data set, to look at before the work begins."""
+    return list(samples[:: max(1, -(-len(samples) // 4))])
 
 
 def unpacked(root: Path, *names: str) -> Path:
@@ -243,11 +352,6 @@ def check_samples(samples: Sequence[Sample], what: str, where: str) -> None:
         raise BrixelError(f"{len(missing)} files of {what} are missing, the first {missing[0]}; source: {where}")
 
 
-def _same_aspect(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:
-    """Whether one is the other resized to whole pixels."""
-    return abs(one_hw[0] * other_hw[1] - one_hw[1] * other_hw[0]) <= max(sum(one_hw), sum(other_hw))
-
-
 def centre_square(target: Tensor) -> Tensor:
     """The centre square of (..., H, W), cut as the crop of the image is."""
     height, width = target.shape[-2:]
@@ -256,7 +360,7 @@ def centre_square(target: Tensor) -> Tensor:
     return target[..., top : top + side, left : left + side]
 
 
-def _table(numbers: Sequence[int], *, first: int = 0, ignored: Sequence[int] = (255,)) -> Tensor:
+def _table(numbers: Sequence[int], *, first: int = 0, ignored: Sequence[int] = (NONE,)) -> Tensor:
     table = torch.full((256,), _UNKNOWN)
     table[list(ignored)] = IGNORE
     table[first : first + len(numbers)] = torch.tensor(list(numbers))

@@ -18,18 +18,10 @@ from brixel.inference.memory.strategies import Strategy
 from brixel.model.student import Student
 from brixel.utils.eval_mode import evaluation_mode
 from brixel.utils.memory import format_bytes, free_bytes, return_freed_memory
+from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.torch_defaults import plain_defaults
 
 _LOG = logging.getLogger("brixel")
-# what the allocators of the CPU and of MPS say, for which torch has no error class
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
 class ComputedMap(NamedTuple):

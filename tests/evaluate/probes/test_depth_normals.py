@@ -43,7 +43,7 @@ def test_plain_depth_in_millimetres_and_in_metres(tmp_path):
     with pytest.raises(BrixelError, match=r"b\.npy contains int64 \(2,\); expected floats \(H, W\)"):
         data.target(1)
     (tmp_path / "val" / "depth" / "b.npy").write_bytes(b"no array")
-    with pytest.raises(BrixelError, match=r"b\.npy cannot be read .*; write it again"):
+    with pytest.raises(BrixelError, match=r"b\.npy is damaged .*; write it again"):
         data.target(1)
     Image.new("L", (3, 1), 7).save(tmp_path / "val" / "depth" / "a.png")
     with pytest.raises(BrixelError, match=r"a\.png has mode L, 8 bits; expected 16 bits"):

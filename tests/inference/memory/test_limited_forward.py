@@ -15,9 +15,10 @@ from brixel.inference.memory import budget as budget_module
 from brixel.inference.memory import limited_forward as limited_forward_module
 from brixel.inference.memory import planner as planner_module
 from brixel.inference.memory.allocation_tracker import AllocationTracker, copy_with, storage_bytes, weights_and_buffers
-from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host, is_out_of_memory
+from brixel.inference.memory.limited_forward import MemoryLimitedForward, check_host
 from brixel.inference.memory.prediction import Job, needed_bytes
 from brixel.inference.memory.strategies import RowChunks, Tiles, Whole
+from brixel.utils.out_of_memory import is_out_of_memory
 
 MIB = 2**20
 
