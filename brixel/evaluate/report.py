@@ -185,10 +185,11 @@ def shown(value: Any, form: str) -> str:
         return "-"
     if isinstance(value, str):
         return value
+    between, form = (" of ", "") if form == "of" else (" to ", form)
     if isinstance(value, (list, tuple)):
-        return (" of " if form == "of" else " to ").join(shown(end, "" if form == "of" else form) for end in value)
+        return between.join(shown(end, form) for end in value)
     try:
-        return format_bytes(value) if form == "bytes" else format(value, "" if form == "of" else form)
+        return format_bytes(value) if form == "bytes" else format(value, form)
     except (ValueError, TypeError, OverflowError):  # of a report that was changed: a fraction where counts are
         return str(value)
 
