@@ -64,17 +64,20 @@ def read_json_lines(path: Path, *, finite: bool = True) -> Iterator[dict[str, An
     Raises as :func:`read_json_value`.
     """
     check_regular(path)
-    with open(path, "rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(_MAX_BYTES)
-            if not line.endswith(b"\n"):
-                if len(line) == _MAX_BYTES:
-                    raise DamagedFileError(f"line {number} of {path} has more than {_MAX_BYTES} bytes")
-                return
-            record = parse_json(line, f"line {number} of {path}", finite=finite)
-            if not isinstance(record, dict):
-                raise DamagedFileError(f"line {number} of {path} holds {_kind(record)}; expected a JSON object")
-            yield record
+    try:
+        with open(path, "rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(_MAX_BYTES)
+                if not line.endswith(b"\n"):
+                    if len(line) == _MAX_BYTES:
+                        raise DamagedFileError(f"line {number} of {path} has more than {_MAX_BYTES} bytes")
+                    return
+                record = parse_json(line, f"line {number} of {path}", finite=finite)
+                if not isinstance(record, dict):
+                    raise DamagedFileError(f"line {number} of {path} holds {_kind(record)}; expected a JSON object")
+                yield record
+    except OSError as error:
+        raise DamagedFileError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
