@@ -16,7 +16,7 @@ from brixel.checkpoints.hub_download import Access, portable_sources
 from brixel.checkpoints.hub_upload import push
 from brixel.checkpoints.locate_files import DEFAULT, locate
 from brixel.checkpoints.model_folder import ADAPTER, CONFIG, FLOAT, read_config, save
-from brixel.checkpoints.release_adapters import choose_release, read_release
+from brixel.checkpoints.release_adapters import check_width, choose_release, our_names, read_release
 from brixel.checkpoints.saved_backbone import match_module, move_module, read_backbone, resolve_backbone, wrap_module
 from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
 from brixel.errors import BrixelError
@@ -82,6 +82,8 @@ class BrixelFeatures(DenseFeatures):
         files = locate(name_or_path, what="model", revision=revision, access=access)
         config = read_config(files.need(CONFIG))
         path = files.need(ADAPTER)
+        with files.reading():
+            tensors = read_tensors(path)  # before anything is fetched for it
         vit: Backbone
         if isinstance(backbone, nn.Module):
             vit = match_module(config.backbone, backbone)
@@ -93,7 +95,7 @@ class BrixelFeatures(DenseFeatures):
         what = f"{path} does not fit an adapter for {config.backbone.title}"
         with files.reading():
             upsampler = load_into(
-                lambda: make_upsampler(config.backbone.vit, config.adapter), read_tensors(path), dtype, what=what
+                lambda: make_upsampler(config.backbone.vit, config.adapter), tensors, dtype, what=what
             )
         config = dataclasses.replace(config, commits={**config.commits, **files.commits})
         if files.snapshot:  # once saved here, the config must not name paths of the machine that it came from
@@ -207,7 +209,9 @@ class BrixelFeatures(DenseFeatures):
         device = choose_device(device)
         dtype = choose_dtype(dtype, device)
         adapter_path = locate(adapter_pth, what="adapter").path
-        backbone, architecture, side = choose_release(adapter_path, release, backbone, architecture, short_side_px)
+        backbone, architecture, side = choose_release(release, backbone, architecture, short_side_px)
+        tensors = read_release(adapter_path)  # before anything is fetched for it
+        check_width(adapter_path, tensors, backbone, architecture)
         access = _access(token, cache_dir, local_files_only)
         files = locate(backbone, what="backbone", revision=revision, access=access)
         vit, described = read_backbone(files, architecture, dtype, vit_fields)
@@ -218,7 +222,7 @@ class BrixelFeatures(DenseFeatures):
         def build() -> Upsampler:
             return Upsampler(vit.width, adapter)
 
-        upsampler = load_into(build, read_release(adapter_path, shapes_of(build), what=what), dtype, what=what)
+        upsampler = load_into(build, our_names(tensors, shapes_of(build), what=what), dtype, what=what)
         return cls(vit, upsampler, BrixelConfig(described, adapter, files.commits, training)).to(device)
 
     def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False, weights: str = FLOAT) -> None:

@@ -22,13 +22,18 @@ TREE = re.compile(r"/api/models/(?P<name>[^/]+/[^/]+)/tree/(?P<revision>[^/?]+)"
 
 @dataclass
 class Repo:
-    """Files by name; a gate that only some tokens pass; branches and tags by commit; files that are cut off."""
+    """Files by name; a gate that only some tokens pass; branches and tags by commit; files that are sent wrongly.
+
+    Those in ``cut`` end early, those in ``changed`` have other bytes, those in ``dribbled`` come byte by byte.
+    """
 
     files: dict[str, bytes]
     gated: bool = False
     allowed: tuple[str, ...] = ()
     revisions: dict[str, str] = field(default_factory=dict)
     cut: set[str] = field(default_factory=set)
+    changed: set[str] = field(default_factory=set)
+    dribbled: set[str] = field(default_factory=set)
     private: bool | None = None
 
     @property
@@ -53,6 +58,7 @@ class LoopbackHub:
         self.requests: list[tuple[str, str, str]] = []
         self.status: int | None = None  # of all answers
         self.delay_s = 0.0  # before an answer
+        self.hung_up = 0  # answers that the client did not wait for
         self.writers: dict[str, tuple[str, ...]] = {}  # tokens that may write, by account or organisation
         self.uploads: dict[str, bytes] = {}  # large files before their commit, by hash
         self.commits: list[tuple[str, str]] = []  # repository and message
@@ -216,8 +222,21 @@ class _Handler(BaseHTTPRequestHandler):
         if file in repo.cut and self.command == "GET":
             self.reply(200, content[: len(content) // 2], headers, length=len(content))
             self.close_connection = True
+        elif file in repo.dribbled and self.command == "GET":
+            self.dribble(content, headers)
         else:
-            self.reply(200, content, headers)
+            self.reply(200, content[::-1] if file in repo.changed else content, headers)
+
+    def dribble(self, content: bytes, headers: dict[str, str]) -> None:
+        self.reply(200, b"", headers, length=len(content))
+        try:
+            for byte in content:
+                self.wfile.write(bytes([byte]))
+                self.wfile.flush()
+                time.sleep(0.02)
+        except OSError:  # the client has given up
+            self.hub.hung_up += 1
+        self.close_connection = True
 
     def refuse(self, status: int, code: str, headers: dict[str, str] | None = None) -> None:
         self.reply(status, b"", {"X-Error-Code": code, "X-Error-Message": code, **(headers or {})})

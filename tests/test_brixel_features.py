@@ -318,7 +318,7 @@ def test_a_folder_with_its_backbone_needs_no_other(model, backbone_folder, tmp_p
     BrixelFeatures.from_backbone(moved, device="cpu").save_pretrained(tmp_path / "part")
     shutil.rmtree(moved)
     BrixelFeatures.from_pretrained(tmp_path / "whole", device="cpu")
-    with pytest.raises(CheckpointError, match=r"without its backbone, ViT of width 64.*give the backbone's folder"):
+    with pytest.raises(CheckpointError, match=r"without its backbone, ViT of width 64.*Give the backbone's folder"):
         BrixelFeatures.from_pretrained(tmp_path / "part")
     BrixelFeatures.from_pretrained(tmp_path / "part", backbone=backbone_folder, device="cpu")
 
@@ -470,7 +470,7 @@ def edited(model, tmp_path, edit):
         (lambda c: c["backbone"]["vit"].update(ffn_width=2**19), "its feed-forward width is 256, not 524288"),
         (lambda c: c["backbone"]["vit"].update(width=2**16), "its width is 64, not 65536"),
         (lambda c: c["backbone"]["vit"].update(patch_px=1000), "its patch side is 14, not 1000"),
-        (lambda c: c["backbone"]["vit"].update(native_grid=4000), "positions.*model has .1, 16000001, 64"),
+        (lambda c: c["backbone"]["vit"].update(native_grid=4000), "position_embeddings.*model has .1, 16000001, 64"),
     ],
 )
 def test_a_wrong_config_says_what_is_wrong(model, tmp_path, edit, message):

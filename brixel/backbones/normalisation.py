@@ -66,8 +66,8 @@ def of_processor(stated: Mapping[str, Any], owner: str) -> tuple[Colours, Colour
     deviations = check_field(f"{owner}image_std", _three(std), rule)
     if normalises and largest == _LARGEST and max(deviations) <= 1:
         raise BrixelError(
-            f"{owner}do_rescale is False and {owner}image_std is {_text(deviations)}, which leaves open whether pixels "
-            f"are from 0 to 255 or to 1: {_TELL}"
+            f"{owner}image_std is {_text(deviations)} and pixels are not rescaled, which leaves open whether they are "
+            f"from 0 to 255 or to 1: {_TELL}"
         )
     return unit_normalisation(_scaled(means, largest), _scaled(deviations, largest), f"{owner}image_")
 

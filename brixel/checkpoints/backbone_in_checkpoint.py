@@ -6,7 +6,7 @@ precedes them all is its root, such as `teacher.backbone.`, whatever it is calle
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -28,7 +28,8 @@ _AVERAGES = frozenset({"ema", "averaged", "average", "swa", "shadow", "momentum"
 _TEACHERS = frozenset({"teacher", "target"})
 _STUDENTS = frozenset({"student", "online", "encoder_q", "gram"})
 _PLAIN = 2  # the rank of a root without such words
-_TRAINING = frozenset({"optimizer", "optimizers", "optim", "scheduler", "schedulers", "scaler"})
+_OPTIMISERS = frozenset({"optimizer", "optimizers", "optim", "opt"})  # moments have the names of weights
+_RECORDS = frozenset({"scheduler", "schedulers", "scaler", "callbacks", "loops", "rng", "sampler", "dataloader"})
 # words in the names of what belongs to no backbone: heads, other parts of bigger networks, losses
 _HEADS = frozenset(
     (
@@ -83,6 +84,7 @@ def find_backbone_in(
     """
     state = _unwrapped(state)
     found = {root: pair for root in _roots(state, key_maps) if (pair := _below(root, state, key_maps)) is not None}
+    found = {root: (key_map, _own(root, below, found)) for root, (key_map, below) in found.items()}
     if not found:
         raise CheckpointError(_nothing(state, key_maps, path))
     fitting = [root for root, pair in found.items() if fits(*pair)] or list(found)
@@ -107,7 +109,7 @@ def _roots(state: State, key_maps: Sequence[KeyMap]) -> list[str]:
     for name in state:
         if name in marks or name.endswith(endings):
             roots |= {name.removesuffix(mark): None for mark in marks if name == mark or name.endswith(f".{mark}")}
-    return [root for root in roots if not _words(root) & _TRAINING]
+    return [root for root in roots if not _words(root) & _OPTIMISERS]
 
 
 def _below(root: str, state: State, key_maps: Sequence[KeyMap]) -> tuple[KeyMap, State] | None:
@@ -115,6 +117,12 @@ def _below(root: str, state: State, key_maps: Sequence[KeyMap]) -> tuple[KeyMap,
     below = _unchunked({name.removeprefix(root): state[name] for name in state if name.startswith(root)})
     key_map = next((key_map for key_map in key_maps if key_map.matches(below)), None)
     return None if key_map is None else (key_map, below)
+
+
+def _own(root: str, below: State, roots: Iterable[str]) -> State:
+    """The tensors below a root, without those of other backbones below it."""
+    deeper = tuple(other.removeprefix(root) for other in roots if other != root and other.startswith(root))
+    return {name: tensor for name, tensor in below.items() if not name.startswith(deeper)}
 
 
 def _unchunked(state: State) -> State:
@@ -157,21 +165,20 @@ def _sorted_out(
     root: str, others: Sequence[str], below: State, state: State, ignored: Sequence[str]
 ) -> tuple[State, tuple[str, ...]]:
     """The tensors of the backbone and those that nothing explains, and the names of parts that are left aside."""
-    deeper = tuple(other.removeprefix(root) for other in others if other.startswith(root))
     siblings = {_first(_beyond(other, root)) for other in others}
     kept: State = {}
     aside: dict[str, None] = {}  # in order
     for name, tensor in below.items():
-        if deeper and name.startswith(deeper):
-            continue
         if _words(_first(name)) & _HEADS and not _listed(name, ignored):
             aside[_first(name)] = None
-        else:
+        elif tensor.ndim or "." in name:  # else a counter
             kept[name] = tensor
     for name, tensor in state.items():
         beyond = _beyond(name, root)
         words = _words(_first(beyond))
-        if name.startswith(root) or _first(beyond) in siblings or words & _TRAINING or _listed(beyond, ignored):
+        if _first(beyond) in siblings or words & (_OPTIMISERS | _RECORDS) or _listed(beyond, ignored):
+            continue
+        if name.startswith(root) or not tensor.ndim:  # the backbone's own; a counter
             continue
         if words & (_HEADS | _AVERAGES | _TEACHERS | _STUDENTS):
             aside[_first(beyond)] = None

@@ -64,5 +64,5 @@ def check_fingerprint(config: BackboneConfig, backbone: Backbone, source: str) -
         origin = f", which came from {', '.join(config.sources)}" if config.sources else ""
         raise CheckpointError(
             f"the backbone at {source} has the shape of {config.title} but other weights than the adapter was made "
-            f"for{origin}"
+            f"for{origin}: it is not the backbone that the adapter was trained for"
         )

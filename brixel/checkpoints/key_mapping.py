@@ -50,10 +50,14 @@ class KeyMap:
     prepare: Callable[[State], State] | None = None
     options: Mapping[str, object] = field(default_factory=dict)
 
-    def knows(self, name: str) -> bool:
-        """Whether a tensor of this name, one of theirs, becomes part of one of ours."""
-        used = {source for sources in self.tensors.values() for source in sources}
-        return _template(name) in used or name in used or name.endswith(self.unfilled)
+    def used(self, state: State) -> State:
+        """Those tensors of a state, under this format's own names, that become part of ours."""
+        sources = {source for theirs in self.tensors.values() for source in theirs}
+        return {
+            name: tensor
+            for name, tensor in state.items()
+            if name in sources or _template(name) in sources or name.endswith(self.unfilled)
+        }
 
     def canonical(self, state: State) -> State:
         """The state with aliases replaced; a key stays as it is where both spellings are present."""

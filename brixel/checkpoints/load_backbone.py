@@ -65,8 +65,8 @@ def load_backbone(
     if found.report:
         _LOG.warning("%s: %s", path, found.report)
     key_map, state = found.key_map, found.key_map.canonical(found.state)
-    named = {found.root + name: tensor for name, tensor in state.items() if key_map.knows(name)}
-    check_values(named, str(path), unfilled=key_map.unfilled)
+    used = {found.root + name: tensor for name, tensor in key_map.used(state).items()}
+    check_values(used, str(path), unfilled=key_map.unfilled)
 
     given = fields or {}
     whole_config = isinstance(architecture, ViTConfig)
@@ -80,7 +80,7 @@ def load_backbone(
     source = f"{path} ({key_map.name})"
     what = f"{source} does not fit {name or 'its configuration'}"
     if adapter_for:
-        what = f"{source} is not the backbone that the adapter was trained for, {adapter_for}"
+        what = f"{source} does not fit: it is not the backbone that the adapter was trained for, {adapter_for}"
     misfit = _misfit(key_map, state, config)
     if misfit:
         raise CheckpointError(f"{what}: {misfit}")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ DEFAULT = BRIXEL_SMALL.name
 """The model in the package that is loaded unless another is named."""
 BUNDLED_FOLDERS = {name: Path(__file__).parents[1] / "assets" / name for name in BUNDLED_BACKBONES}
 """The folders of the models in the package, with their backbones."""
+_TIMM_NAME = re.compile(r"(?:vit|eva|eva02|beit|beitv2|deit|deit3|naflexvit|flexivit|samvit)_\w+")
+_ADDRESS = re.compile(r"(?:hf[-_]hub:|hf://|https?://[^/]+/)(?:models/)?([^/]+/[^/]+)/?")
 
 
 @dataclass(frozen=True)
@@ -98,24 +101,73 @@ def locate(
         raise BrixelError(f"the {what} is a {type(name_or_path).__name__}; expected a path or a name{module}")
     name, access = str(name_or_path), access or Access()
     if what == "model" and name in BUNDLED_FOLDERS:
+        _check_revision(name, "a model in the package", revision)
         return ModelFiles(BUNDLED_FOLDERS[name])
     path = Path(name_or_path).expanduser()
-    if path.exists():
-        if what == "backbone" and "format_version" in read_json(path / "config.json"):
-            raise BrixelError(f"{name} is a brixel model, not a backbone: use from_pretrained, --model")
+    if os.path.exists(path):
+        _check_revision(name, "a path on disk", revision)
+        _check_kind(path, name, what)
         return ModelFiles(path)
+    row = find_backbone(name)
+    if what == "model" and row is not None:
+        raise BrixelError(f"{name} is a backbone, not a model with an adapter: use from_backbone")
     repository = parse_repository(name) if isinstance(name_or_path, str) and what != "adapter" else None
     if repository is not None:
-        return _from_hub(repository if revision is None else Repository(repository.name, revision), what, access)
-    row = find_backbone(name) if what == "backbone" and "/" not in name else None
-    if row is not None:
+        return _from_hub(_at(repository, revision), what, access)
+    if what == "backbone" and row is not None:
+        first = f": give {row.sources[0]!r} with it" if row.sources else ""
+        _check_revision(name, f"a name that may mean several repositories{first}", revision)
         return _known(row, access)
-    expected = "a file on disk" if what == "adapter" else "a path on disk, or ORG/NAME of a repository on the Hub"
-    if what == "model" and find_backbone(name):
-        expected += f"; {name} is a backbone: use from_backbone, --backbone"
-    if what == "backbone":
-        expected += f", or a name that `brixel models` lists; {closest_backbone(name)}"
-    raise BrixelError(f"no {what} at {name!r}: expected {expected}")
+    raise BrixelError(f"no {what} at {name!r}: {_expected(name, what)}")
+
+
+def _check_revision(name: str, kind: str, revision: str | None) -> None:
+    """Raise BrixelError for a revision of what has none."""
+    if revision is not None:
+        raise BrixelError(f"revision={revision!r} goes with ORG/NAME of a repository on the Hub; {name} is {kind}")
+
+
+def _at(repository: Repository, revision: str | None) -> Repository:
+    """A repository at the revision that was given beside it, if one was."""
+    if revision is None:
+        return repository
+    if repository != Repository(repository.name) and repository.revision != revision:
+        raise BrixelError(f"{repository} names another revision than revision={revision!r}: give one of them")
+    return Repository(repository.name, revision)
+
+
+def _check_kind(path: Path, name: str, what: str) -> None:
+    """Raise BrixelError where a path is that of something else, which has a call of its own."""
+    is_model = "format_version" in read_json(path / CONFIG) if path.is_dir() else False
+    if is_model and what == "backbone":
+        raise BrixelError(f"{name} is a brixel model, not a backbone: use from_pretrained")
+    if is_model and what == "adapter":
+        raise BrixelError(f"{name} is a brixel model, not an adapter of the paper's authors: use from_pretrained")
+    if what == "model" and not path.is_dir():
+        raise BrixelError(
+            f"{name} is a file; a model is a folder that save_pretrained wrote. For the weights of a backbone use "
+            "from_backbone; for an adapter of the paper's authors use from_release"
+        )
+
+
+def _expected(name: str, what: str) -> str:
+    """What would have been right in place of a name, as a clause."""
+    if what == "adapter":
+        return "expected a file on disk"
+    address = _ADDRESS.fullmatch(name)
+    if address is not None:
+        return f"give the name of the repository alone, {address[1]!r}"
+    places = "expected a path on disk, or ORG/NAME of a repository on the Hub"
+    if what == "model":
+        return places
+    closest = closest_backbone(name)
+    if _TIMM_NAME.match(name):
+        return (
+            f"it looks like a name of timm. For DINOv2, DINOv3 and SigLIP give 'timm/{name}', with its tag after a "
+            "dot; any other ViT as a module, timm.create_model(name, pretrained=True, dynamic_img_size=True)"
+            + (f"; {closest}" if closest.startswith("did you mean") else "")
+        )
+    return f"{places}, or a name that `brixel models` lists; {closest}"
 
 
 def locate_first(sources: Iterable[str], *, downloaded: bool, access: Access, missing: str) -> ModelFiles:
@@ -131,24 +183,23 @@ def locate_first(sources: Iterable[str], *, downloaded: bool, access: Access, mi
         DownloadError: None is available, and at least one of them is on the Hub.
         CheckpointError: None is available, and all are paths.
     """
-    reasons: list[str] = []
+    reasons: list[tuple[str, BrixelError]] = []
     failure: BrixelError | None = None
     for source in sources:
         try:
             files = _from_source(source, downloaded, access)
             files.fetch_weights()
         except (DownloadError, _MissingPathError) as error:
-            reasons.append(f"{source} ({error})")
+            reasons.append((source, error))
             failure = error if failure is None or isinstance(error, DownloadError) else failure
             continue
         if reasons:
-            logging.getLogger("brixel").warning("the backbone is that of %s, not %s", source, "; ".join(reasons))
+            left = "; ".join(f"{other} ({reason})" for other, reason in reasons)
+            logging.getLogger("brixel").warning("the backbone is that of %s, not %s", source, left)
         return files
     error_class = DownloadError if isinstance(failure, DownloadError) else CheckpointError
-    tried = "; ".join(reasons) or "its config names no source"
-    raise error_class(
-        f"{missing}; tried: {tried}; give the backbone's folder, file or repository as backbone="
-    ) from failure
+    tried = " ".join(f"Tried {source}: {reason}." for source, reason in reasons) or "Its config names no source."
+    raise error_class(f"{missing}. {tried} Give the backbone's folder, file or repository as backbone=") from failure
 
 
 class _MissingPathError(BrixelError):
@@ -182,9 +233,7 @@ def _from_hub(repository: Repository, what: str, access: Access) -> ModelFiles:
     if what == "model" and not is_model:
         name = content.get("model_type") or content.get("architecture")
         found = repr(name) if name else "something else"
-        raise DownloadError(
-            f"{repository} holds no brixel model but {found}: for a backbone use from_backbone, --backbone"
-        )
+        raise DownloadError(f"{repository} holds no brixel model but {found}: for a backbone use from_backbone")
     if what == "backbone" and is_model:
-        raise DownloadError(f"{repository} holds a brixel model, not a backbone alone: use from_pretrained, --model")
+        raise DownloadError(f"{repository} holds a brixel model, not a backbone alone: use from_pretrained")
     return files

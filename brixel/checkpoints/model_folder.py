@@ -91,13 +91,14 @@ def write_config(path: Path, config: BrixelConfig) -> None:
 def read_config(path: Path) -> BrixelConfig:
     """Read `config.json`; CheckpointError where it is missing, not ours, damaged, or of a newer format."""
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} holds no {path.name}: expected a folder written by save_pretrained")
+        raise CheckpointError(
+            f"{path.parent} holds no {path.name}: expected a folder written by save_pretrained; for a backbone use "
+            "from_backbone"
+        )
     content = read_json(path)
     version = content.pop("format_version", None)
     if type(version) is not int:
-        raise CheckpointError(
-            f"{path} is no brixel model's, it lacks format_version; for a backbone use from_backbone, --backbone"
-        )
+        raise CheckpointError(f"{path} is no brixel model's, it lacks format_version; for a backbone use from_backbone")
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} has format {short_repr(version)}, newer than {FORMAT_VERSION}, which we read: update brixel"

@@ -11,9 +11,10 @@ from types import MappingProxyType
 
 from einops import rearrange
 
-from brixel.backbones.registry import KnownBackbone, find_backbone, known_backbone
+from brixel.backbones.registry import find_backbone, known_backbone
 from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints.key_mapping import KeyMap, State, layer_keys, rename
+from brixel.checkpoints.tensor_values import check_values
 from brixel.checkpoints.weight_files import read_tensors
 from brixel.errors import BrixelError, CheckpointError
 from brixel.model.adapter import EXTRACTORS
@@ -121,17 +122,23 @@ RELEASE = KeyMap(
 )
 
 
+_MARK = "adapter.level_embed"
+
+
+def read_release(path: Path) -> State:
+    """The tensors of a release file under its own names, without what a wrapper or a nested dict adds to them."""
+    state = read_tensors(path)
+    root = next((name.removesuffix(_MARK) for name in state if name.endswith(f".{_MARK}")), "")
+    return {name.removeprefix(root): tensor for name, tensor in state.items()}
+
+
 def choose_release(
-    path: Path,
     release: str | None,
     backbone: str | os.PathLike[str] | None,
     architecture: str | ViTConfig | None,
     short_side_px: int | None,
 ) -> tuple[str | os.PathLike[str], str | ViTConfig | None, int]:
-    """Backbone, architecture and short side of a release file; ``release`` implies those that are None.
-
-    A file whose width is not that of a known backbone is refused before the backbone is fetched.
-    """
+    """Backbone, architecture and short side of a release file; ``release`` implies those that are None."""
     if release is not None:
         check_names([release], RELEASED, "unknown file of the release")
         row = RELEASED[release]
@@ -140,15 +147,18 @@ def choose_release(
         short_side_px = short_side_px or row.short_side_px
     if backbone is None:
         raise BrixelError(f"no backbone and no release: say which file this is, release= one of {', '.join(RELEASED)}")
-    known = find_backbone(architecture if isinstance(architecture, str) else str(backbone))
-    if known is not None and (isinstance(architecture, str) or not Path(backbone).expanduser().exists()):
-        _check_width(path, known)
     return backbone, architecture, short_side_px or _SHORT_SIDE_PX
 
 
-def _check_width(path: Path, known: KnownBackbone) -> None:
-    levels = read_tensors(path).get("adapter.level_embed")
-    if levels is None or levels.shape[-1] == known.vit.width:
+def check_width(
+    path: Path, state: State, backbone: str | os.PathLike[str], architecture: str | ViTConfig | None
+) -> None:
+    """Raise CheckpointError for a release file of another width than that of a known backbone, which is not fetched."""
+    known = find_backbone(architecture if isinstance(architecture, str) else str(backbone))
+    levels = state.get(_MARK)
+    if known is None or levels is None or not levels.ndim or levels.shape[-1] == known.vit.width:
+        return
+    if not isinstance(architecture, str) and Path(backbone).expanduser().exists():  # not the known one of that name
         return
     width = levels.shape[-1]
     fitting = ", ".join(name for name, row in RELEASED.items() if known_backbone(row.backbone).vit.width == width)
@@ -158,6 +168,8 @@ def _check_width(path: Path, known: KnownBackbone) -> None:
     )
 
 
-def read_release(path: Path, shapes: dict[str, tuple[int, ...]], *, what: str) -> State:
+def our_names(state: State, shapes: dict[str, tuple[int, ...]], *, what: str) -> State:
     """The tensors of a release file that are used, under our names; ``shapes`` are those of the upsampler."""
-    return rename(read_tensors(path), RELEASE, shapes, what=what)
+    counts = ".num_batches_tracked"  # integers
+    check_values({name: tensor for name, tensor in RELEASE.used(state).items() if not name.endswith(counts)}, what)
+    return rename(state, RELEASE, shapes, what=what)

@@ -64,7 +64,7 @@ def resolve_backbone(
         missing = f"{files.path} holds an adapter without its backbone, {ours.title}{hint}"
         found = locate_first(ours.sources, downloaded=files.snapshot is not None, access=access, missing=missing)
     with found.reading():
-        backbone = load_backbone(found.path, architecture=vit, dtype=dtype).vit
+        backbone = load_backbone(found.path, architecture=vit, dtype=dtype, adapter_for=ours.title).vit
     check_fingerprint(ours, backbone, str(included or found.source))
     if included is not None:
         return backbone, config

@@ -73,7 +73,7 @@ def weight_file_in(folder: Path) -> Path:
             f"{folder} is a checkpoint of torch.distributed, whose tensors are in parts: join them with "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE` and give the file"
         )
-    found = ", ".join(path.name for path in files) or "none"
+    found = ", ".join(path.name for path in files) or f"none among {len(visible)} files"
     raise MissingFileError(f"{folder}: expected model.safetensors or a single weight file; found {found}")
 
 
@@ -124,8 +124,9 @@ def _read_shards(index: Path, needed: Needed) -> State:
 
 def _read_pickled(path: Path) -> Mapping[Any, Any]:
     # memory-mapped where the format allows it: the file of the largest backbone has 27 GB
+    allowed: list[Any] = [argparse.Namespace]  # settings of a training: names and plain values
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # settings of a training: names and plain values
+        with torch.serialization.safe_globals(allowed):
             content = load_data(path, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -148,8 +149,7 @@ def _flat(content: Mapping[Any, Any], path: Path) -> State:
     state: State = {}
     seen: set[int] = set()  # a pickle may hold itself
     waiting: list[tuple[str, Any]] = [("", content)]
-    while waiting:
-        prefix, group = waiting.pop()
+    for prefix, group in waiting:  # which grows
         if id(group) in seen or prefix.count(".") > _DEEPEST:
             continue
         seen.add(id(group))
@@ -189,7 +189,10 @@ def load_into(build: Callable[[], Module], state: Mapping[str, Tensor], dtype: t
     # Copied even where the dtype is right: tensors of a memory-mapped file may be unaligned, and products of unaligned
     # matrices are slower and differ in their last bits.
     dtypes = {key: dtype if tensor.is_floating_point() else tensor.dtype for key, tensor in expected.items()}
-    module.load_state_dict({key: state[key].to(dtypes[key], copy=True) for key in expected}, assign=True)
+    loaded = {key: state[key].to(dtypes[key], copy=True) for key in expected}
+    narrowed = {key: tensor for key, tensor in loaded.items() if tensor.dtype == dtype != state[key].dtype}
+    check_values(narrowed, f"{what}, as {dtype}")  # too large a number becomes infinite
+    module.load_state_dict(loaded, assign=True)
     unset = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not unset, f"outside the state dict: {unset}"
     return module

@@ -93,7 +93,9 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise DamagedFileError(f"{path} is damaged or cut off ({error}); fetch it again") from error
+        raise DamagedFileError(
+            f"{path} is damaged or cut off, a zip archive that cannot be read ({error}); fetch it again"
+        ) from error
     if any(name.endswith("constants.pkl") for name in names):
         raise CheckpointError(
             f"{path} is a TorchScript model, which holds code; expected weights: save the state_dict() of "

@@ -314,6 +314,10 @@ def _as_text(name: str, value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+# what the command line has for the calls that load a model
+_CALLS = {"from_pretrained": "--model", "from_backbone": "--backbone", "from_release": "`brixel convert`"}
+
+
 def in_flags(message: str, parser: argparse.ArgumentParser) -> str:
     """The message with the arguments of Python in it as flags: ``backbone=`` becomes ``--backbone``."""
     for action in parser._actions:
@@ -324,4 +328,7 @@ def in_flags(message: str, parser: argparse.ArgumentParser) -> str:
             message = re.sub(rf"^{name}(?= (is|are) )", flag, message)
             if "_" in name:  # no word of a sentence
                 message = re.sub(rf"(?<![\w/.'-]){name}(?![\w/.='-])", flag, message)
+    for call, words in _CALLS.items():
+        known = not words.startswith("--") or words in parser._option_string_actions
+        message = re.sub(rf"(?<![\w/.-]){call}(?![\w(])", words if known else f"`brixel show {words}`", message)
     return message

@@ -48,7 +48,10 @@ def load_data(path: Path, *, mmap: bool = False) -> Any:
     """What `torch.load` reads of a file as data only, without its warnings: about unusual versions of pickle."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with path.open("rb") as file:  # a path with this ending, torch would not take for a file of its own
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _check_stored(archive: zipfile.ZipFile, file_bytes: int) -> None:

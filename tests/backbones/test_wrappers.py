@@ -205,6 +205,150 @@ def test_our_own_vit_as_a_module(backbone_folder, tmp_path):
     assert BrixelFeatures.from_pretrained(tmp_path, backbone=vit).backbone is vit
 
 
+# ---------------------------------------------------------------- wrapped, of torch.hub, NaFlex
+
+
+class Averaged(nn.Module):
+    """As averages of weights and trainers keep a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.register_buffer("n_averaged", torch.tensor(3))
+        self.module = module
+
+    def forward(self, *inputs, **named):
+        return self.module(*inputs, **named)
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+WRAPPERS = {
+    "compile": compiled,
+    "DataParallel": nn.DataParallel,
+    "an average": Averaged,
+    "compile of DataParallel": lambda module: compiled(nn.DataParallel(module)),
+    "an average of compile of an average": lambda module: Averaged(compiled(Averaged(module))),
+}
+
+
+@pytest.mark.parametrize("make", [Own, TimmStyle, lambda: transformers_model("ViT")], ids=["own", "timm", "hf"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_modules_are_unwrapped(wrapper, make, pixels, tmp_path):
+    module = make()
+    fields = NORMAL if isinstance(module, transformers.PreTrainedModel) else {}
+    plain = BrixelFeatures.from_backbone(module, **fields)
+    model = BrixelFeatures.from_backbone(WRAPPERS[wrapper](module), **fields)
+    assert model.config == plain.config
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels), plain(pixels), rtol=0, atol=0)
+    model.save_pretrained(tmp_path)
+    again = BrixelFeatures.from_pretrained(tmp_path, backbone=WRAPPERS[wrapper](module))
+    assert again.config == plain.config
+
+
+class FSDPOfVersionOne(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def test_weights_in_parts_are_refused():
+    for module in (FSDPOfVersionOne(Own()), nn.Sequential(FSDPOfVersionOne(Own()))):
+        with pytest.raises(BrixelError, match="is sharded by FSDP, .* give the plain module, with .*full_state_dict"):
+            BrixelFeatures.from_backbone(module)
+
+
+class HubStyle(Own):
+    """The same with the interface of the models that Meta's repositories give by torch.hub."""
+
+    block_maps = property()
+
+    def __init__(self, chunks=False):
+        super().__init__()
+        self.embed_dim, self.n_blocks, self.patch_size, self.blocks = WIDTH, DEPTH, PATCH, self.layers
+        if chunks:
+            self.blocks = nn.ModuleList([nn.ModuleList(self.layers[:2]), nn.ModuleList(self.layers[2:])])
+
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
+        assert reshape
+        assert norm
+        assert list(n) == sorted(n)
+        return tuple(Own.block_maps(self, x, n))
+
+
+@pytest.mark.parametrize("chunks", [False, True])
+def test_a_model_of_torch_hub_is_the_same_as_its_twin(chunks, pixels):
+    style, twin = HubStyle(chunks), Own().eval()
+    twin.load_state_dict({name: style.state_dict()[name] for name in twin.state_dict()})
+    model = BrixelFeatures.from_backbone(style, adapter="fresh", mean=0.5, std=(0.1, 0.2, 0.3))
+    vit = ForeignConfig("HubStyle", WIDTH, DEPTH, PATCH, (0.5, 0.5, 0.5), (0.1, 0.2, 0.3))
+    assert model.config.backbone.vit == vit
+    order = (3, 0, 3, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model.backbone.block_maps(pixels, order), twin.block_maps(pixels, order))
+    with pytest.raises(BrixelError, match="HubStyle does not say how its images are normalised; give mean="):
+        BrixelFeatures.from_backbone(style)
+
+
+def test_an_older_model_of_torch_hub_says_what_to_do():
+    class Older(HubStyle):
+        def get_intermediate_layers(self, x, n=1):
+            return Own.block_maps(self, x, range(DEPTH - n, DEPTH))
+
+    with pytest.raises(
+        BrixelError, match=r"of Older has no argument norm, reshape; .*torch.save\(module.state_dict\(\)"
+    ):
+        BrixelFeatures.from_backbone(Older(), **NORMAL)
+
+
+def test_naflex_is_the_same_as_our_own_vit(tmp_path):
+    settings = {**SIZES, "num_patches": 16}
+    model = shaken(transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**settings)))
+    model.save_pretrained(tmp_path)
+    ours = BrixelFeatures.from_backbone(tmp_path, device="cpu")
+    theirs = BrixelFeatures.from_backbone(model, mean=0.5, std=0.5)
+    for grid in ((4, 4), (3, 5), (1, 2)):
+        pixels = torch.randn(2, 3, grid[0] * PATCH, grid[1] * PATCH)
+        with torch.no_grad():
+            one, other = theirs.backbone.block_maps(pixels, (3, 0)), ours.backbone.block_maps(pixels, (3, 0))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- normalisation
+
+
+def test_a_mean_for_another_scale_is_refused_with_the_one_to_give():
+    big = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
+    for make in (lambda: transformers_model("ViT"), TimmStyle, HubStyle):
+        with pytest.raises(BrixelError, match=r"for pixels from 0 to 255; .*give mean=\(0.485, 0.456, 0.406\)"):
+            BrixelFeatures.from_backbone(make(), **big)
+    with pytest.raises(BrixelError, match=r"Own.mean is \(123.675, .*give mean=\(0.485, 0.456, 0.406\)"):
+        BrixelFeatures.from_backbone(changed(**big))
+
+
+def test_one_number_stands_for_three(pixels):
+    plain = BrixelFeatures.from_backbone(transformers_model("ViT"), mean=(0.5,) * 3, std=(0.25,) * 3)
+    model = BrixelFeatures.from_backbone(transformers_model("ViT"), mean=0.5, std=0.25)
+    assert model.config == plain.config
+    own = BrixelFeatures.from_backbone(changed(mean=0.5, std=1))
+    assert (own.config.backbone.vit.mean, own.config.backbone.vit.std) == ((0.5,) * 3, (1.0,) * 3)
+
+
+def test_a_processor_that_does_not_rescale():
+    class Processor:
+        do_rescale, image_mean, image_std = False, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+
+    class Both:
+        image_processor = Processor()
+
+    for processor in (Processor(), Both(), {"image_mean": 1.0, "image_std": 1.0, "rescale_factor": 1 / 127.5}):
+        backbone = TransformersBackbone(transformers_model("ViT"), processor)
+        expected = (0.5, 0.5, 0.5) if isinstance(processor, dict) else (0.485, 0.456, 0.406)
+        assert backbone.mean == pytest.approx(expected, abs=1e-6)
+
+
 # ---------------------------------------------------------------- saved and loaded, trained
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from brixel import BrixelError, BrixelFeatures, CheckpointError, DownloadError, FeatureMap
 from brixel.backbones import registry
 from brixel.backbones.registry import KnownBackbone
-from brixel.checkpoints import load_backbone
+from brixel.checkpoints import hub_download, load_backbone
 from brixel.checkpoints.backbone_key_maps import DINOV2_TIMM
 from brixel.checkpoints.hub_download import Access, Repository, Snapshot, parse_repository
 from brixel.checkpoints.model_folder import read_config
@@ -289,7 +289,9 @@ def test_a_known_name_or_alias_means_its_repositories(hub, backbone_files, caplo
         assert "the backbone is that of timm/vit_small_patch14_dinov2.lvd142m, not facebook/dinov2-small" in caplog.text
     with pytest.raises(DownloadError, match="no repository facebook/dinov2-small at"):  # an id means this repository
         fresh("facebook/dinov2-small")
-    message = r"no source of dinov2-vitb14 is available; tried: facebook/dinov2-base \(.*; timm/vit_base_patch14_dinov2"
+    message = (
+        r"no source of dinov2-vitb14 is available. Tried facebook/dinov2-base: .* Tried timm/vit_base_patch14_dinov2"
+    )
     with pytest.raises(DownloadError, match=message):
         fresh("dinov2-vitb14")
     with pytest.raises(BrixelError, match="did you mean 'dinov2-vits14'"):
@@ -401,10 +403,10 @@ def test_where_all_sources_fail_one_error_says_why(hub, saved, backbone_files):
         load(MODEL)
     message = str(caught.value)
     assert "without its backbone, ViT of width 64, depth 4, patch 14" in message
-    assert "/their/backbone (a path in a downloaded config is not followed)" in message
-    assert f"{GATED} ({GATED} is gated and you are not logged in" in message
-    assert f"{FREE} (no repository {FREE}" in message
-    assert "give the backbone's folder, file or repository as backbone=" in message
+    assert "Tried /their/backbone: a path in a downloaded config is not followed." in message
+    assert f"{GATED}: {GATED} is gated and you are not logged in" in message
+    assert f"{FREE}: no repository {FREE}" in message
+    assert "Give the backbone's folder, file or repository as backbone=" in message
     assert isinstance(caught.value.__cause__, DownloadError)
 
 
@@ -477,7 +479,7 @@ def test_a_gate_says_how_it_opens(hub, backbone_files, token, message):
         (f"{BACKBONE}@{40 * '0'}", "has no revision '0000"),
         ("us/empty", r"us/empty holds no config\.json; it holds README\.md, other\.pth$"),
         ("us/bare", r"no weights of us/bare are there; it holds .*; expected model\.safetensors or"),
-        (MODEL, "us/dense holds a brixel model, not a backbone alone: use from_pretrained, --model"),
+        (MODEL, "us/dense holds a brixel model, not a backbone alone: use from_pretrained$"),
         (
             "us/damaged",
             r"config\.json is not JSON .* It came from us/damaged: delete .*models--us--damaged and load again",
@@ -567,6 +569,67 @@ def test_a_transfer_that_breaks_off_leaves_nothing(hub, saved, monkeypatch):
     assert len(list((cache_of(MODEL) / "blobs").iterdir())) == 1
     repo.cut.clear()
     load(MODEL)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "backbone.safetensors"])
+def test_bytes_that_are_not_those_of_their_checksum_are_refused(hub, saved, name):
+    """Of the right length, and not left in the cache: neither another load nor another program takes them."""
+    repo = hub.add(MODEL, saved[0])
+    repo.changed.add(name)
+    for _ in range(2):
+        with pytest.raises(
+            DownloadError, match=rf"{name} of us/dense has not the bytes that the Hub states.*load again"
+        ):
+            load(MODEL)
+        assert list(cache_of(MODEL).glob(f"snapshots/*/{name}")) == []
+        contents = [path.read_bytes() for path in (cache_of(MODEL) / "blobs").iterdir()]
+        assert saved[0][name][::-1] not in contents
+    repo.changed.clear()
+    load(MODEL)
+
+
+def test_a_server_that_dribbles_is_given_up(hub, saved, monkeypatch):
+    repo = hub.add(MODEL, saved[0])
+    repo.dribbled.add("adapter.safetensors")
+    monkeypatch.setattr(hub_download, "_PROGRESS_S", 0.4)
+    with pytest.raises(
+        DownloadError, match=r"given up for adapter\.safetensors of us/dense: it sent too little for 0 s"
+    ):
+        load(MODEL)
+    for _ in range(100):
+        if hub.hung_up:
+            break
+        time.sleep(0.02)
+    assert hub.hung_up == 1  # the call behind it has ended as well
+    repo.dribbled.clear()
+    load(MODEL)
+    assert left_behind() == []
+
+
+@pytest.mark.parametrize("how", ["refused", "reset", "status", "nothing known of optional files"])
+def test_what_is_cached_works_without_a_network(hub, saved, backbone_files, monkeypatch, caplog, how):
+    hub.add(BACKBONE, backbone_files)
+    fresh(BACKBONE)
+    if how == "nothing known of optional files":  # as where another program has filled the cache
+        shutil.rmtree(cache_of(BACKBONE) / ".no_exist")
+    nowhere = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    if how == "status":
+        hub.status = 503
+    else:
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nowhere)
+    if how == "reset":
+
+        def reset(**_):
+            raise ConnectionResetError("reset by peer")
+
+        monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", reset)
+    hub.requests.clear()
+    assert fresh(BACKBONE).embed_dim == 64
+    assert hub.got() == []
+    told = (
+        "preprocessor_config.json and processor_config.json not in the cache; mean and deviation are those of its kind"
+    )
+    assert (told in caplog.text) == (how == "nothing known of optional files")
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "backbone.safetensors"])

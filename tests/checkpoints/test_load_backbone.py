@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from brixel import BrixelFeatures
 from brixel.backbones import registry
 from brixel.backbones.registry import KnownBackbone
 from brixel.backbones.vit import ViT
@@ -430,6 +431,106 @@ def test_our_own_layout_needs_its_architecture(name: str, tmp_path: Path) -> Non
         load_backbone(path)
 
 
+# ---- the grid of learned positions, and how they are interpolated ----
+
+
+def on_grid(state: State, rows: int, columns: int) -> State:
+    return state | {"pos_embed": torch.randn(1, 1 + rows * columns, W, generator=torch.Generator().manual_seed(2))}
+
+
+@pytest.mark.parametrize("architecture", [None, "dinov2"])
+def test_another_square_grid_than_that_of_the_table(architecture: str | None, tmp_path: Path) -> None:
+    state = on_grid(meta_state("dinov2"), 5, 5)
+    loaded = load_backbone(as_pth(state, tmp_path), architecture=architecture)
+    assert loaded.vit.config.native_hw == (5, 5)
+    assert loaded.architecture is None  # the table's is for another grid
+    assert loaded.vit.config == dataclasses.replace(CONFIGS["dinov2"], native_grid=5, position_scale_offset=0.1)
+    assert torch.equal(loaded.vit.positions, state["pos_embed"])
+    assert loaded.vit.block_maps(images((4, 6)), [1])[0].shape == (2, W, 4, 6)
+
+
+@pytest.mark.parametrize("architecture", [None, "dinov2"])
+def test_a_grid_that_is_not_square_is_asked_for(architecture: str | None, tmp_path: Path) -> None:
+    path = as_pth(on_grid(meta_state("dinov2"), 2, 5), tmp_path)
+    with pytest.raises(CheckpointError, match=r"for 10 patches, whose grid is not square: .*native_grid=.*\(2, 5\)"):
+        load_backbone(path, architecture=architecture)
+    vit = load_backbone(path, architecture=architecture, fields={"native_grid": (5, 2)}).vit
+    assert vit.config.native_hw == (5, 2)
+    grid = vit._learned_positions((5, 2))
+    assert torch.equal(grid, vit.positions[:, 1:])
+    with pytest.raises(CheckpointError, match=r"positions|pos_embed \(1, 11, 32\), model has \(1, 13, 32\)"):
+        load_backbone(path, architecture=architecture, fields={"native_grid": (3, 4)})
+
+
+def test_a_timm_folder_states_its_grid(tmp_path: Path) -> None:
+    as_timm_folder(on_grid(v2_timm(meta_state("dinov2")), 2, 5), tmp_path)
+    stated = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 2 * PATCH, 5 * PATCH]}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit", "pretrained_cfg": stated}))
+    assert load_backbone(tmp_path).vit.config.native_hw == (2, 5)
+
+
+def test_an_oblong_grid_is_saved_and_read_back(tmp_path: Path) -> None:
+    model = BrixelFeatures.from_backbone(
+        as_pth(on_grid(meta_state("dinov2"), 2, 5), tmp_path), native_grid=(2, 5), device="cpu"
+    )
+    model.save_pretrained(tmp_path / "saved")
+    again = BrixelFeatures.from_pretrained(tmp_path / "saved", device="cpu")
+    assert again.config.backbone.vit.native_hw == (2, 5)
+    assert_same_vit(again.backbone, model.backbone)
+
+
+@pytest.mark.parametrize("grid", [0, (3,), (3, 0), (3, 4, 5), "3", 3.0, None])
+def test_what_is_no_grid(grid: object) -> None:
+    with pytest.raises(BrixelError, match=r"native_grid is .*; expected a whole number .*, or two: \(rows, columns\)"):
+        dataclasses.replace(CONFIGS["dinov2"], native_grid=grid)
+
+
+def without_mask_token(name: str) -> State:
+    return {key: tensor for key, tensor in meta_state(name).items() if key != "mask_token"}
+
+
+ASSUMED = "its keys do not say by whose rule its positions are interpolated; assumed timm's, position_antialias=True"
+
+
+@pytest.mark.parametrize(
+    ("state", "rule", "told"),
+    [
+        (lambda: meta_state("dinov2"), (False, 0.1), False),
+        (lambda: without_mask_token("dinov2"), (True, 0.0), True),
+        (lambda: v2_timm(meta_state("dinov2")), (True, 0.0), True),
+        (lambda: without_mask_token("dinov2-reg4"), (True, 0.0), False),  # by the names of registers
+        (lambda: without_mask_token("dinov2-gated"), (False, 0.1), False),  # and of gated layers
+        (lambda: v2_timm(meta_state("dinov2-gated")), (True, 0.0), False),
+        (lambda: v2_huggingface(meta_state("dinov2")), (False, 0.0), False),
+    ],
+)
+def test_a_rule_that_keys_leave_open_is_told(
+    state: Callable[[], State], rule: tuple[bool, float], told: bool, tmp_path: Path, caplog: Any
+) -> None:
+    config = load_backbone(as_pth(state(), tmp_path)).vit.config
+    assert (config.position_antialias, config.position_scale_offset) == rule
+    assert (ASSUMED in caplog.text) == told
+    assert ("give position_antialias=False, position_scale_offset=0.1" in caplog.text) == told
+
+
+def test_a_rule_that_is_given_or_stated_is_not_told(tmp_path: Path, caplog: Any) -> None:
+    path = as_pth(without_mask_token("dinov2"), tmp_path)
+    given = {"position_antialias": False, "position_scale_offset": 0.1}
+    assert load_backbone(path, fields=given).vit.config.position_scale_offset == 0.1
+    load_backbone(path, architecture=CONFIGS["dinov2"])
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    load_backbone(as_timm_folder(v2_timm(meta_state("dinov2")), folder), architecture="dinov2")
+    assert caplog.messages == []
+
+
+def test_settings_that_our_own_layout_lacks_are_told(tmp_path: Path, caplog: Any) -> None:
+    for name, told in {"dinov2": "position_antialias=False", "dinov3": "rope_rounding='float32'"}.items():
+        write_tensors(tmp_path / "backbone.safetensors", ViT(CONFIGS[name]).state_dict())
+        load_backbone(tmp_path / "backbone.safetensors", architecture=name)
+        assert f"holds no settings; assumed {told}" in caplog.text
+
+
 # ---- files that cannot be read ----
 
 
@@ -575,7 +676,9 @@ def test_no_file_at_all(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"expected model.safetensors or a single weight file; found none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected model.safetensors or a single weight file; found none among 1 files"
+    ):
         load_backbone(tmp_path)
 
 

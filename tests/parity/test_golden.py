@@ -16,7 +16,7 @@ from torch import Tensor
 
 from brixel import BrixelFeatures, CheckpointError, ViTConfig
 from brixel.checkpoints.key_mapping import rename
-from brixel.checkpoints.release_adapters import RELEASE, read_release
+from brixel.checkpoints.release_adapters import RELEASE, our_names, read_release
 from brixel.checkpoints.weight_files import shapes_of
 from brixel.model.config import AdapterConfig
 from brixel.model.upsampler import Upsampler
@@ -209,6 +209,6 @@ def test_everything_wrong_is_said_at_once() -> None:
 
 def test_read_release_gives_our_names_and_shapes_in_order() -> None:
     shapes = our_shapes("tiny_swiglu")
-    state = read_release(GOLDEN / "tiny_swiglu.adapter.pth", shapes, what="here")
+    state = our_names(read_release(GOLDEN / "tiny_swiglu.adapter.pth"), shapes, what="here")
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == shapes
     assert list(state) == list(shapes)
