@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, printable
 from brixel.utils.atomic_files import check_folder, write_text
 from brixel.utils.fields import (
     Rule,
@@ -212,7 +212,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_report(report: Report, command: str, path: Path | None) -> None:
     """Print the Markdown; with a path, write it there, and the JSON to the same name with .json."""
-    text = report.markdown(command)
+    text = "\n".join(map(printable, report.markdown(command).split("\n")))
     print(text)
     if path is not None:
         write_json(path.with_suffix(".json"), report.content(command))
