@@ -459,6 +459,10 @@ def edited(model, tmp_path, edit):
             lambda c: c["backbone"].update(fingerprint=[1e300] * 12),
             "fingerprint is .1e.300",
         ),
+        (
+            lambda c: c["backbone"].update(architecture="dinov2-small"),
+            "names the architecture dinov2-vits14, whose width",
+        ),
         (lambda c: c["backbone"].update(architecture=["x"]), "architecture is .'x'.; expected a text"),
         (lambda c: c["backbone"].update(sources={"a": 1}), "sources is .'a': 1.; expected a list"),
         (lambda c: c["backbone"]["vit"].update(depth=10**9), "depth is 1000000000; expected a whole number"),
