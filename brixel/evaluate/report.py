@@ -103,8 +103,8 @@ class Report:
 
     @property
     def _is_wide(self) -> bool:
-        """Whether no terminal has room for a line of the table."""
-        return len(self.columns) > _MOST_COLUMNS and self.columns.keys() >= SOURCE_COLUMNS.keys()
+        """Whether no terminal has room for a line of the table, and the rows of a size belong together."""
+        return len(self.columns) > _MOST_COLUMNS and self.columns.keys() >= {*SOURCE_COLUMNS, _TEACHER_PX}
 
     def _table(self) -> list[str]:
         """A line for each row."""
