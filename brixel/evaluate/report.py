@@ -117,17 +117,20 @@ class Report:
     def _table_by_size(self, level: int) -> list[str]:
         """For each model and size a table under a heading, with a line for each metric and a column for each source."""
         metrics = {key: column for key, column in self.columns.items() if key not in (*SOURCE_COLUMNS, _TEACHER_PX)}
-        groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        groups: dict[str, list[Mapping[str, Any]]] = {}
         for row in self.rows:
-            groups.setdefault((row["model"], row["image_px"], row.get(_TEACHER_PX)), []).append(row)
+            image_px, teacher_px = (shown(row.get(key), "d") for key in ("image_px", _TEACHER_PX))
+            groups.setdefault(f"{row.get('model')}, {image_px} px, teacher {teacher_px} px", []).append(row)
         lines: list[str] = []
-        for (model, image_px, teacher_px), rows in groups.items():
-            teacher = "" if teacher_px is None else f", teacher {teacher_px} px"
+        for caption, rows in groups.items():
             cells = [[name, *(shown(row.get(key), form) for row in rows)] for key, (name, form) in metrics.items()]
             table = markdown_table(
-                ["", *(row["source"] for row in rows)], cells, numeric=[False, *(True for _ in rows)], pad=True
+                ["", *(shown(row.get("source"), "") for row in rows)],
+                cells,
+                numeric=[False, *(True for _ in rows)],
+                pad=True,
             )
-            lines += [f"{'#' * level} {model}, {image_px} px{teacher}", "", *table, ""]
+            lines += [f"{'#' * level} {' '.join(caption.split())}", "", *table, ""]
         return lines[:-1]
 
     def content(self, command: str) -> dict[str, Any]:

@@ -330,10 +330,16 @@ def test_parts_of_suites(damaged, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr("brixel.evaluate.suite.save_plot", figure)
     columns = {**SOURCE_COLUMNS, "cosine": ("cosine", ".4f"), "better": ("better in", "of"), "r2": ("R2", ".3f")}
-    rows = [
-        {"model": "m", "image_px": 14, "source": source, "cosine": 0.5, "cosine_interval": [0.4, 0.6], "better": [1, 2]}
-        for source in ("bilinear", "student")
-    ]
+    columns |= {"teacher_px": ("teacher's", "d"), **{f"m{index}": (f"metric {index}", ".3g") for index in range(8)}}
+    row = {
+        "model": "m",
+        "image_px": 14,
+        "teacher_px": 56,
+        "cosine": 0.5,
+        "cosine_interval": [0.4, 0.6],
+        "better": [1, 2],
+    }
+    rows = [{**row, "source": source} for source in ("bilinear", "student")]
     images = tmp_path / "photos"
     images.mkdir()
     Image.new("RGB", (20, 20)).save(images / "a.png")
