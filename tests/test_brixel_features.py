@@ -439,6 +439,7 @@ def edited(model, tmp_path, edit):
         (lambda c: c["adapter"].update(blocks=11), "blocks is .11., for a trained adapter; expected four blocks"),
         (lambda c: c["adapter"].update(short_side_px=0), "short_side_px is 0"),
         (lambda c: c["backbone"].update(fingerprint=[]), "other weights"),
+        (lambda c: c["backbone"].update(fingerprint=c["backbone"]["fingerprint"][1:], int8=True), "other weights"),
         (
             lambda c: c["backbone"].update(fingerprint=["a"] * 12),
             r"BackboneConfig.fingerprint is \[.*; expected a list of",
