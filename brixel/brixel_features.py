@@ -27,7 +27,8 @@ from brixel.inference.dense_features import DenseFeatures
 from brixel.model.config import BILINEAR, UNIVERSAL, AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
 from brixel.model.upsampler import AnyUpsampler, GuidedUpsampler, SecondUpsampler, Upsampler, make_upsampler
 from brixel.utils.devices import choose_device, choose_dtype
-from brixel.utils.fields import check_field, one_of
+from brixel.utils.fields import boolean, check_field, one_of, optional
+from brixel.utils.fields import path as path_rule
 
 PathLike = str | os.PathLike[str]
 FRESH = "fresh"
@@ -245,7 +246,13 @@ class BrixelFeatures(DenseFeatures):
         Raises:
             BrixelError: ``folder`` is a file, or the backbone cannot be included, or "int8" is asked for without it.
         """
-        save(self, self.config, Path(folder), include_backbone=include_backbone, weights=weights)
+        save(
+            self,
+            self.config,
+            check_field("folder", folder, path_rule()),
+            include_backbone=include_backbone,
+            weights=weights,
+        )
 
     def push_to_hub(
         self,
@@ -320,4 +327,9 @@ def _blocks(blocks: Iterable[int] | None, vit: Backbone) -> tuple[int, ...]:
 
 
 def _access(token: str | bool | None, cache_dir: PathLike | None, local_files_only: bool) -> Access:
-    return Access(token, None if cache_dir is None else Path(cache_dir).expanduser(), local_files_only)
+    cache: Path | None = check_field("cache_dir", cache_dir, optional(path_rule()))
+    return Access(
+        token,
+        None if cache is None else cache.expanduser(),
+        check_field("local_files_only", local_files_only, boolean()),
+    )

@@ -194,6 +194,8 @@ def find_backbone(name: str) -> KnownBackbone | None:
 
 def known_backbone(name: str) -> KnownBackbone:
     """The table's row with this name, alias or repository; BrixelError with the closest one where there is none."""
+    if not isinstance(name, str):
+        raise BrixelError(f"an architecture is {name!r}; expected a name that `brixel models` lists, or a ViTConfig")
     row = find_backbone(name)
     if row is None:
         raise BrixelError(f"unknown backbone architecture {name!r}; {closest_backbone(name)}")

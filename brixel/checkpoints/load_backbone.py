@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from brixel.backbones.position_embeddings import rotary_periods
-from brixel.backbones.registry import KNOWN_BACKBONES, KnownBackbone, known_backbone
+from brixel.backbones.registry import BUNDLED_BACKBONES, KNOWN_BACKBONES, KnownBackbone, known_backbone
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
 from brixel.checkpoints.backbone_in_checkpoint import FoundBackbone, find_backbone_in
@@ -75,7 +75,8 @@ def load_backbone(
     if not whole_config:
         grid = {} if "native_grid" in given else _native_grid(path, key_map, state, config)
         config = _with_fields(config, {**_file_fields(path, state, key_map, config), **stated, **grid, **given})
-        _say_what_is_assumed(path, key_map, config, given)
+        if name not in BUNDLED_BACKBONES:  # of these the table says all
+            _say_what_is_assumed(path, key_map, config, given)
 
     source = f"{path} ({key_map.name})"
     what = f"{source} does not fit {name or 'its configuration'}"

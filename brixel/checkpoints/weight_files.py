@@ -200,7 +200,7 @@ def load_into(build: Callable[[], Module], state: Mapping[str, Tensor], dtype: t
 
 def write_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=True) as temporary:
         save_file({key: tensor.detach().contiguous().cpu() for key, tensor in state.items()}, temporary)
 
 

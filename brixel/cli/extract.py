@@ -19,13 +19,14 @@ from brixel.cli.options import (
 )
 from brixel.errors import BrixelError, printable
 from brixel.extraction import ExtractionSummary, extract_files
-from brixel.extraction.distributed import ProcessShare, own_device
+from brixel.extraction.distributed import ProcessShare
 from brixel.extraction.map_folder import missing_maps, verify
 from brixel.extraction.writers import convert
 from brixel.feature_maps.storage import check_writable
 from brixel.images.find_images import describe_left_out, find_images
 from brixel.utils.atomic_files import check_output_folder
 from brixel.utils.devices import DTYPES
+from brixel.utils.processes import own_device
 
 _ENDINGS = (".safetensors", ".npy")
 _OF_MAPS = ("scale", "short_side_px", "memory_limit", "tiles")

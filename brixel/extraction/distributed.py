@@ -1,9 +1,7 @@
-"""Which images and which GPU belong to this process, where `torchrun` started several."""
+"""Which images belong to this process, where `torchrun` started several."""
 
 import hashlib
 from dataclasses import dataclass
-
-import torch
 
 from brixel.utils.processes import launched_process
 
@@ -25,11 +23,3 @@ class ProcessShare:
         """Whether an image belongs to this process."""
         digest = hashlib.sha256(relative_path.encode("utf-8", "surrogateescape")).digest()
         return int.from_bytes(digest[:8], "big") % self.processes == self.rank
-
-
-def own_device(device: str) -> str:
-    """The device as given; for "auto" with several processes on one machine, the GPU of this process."""
-    if device != "auto" or not torch.cuda.is_available():
-        return device
-    local_rank = launched_process().local_rank
-    return device if local_rank is None else f"cuda:{local_rank % torch.cuda.device_count()}"

@@ -158,7 +158,7 @@ class _Run:
             assert isinstance(self.writer, FileWriter)
             try:
                 self.model.extract(image, out=self.writer.prepare_path(source), **self.options)
-            except (BrixelError, FileNotFoundError) as error:
+            except BrixelError as error:
                 self.summary.add_failure(image, error)
             else:
                 self.submit(partial(self.writer.sync, source))

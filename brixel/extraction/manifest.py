@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from brixel.errors import BrixelError
 from brixel.extraction.distributed import ProcessShare
-from brixel.utils.atomic_files import UNFINISHED
+from brixel.utils.atomic_files import remove_unfinished
 from brixel.utils.contained_paths import path_below
 from brixel.utils.fields import Rule, check_table, number, several, short_repr, text, text_table, whole_number
 from brixel.utils.structured_files import checking_content, read_json_lines
@@ -86,7 +86,7 @@ class Manifest:
                     f"cannot write into {folder} ({error}); give another folder, or correct its permissions"
                 ) from error
             if share.processes == 1:
-                _remove_unfinished(folder)
+                remove_unfinished(folder)
             if overwrite:
                 self._file.truncate(0)
                 _remove_earlier_run(folder, share)
@@ -207,13 +207,6 @@ def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str
             f"{path.parent} holds maps made with other settings ({'; '.join(wrong)}): give the settings of its first "
             "run, another output folder, or --overwrite"
         )
-
-
-def _remove_unfinished(folder: Path) -> None:
-    """Remove the temporary files of a process that was killed; only for a run of one process."""
-    for path in folder.rglob(".*.part*"):
-        if UNFINISHED.fullmatch(path.name):
-            path.unlink(missing_ok=True)
 
 
 def _remove_earlier_run(folder: Path, share: ProcessShare) -> None:

@@ -13,7 +13,6 @@ import dataclasses
 import operator
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -26,7 +25,9 @@ from brixel.errors import BrixelError
 from brixel.feature_maps.pca import PcaBasis
 from brixel.feature_maps.storage import as_array, damaged, load_map, save_map
 from brixel.utils.devices import DTYPES, dtype_name
-from brixel.utils.fields import short_repr
+from brixel.utils.fields import check_field, short_repr
+from brixel.utils.fields import path as path_rule
+from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.tensor_kinds import not_plain
 
 _LARGEST = 2.0**53  # of sizes and strides: whole numbers up to here are exact as floats
@@ -99,7 +100,17 @@ class FeatureMap:
             BrixelError: The dtype is not one that features may have.
         """
         target = DTYPES.get(device_or_dtype, device_or_dtype) if isinstance(device_or_dtype, str) else device_or_dtype
-        return dataclasses.replace(self, features=self.features.to(target))
+        try:
+            moved = self.features.to(target if isinstance(target, torch.dtype) else torch.device(target))
+        except (TypeError, RuntimeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = str(error).split("\n", 1)[0]
+            raise BrixelError(
+                f"a map cannot be converted to {short_repr(device_or_dtype)} ({reason}); expected a device such as "
+                f"'cpu' or 'cuda', or one of {', '.join(DTYPES)}"
+            ) from error
+        return dataclasses.replace(self, features=moved)
 
     def numpy(self) -> npt.NDArray[Any]:
         """The features as an array (D, Hf, Wf); it shares memory if possible, and bfloat16 is converted to float32."""
@@ -207,7 +218,11 @@ class FeatureMap:
         Raises:
             BrixelError: The basis has another D, or features are not finite.
         """
-        return (basis or PcaBasis.fit([self.features])).project(self.features)
+        if basis is not None and not isinstance(basis, PcaBasis):
+            raise BrixelError(
+                f"basis is {short_repr(basis)}; expected a PcaBasis, or None: the colours are always three components"
+            )
+        return (PcaBasis.fit([self.features]) if basis is None else basis).project(self.features)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the map to a file, completely or not at all; an earlier file is replaced.
@@ -222,7 +237,7 @@ class FeatureMap:
             BrixelError: Another suffix, or a missing folder.
         """
         geometry = {"image_hw": self.image_hw, "stride": self.stride, "meta": dict(self.meta)}
-        save_map(Path(path), self.features, geometry)
+        save_map(check_field("path", path, path_rule()), self.features, geometry)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureMap:
@@ -242,11 +257,12 @@ class FeatureMap:
             DamagedFileError: The file is damaged or not a feature map.
             BrixelError: It is of a newer format, or its description is missing.
         """
-        features, fields = load_map(Path(path))
+        source = check_field("path", path, path_rule())
+        features, fields = load_map(source)
         try:
             return cls(features, **fields)
         except BrixelError as error:
-            raise damaged(Path(path), error) from error
+            raise damaged(source, error) from error
 
 
 def _check_features(features: object) -> None:

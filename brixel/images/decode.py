@@ -1,6 +1,5 @@
 """Image files and PIL images: opened, decoded, turned upright, and converted to RGB tensors (3, H, W)."""
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
-from brixel.errors import ImageError, printable
+from brixel.errors import ImageError, MissingFileError, printable
 from brixel.images.formats import identify
 from brixel.images.from_arrays import check_size
 from brixel.images.modes import SIDEWAYS, check_samples, correct_transparent_grey, to_rgb_tensor
@@ -82,7 +81,7 @@ def _open_file(path: str) -> BinaryIO:
             return open(path, "rb")
     except FileNotFoundError as error:
         url = "; a URL must be downloaded first" if "://" in path else ""
-        raise FileNotFoundError(errno.ENOENT, f"no such image, check the path{url}", path) from error
+        raise MissingFileError(f"no such image, check the path{url}: {path!r}") from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{name}: cannot be opened ({error}); check path and permissions") from error
     if stat.S_ISDIR(mode):

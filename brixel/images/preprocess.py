@@ -99,7 +99,7 @@ class Preprocessor:
             Normalised pixels (3, H, W), float32, H and W multiples of ``patch_px``; and the image's placement.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            MissingFileError: There is no such file.
             ImageError: The image cannot be read or used.
         """
         with open_image(image) as source:

@@ -20,9 +20,11 @@ from brixel.model.config import BILINEAR, AdapterConfig, BrixelConfig
 from brixel.model.student import Student
 from brixel.model.upsampler import AnyUpsampler, BilinearUpsampler
 from brixel.utils.devices import dtype_name
+from brixel.utils.fields import boolean, check_field, several, whole_number
 from brixel.utils.torch_defaults import plain_defaults
 
 PathLike = str | os.PathLike[str]
+_SIZE = several(whole_number(1), "height and width in pixels, such as (480, 640)", count=2)
 
 
 class DenseFeatures(Student):
@@ -233,9 +235,14 @@ class DenseFeatures(Student):
             MemoryLimitError: Nothing fits into the limit.
             BrixelError: An argument is out of range.
         """
-        geometry = plan_patch_grid(image_hw, self.patch_px, self.preparation(short_side_px).short_side_px)
+        size = check_field("image_hw", image_hw, _SIZE)
+        job = {
+            "batch": check_field("batch", batch, whole_number(1)),
+            "to_file": check_field("to_file", to_file, boolean()),
+        }
+        geometry = plan_patch_grid(size, self.patch_px, self.preparation(short_side_px).short_side_px)
         scaled = self.at_scale(scale)
-        return Planner(scaled, memory_limit, tiles).plan(Job(batch, geometry.padded_hw, to_file))
+        return Planner(scaled, memory_limit, tiles).plan(Job(padded_hw=geometry.padded_hw, **job))
 
     def extract_backbone(
         self,

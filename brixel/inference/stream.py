@@ -2,8 +2,10 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from brixel.errors import BrixelError, MemoryLimitError
@@ -13,7 +15,7 @@ from brixel.images.preprocess import ImagePlacement, Preprocessor
 from brixel.inference.batching import run_batches
 from brixel.inference.memory.limited_forward import ComputedMap, MemoryLimitedForward
 from brixel.inference.prefetch import prefetch
-from brixel.utils.fields import Rule, check_field, whole_number
+from brixel.utils.fields import Rule, check_field, short_repr, whole_number
 from brixel.utils.out_of_memory import is_out_of_memory
 
 _POSITIVE = Rule("a positive whole number", whole_number(1).convert)
@@ -46,7 +48,7 @@ class FeatureStream:
         budget = self._forward.budget
         prepared = prefetch(
             self._prepare,
-            images,
+            several_images(images),
             workers=self._workers,
             depth=self._batch_size + 2 * self._workers,
             in_consumer=_in_memory,
@@ -65,7 +67,7 @@ class FeatureStream:
     def _prepare(self, image: ImageInput) -> tuple[Tensor | None, ImagePlacement | Exception]:
         try:
             return prepare_image(self._preprocessor, image, self._forward.check)
-        except (BrixelError, FileNotFoundError) as error:
+        except BrixelError as error:
             return None, error
 
     def _compute(self, pixels: Tensor) -> Sequence[ComputedMap | Exception]:
@@ -86,6 +88,16 @@ class FeatureStream:
             assert isinstance(placement, Exception)
             return placement
         return placement.feature_map(computed.features, meta=computed.meta, in_place=True)
+
+
+def several_images(images: Iterable[ImageInput]) -> Iterable[ImageInput]:
+    """The images as they are; BrixelError for a single one, whose letters or rows would be taken for images."""
+    is_path = isinstance(images, str | bytes | os.PathLike)
+    is_one = isinstance(images, Image.Image) or (isinstance(images, Tensor | np.ndarray) and images.ndim < 4)
+    if is_path or is_one or isinstance(images, Mapping) or not isinstance(images, Iterable):
+        given = short_repr(images) if is_path or not is_one else f"one {type(images).__name__}"
+        raise BrixelError(f"images are {given}; expected several, such as a list: give [image], or call extract")
+    return images
 
 
 def raise_errors(results: Iterable[FeatureMap | Exception]) -> Iterator[FeatureMap]:

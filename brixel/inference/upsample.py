@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from brixel.images.load import ImageInput, load_image
 from brixel.inference.memory.chunked_universal import universal_in_chunks
 from brixel.inference.memory.row_chunks import row_ranges
 from brixel.model.universal import CELLS, GUIDE_PX, UniversalUpsampler
+from brixel.utils.fields import short_repr
 from brixel.utils.tensor_kinds import not_plain
 from brixel.utils.torch_defaults import plain_defaults
 
@@ -109,6 +110,8 @@ def _as_list(image: ImageInput | Sequence[ImageInput], count: int) -> list[Image
     single = isinstance(image, str | os.PathLike | Image.Image) or (
         isinstance(image, Tensor | np.ndarray) and image.ndim < 4
     )
+    if not single and (isinstance(image, Mapping) or not isinstance(image, Iterable)):
+        raise BrixelError(f"image is {short_repr(image)}; expected an image, or a list of one for each feature map")
     images: list[ImageInput] = [image] if single else list(image)  # type: ignore[arg-type, list-item]
     if len(images) != count:
         raise BrixelError(f"{len(images)} images for {count} feature maps; expected one image for each, as a list")

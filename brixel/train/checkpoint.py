@@ -64,7 +64,7 @@ def save_state(path: Path, config: TrainConfig, state: TrainingState, parts: Par
         **{name: part.state_dict() for name, part in parts.items()},
     }
     try:
-        with atomic_path(path) as temporary:
+        with atomic_path(path, durable=True) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         if is_out_of_memory(error):
@@ -77,6 +77,7 @@ def save_state(path: Path, config: TrainConfig, state: TrainingState, parts: Par
 def load_state(path: Path, config: TrainConfig, parts: Parts, *, processes: int) -> TrainingState:
     """Load a saved run into its parts. BrixelError if settings that affect the result differ.
 
+    A run may be extended: ``steps`` may be larger than before, and the learning rate follows their schedule from here.
     The best raw cosine of version 0.1 or 0.2 cannot be compared with centred ones, so ``best`` is None there.
     """
     content = _read(path)
@@ -86,6 +87,8 @@ def load_state(path: Path, config: TrainConfig, parts: Parts, *, processes: int)
         saved = make_config(fields["config"])
     if content["format_version"] == 1:
         state.best = None
+    if config.steps > saved.steps:  # the run is extended
+        saved = dataclasses.replace(saved, steps=config.steps)
     changed = differences(config, saved)
     if state.processes != processes:
         changed.append(f"processes: {processes}, not {state.processes}")

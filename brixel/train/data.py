@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from brixel.errors import BrixelError, ImageError
+from brixel.errors import BrixelError, ImageError, MissingFileError
 from brixel.images.crops import CropSettings, normalised, student_view, teacher_crop
 from brixel.images.find_images import find_images
 from brixel.images.load import load_image
@@ -89,7 +89,7 @@ class CropDataset(Dataset[Crop]):
                 rgb = load_image(image)  # 3 H W
                 if self.settings.small == "skip" and min(rgb.shape[1:]) < self.settings.teacher_px:
                     raise ImageError(f"{image}: smaller than teacher_px={self.settings.teacher_px}")
-            except (ImageError, FileNotFoundError) as error:
+            except (ImageError, MissingFileError) as error:
                 failures[str(image)] = str(error)
                 continue
             crop = teacher_crop(rgb, self.settings, _generator("crop", self.settings.seed, position))

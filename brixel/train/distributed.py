@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from brixel.errors import BrixelError
 from brixel.utils.devices import choose_device
+from brixel.utils.processes import launched_process, own_device
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -38,14 +40,14 @@ class DistributedContext:
 @contextmanager
 def distributed_context(device: str) -> Iterator[DistributedContext]:
     """Initialise the process group that `torchrun` describes in the environment, if any, and destroy it at the end."""
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = choose_device(device)
+    world_size, chosen = launched_process().processes, choose_device(own_device(device))
     if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", local_rank)
+        chosen = torch.device("cuda", 0)
     if world_size == 1:
         yield DistributedContext(0, 1, chosen)
         return
     if chosen.type == "cuda":
+        _check_gpus()
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
@@ -58,6 +60,13 @@ def distributed_context(device: str) -> Iterator[DistributedContext]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _check_gpus() -> None:
+    """Raise BrixelError where this machine has fewer GPUs than processes: NCCL takes one process for each."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), torch.cuda.device_count()
+    if here > gpus:
+        raise BrixelError(f"{here} processes train on a machine with {gpus} GPUs; start torchrun with {gpus} at most")
 
 
 def all_reduce_sum(value: Tensor, context: DistributedContext) -> Tensor:

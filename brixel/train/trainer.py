@@ -9,6 +9,7 @@ Shapes: B batch, S side of the student's crop in pixels, D width, h x w the stud
 import dataclasses
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.model_folder import ADAPTER, CONFIG, read_config
 from brixel.checkpoints.weight_files import read_tensors
 from brixel.errors import BrixelError, printable
+from brixel.images.find_images import IMAGE_SUFFIXES
 from brixel.model.losses import FeatureScale, total_loss
 from brixel.model.upsampler import SecondUpsampler
 from brixel.train.checkpoint import Parts, TrainingState, load_state, save_state
@@ -35,7 +37,10 @@ from brixel.train.monitoring import Metrics
 from brixel.train.optim import WeightAverage, learning_rate, make_optimizer
 from brixel.train.setup import prepare_model
 from brixel.train.validation import Validator
+from brixel.utils.atomic_files import check_output_folder, remove_unfinished
+from brixel.utils.fields import short_repr
 from brixel.utils.progress import progress_bar
+from brixel.utils.torch_defaults import plain_defaults
 
 SETTINGS, STATE, METRICS = "train.toml", "state.pt", "metrics.jsonl"
 
@@ -68,10 +73,26 @@ def distill(
         BrixelError: The settings do not fit the backbone, the images or the run in ``config.out``; no image can be
             read; the disk is full; or the loss is not finite (the state before that step is saved).
     """
-    with distributed_context(config.device) as context:
+    if not isinstance(config, TrainConfig):
+        raise BrixelError(f"config is {short_repr(config)}; expected a TrainConfig, as brixel.train.TrainConfig(...)")
+    check_out(config)
+    with distributed_context(config.device) as context, plain_defaults(dtype=True):
         cuda_devices = [context.device] if context.device.type == "cuda" else []
         with torch.random.fork_rng(cuda_devices):
             return Trainer(config, context, model, teacher, crops).train()
+
+
+def check_out(config: TrainConfig) -> None:
+    """Raise BrixelError where a run cannot be written to the output folder: it is a file, or a folder of images."""
+    out = Path(config.out)
+    check_output_folder(out)
+    if (out / SETTINGS).exists() or not out.is_dir():
+        return
+    if images := [entry.name for entry in os.scandir(out) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]:
+        raise BrixelError(
+            f"{out} holds images, such as {images[0]!r}, and no run; give another folder as out: the images belong to "
+            "`images`"
+        )
 
 
 class Trainer:
@@ -125,6 +146,8 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{images_per_s:.1f}")
                 if metrics is not None:
                     self._write_due(metrics, validator, loss, parts, images_per_s)
+                if self._is_validation_due():
+                    barrier(self.context)  # which waits for days: other collectives give up within minutes
         barrier(self.context)
         if data.skipped and self.context.is_main:
             some = ", ".join(sorted(data.skipped)[:5])
@@ -135,6 +158,8 @@ class Trainer:
         """Load the state in the output folder, if there is one, and write the settings; whether there was one."""
         path = self.out / STATE
         resumed = path.exists()
+        if self.context.is_main:
+            remove_unfinished(self.out)
         if resumed:
             self.state = load_state(path, self.config, self.parts, processes=self.context.world_size)
         barrier(self.context)
@@ -269,10 +294,13 @@ class Trainer:
                 left_s = (config.steps - step) * self.images_per_step / images_per_s
                 line = f"step {step}/{config.steps} loss {loss:.4f}, {images_per_s:.1f} images/s, {left_s:.0f} s left"
                 print(line, file=sys.stderr, flush=True)
-        if step % config.val_every == 0 or last:
+        if self._is_validation_due():
             validator.run(self.state, metrics)
         if step % config.save_every == 0 or last:
             self._save_state()
+
+    def _is_validation_due(self) -> bool:
+        return self.state.step % self.config.val_every == 0 or self.state.step == self.config.steps
 
     def _save_state(self) -> None:
         if self.context.is_main:

@@ -14,11 +14,12 @@ UNFINISHED = re.compile(r"\.[0-9a-f]{32}\.part(\..*)?")  # temporary names
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; it is renamed to ``path`` on success, and removed on an error.
 
     It has the suffix of ``path``, since some writers choose the format by the suffix. The file gets the permissions of
-    any new file, even if the writer makes it private.
+    any new file, even if the writer makes it private. ``durable``: it is on the disk before it gets its name, so that
+    a power cut leaves the earlier file or the new one.
     """
     target = Path(path)
     temporary = target.with_name(f".{uuid.uuid4().hex}.part{target.suffix}")
@@ -28,14 +29,33 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(permissions)
+        if durable:
+            _to_disk(temporary)
         os.replace(temporary, target)
+        if durable and os.name == "posix":  # the name too; other systems do not open folders
+            _to_disk(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left below a folder under temporary names; for folders that only one job writes."""
+    for path in folder.rglob(".*.part*"):
+        if UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text as UTF-8, completely or not at all; what UTF-8 lacks, in the names of some files, is escaped."""
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=True) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 

@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike, fspath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -148,6 +149,18 @@ def text(*, empty: bool = False) -> Rule:
         return string
 
     return Rule("a text" if empty else "a text that is not empty", convert)
+
+
+def path() -> Rule:
+    """A path, as text that is not empty or as an object that stands for one; it becomes a ``pathlib.Path``."""
+
+    def convert(value: Any) -> Path:
+        string = fspath(value)
+        if not isinstance(string, str) or not string or "\0" in string:
+            raise ValueError
+        return Path(string)
+
+    return Rule("a path, as text or pathlib.Path, not empty", convert)
 
 
 def optional(rule: Rule) -> Rule:

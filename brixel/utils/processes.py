@@ -3,6 +3,8 @@
 import os
 from dataclasses import dataclass
 
+import torch
+
 from brixel.errors import BrixelError
 
 
@@ -13,6 +15,14 @@ class LaunchedProcess:
     rank: int = 0
     processes: int = 1
     local_rank: int | None = None
+
+
+def own_device(device: str) -> str:
+    """The device as given; of GPUs without a number, with several processes on one machine, that of this process."""
+    if device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    local_rank = launched_process().local_rank
+    return device if local_rank is None else f"cuda:{local_rank % torch.cuda.device_count()}"
 
 
 def launched_process() -> LaunchedProcess:
