@@ -439,6 +439,7 @@ def edited(model, tmp_path, edit):
         (lambda c: c["adapter"].update(blocks=11), "blocks is .11., for a trained adapter; expected four blocks"),
         (lambda c: c["adapter"].update(short_side_px=0), "short_side_px is 0"),
         (lambda c: c["backbone"].update(fingerprint=[]), "other weights"),
+        (lambda c: c["backbone"].update(fingerprint=c["backbone"]["fingerprint"][1:], int8=True), "other weights"),
         (
             lambda c: c["backbone"].update(fingerprint=["a"] * 12),
             r"BackboneConfig.fingerprint is \[.*; expected a list of",
@@ -458,6 +459,10 @@ def edited(model, tmp_path, edit):
         (
             lambda c: c["backbone"].update(fingerprint=[1e300] * 12),
             "fingerprint is .1e.300",
+        ),
+        (
+            lambda c: c["backbone"].update(architecture="dinov2-small"),
+            "names the architecture dinov2-vits14, whose width",
         ),
         (lambda c: c["backbone"].update(architecture=["x"]), "architecture is .'x'.; expected a text"),
         (lambda c: c["backbone"].update(sources={"a": 1}), "sources is .'a': 1.; expected a list"),

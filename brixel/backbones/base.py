@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brixel.errors import BrixelError
+from brixel.utils.out_of_memory import is_out_of_memory
 
 _MEMBERS = ("width", "patch_px", "depth", "mean", "std", "block_maps")
 
@@ -89,6 +90,8 @@ def check_maps(backbone: Backbone, blocks: Sequence[int], device: torch.device, 
         with torch.no_grad():
             maps = backbone.block_maps(pixels, blocks)
     except Exception as error:  # the user's module may raise anything
+        if is_out_of_memory(error):
+            raise
         raise BrixelError(f"{call} raised {type(error).__name__}: {error}") from error
     shape = (1, backbone.width, 1, 2)
     expected = f"expected a list of {len(blocks)} tensors {shape}: one a block, (B, width, H / patch_px, W / patch_px)"

@@ -33,7 +33,11 @@ _RULES = {
     **{"heads": whole_number(1, _WIDEST), "ffn_width": whole_number(1, 8 * _WIDEST)},
     "native_grid": Rule(f"{_grid_side.expected}, or two: (rows, columns)", _grid),
     "registers": whole_number(0, _LARGEST_GRID),
-    **{"norm_eps": number(0, below=1), "rope_theta": number(above=0, below=1e9), "position_scale_offset": number(0, 2)},
+    **{
+        "norm_eps": number(0, below=0.1),
+        "rope_theta": number(above=0, below=1e9),
+        "position_scale_offset": number(0, 2),
+    },
     **dict.fromkeys(("class_token", "layer_scale", "qkv_bias", "position_antialias"), boolean()),
     "ffn": one_of("mlp", "swiglu"),
     "gelu": one_of("exact", "tanh"),

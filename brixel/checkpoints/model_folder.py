@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from brixel.backbones.registry import find_backbone
 from brixel.backbones.vit_config import ForeignConfig, ViTConfig
 from brixel.checkpoints.int8_weights import quantised_state
 from brixel.checkpoints.model_card import model_card, write_card
@@ -116,9 +117,23 @@ def read_config(path: Path) -> BrixelConfig:
         )
     except BrixelError as error:
         raise CheckpointError(f"{path} does not describe a model: {error}") from error
+    _check_architecture(path, config.backbone)
     if content:
         raise CheckpointError(f"{path} has unknown parts: {', '.join(content)[:200]}")
     return config
+
+
+def _check_architecture(path: Path, backbone: BackboneConfig) -> None:
+    """Raise CheckpointError where the named architecture has other sizes than are stated."""
+    known = find_backbone(backbone.architecture or "")
+    if known is None:
+        return
+    for name in ("width", "depth", "patch_px"):
+        expected, found = getattr(known.vit, name), getattr(backbone.vit, name)
+        if found != expected:
+            raise CheckpointError(
+                f"{path} names the architecture {known.name}, whose {name} is {expected}, and states {found}"
+            )
 
 
 def _table(name: str, values: object) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from brixel.cli.options import (
     positive,
     whole,
 )
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, printable
 from brixel.evaluate import cost, panel_of, read_suite, run_suite, sources_of, throughput
 from brixel.evaluate.cost.memory import ARCHITECTURES, SIDES, limit_table, memory_table
 from brixel.evaluate.cost.throughput import draw_images
@@ -224,5 +224,9 @@ def _suite(options: argparse.Namespace) -> int:
         named = {name: table.get(name) for name in ("model", "backbone", "architecture")}
         return load(argparse.Namespace(**named, device=options.device, dtype=options.dtype))
 
-    print(run_suite(parts, options.output, options.command, load_model, lambda text: print(text, file=sys.stderr)))
+    print(
+        run_suite(
+            parts, options.output, options.command, load_model, lambda text: print(printable(text), file=sys.stderr)
+        )
+    )
     return 0

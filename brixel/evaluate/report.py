@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, printable
 from brixel.utils.atomic_files import check_folder, write_text
 from brixel.utils.fields import (
     Rule,
@@ -103,8 +103,8 @@ class Report:
 
     @property
     def _is_wide(self) -> bool:
-        """Whether no terminal has room for a line of the table."""
-        return len(self.columns) > _MOST_COLUMNS and self.columns.keys() >= SOURCE_COLUMNS.keys()
+        """Whether no terminal has room for a line of the table, and the rows of a size belong together."""
+        return len(self.columns) > _MOST_COLUMNS and self.columns.keys() >= {*SOURCE_COLUMNS, _TEACHER_PX}
 
     def _table(self) -> list[str]:
         """A line for each row."""
@@ -117,17 +117,20 @@ class Report:
     def _table_by_size(self, level: int) -> list[str]:
         """For each model and size a table under a heading, with a line for each metric and a column for each source."""
         metrics = {key: column for key, column in self.columns.items() if key not in (*SOURCE_COLUMNS, _TEACHER_PX)}
-        groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        groups: dict[str, list[Mapping[str, Any]]] = {}
         for row in self.rows:
-            groups.setdefault((row["model"], row["image_px"], row.get(_TEACHER_PX)), []).append(row)
+            image_px, teacher_px = (shown(row.get(key), "d") for key in ("image_px", _TEACHER_PX))
+            groups.setdefault(f"{row.get('model')}, {image_px} px, teacher {teacher_px} px", []).append(row)
         lines: list[str] = []
-        for (model, image_px, teacher_px), rows in groups.items():
-            teacher = "" if teacher_px is None else f", teacher {teacher_px} px"
+        for caption, rows in groups.items():
             cells = [[name, *(shown(row.get(key), form) for row in rows)] for key, (name, form) in metrics.items()]
             table = markdown_table(
-                ["", *(row["source"] for row in rows)], cells, numeric=[False, *(True for _ in rows)], pad=True
+                ["", *(shown(row.get("source"), "") for row in rows)],
+                cells,
+                numeric=[False, *(True for _ in rows)],
+                pad=True,
             )
-            lines += [f"{'#' * level} {model}, {image_px} px{teacher}", "", *table, ""]
+            lines += [f"{'#' * level} {' '.join(caption.split())}", "", *table, ""]
         return lines[:-1]
 
     def content(self, command: str) -> dict[str, Any]:
@@ -185,10 +188,11 @@ def shown(value: Any, form: str) -> str:
         return "-"
     if isinstance(value, str):
         return value
+    between, form = (" of ", "") if form == "of" else (" to ", form)
     if isinstance(value, (list, tuple)):
-        return (" of " if form == "of" else " to ").join(shown(end, "" if form == "of" else form) for end in value)
+        return between.join(shown(end, form) for end in value)
     try:
-        return format_bytes(value) if form == "bytes" else format(value, "" if form == "of" else form)
+        return format_bytes(value) if form == "bytes" else format(value, form)
     except (ValueError, TypeError, OverflowError):  # of a report that was changed: a fraction where counts are
         return str(value)
 
@@ -211,7 +215,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_report(report: Report, command: str, path: Path | None) -> None:
     """Print the Markdown; with a path, write it there, and the JSON to the same name with .json."""
-    text = report.markdown(command)
+    text = "\n".join(map(printable, report.markdown(command).split("\n")))
     print(text)
     if path is not None:
         write_json(path.with_suffix(".json"), report.content(command))

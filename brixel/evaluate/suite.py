@@ -24,6 +24,7 @@ from brixel.utils.structured_files import checking_content, read_json_value
 _DAY = re.compile(r"\d{4}-\d\d-\d\d(?=\.$)")  # the date at a recipe's end; names of data may contain dates too
 _SMALL = 2**26  # files of a model up to so many bytes are read to see whether the model changed
 _FINGERPRINT = "model_files"  # in a part's JSON
+_MOST_BYTES = 2**29  # of a part, which holds the results of every image
 _ROW_RULES = {"model": text(), "image_px": whole_number(1, 2**31), "source": text()}  # what plots need of every row
 
 Load = Callable[[Mapping[str, str]], BrixelFeatures]
@@ -91,7 +92,7 @@ def _content(folder: Path, part: Part) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with checking_content(path, "the report of a part", "delete it to run the part again"):
-        content = read_json_value(path, finite=False)
+        content = read_json_value(path, finite=False, most_bytes=_MOST_BYTES)
         report = Report.from_content(check_field("the file", content, json_table()))
         check_field("task", report.task, one_of(part.task.kind))
         for number, row in enumerate(report.rows, 1):

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, printable
 from brixel.extraction.distributed import ProcessShare
 from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile, latest_by_image
 from brixel.extraction.writers import MapWriter, file_size
@@ -39,7 +39,7 @@ class ExtractionSummary:
     def add_failure(self, image: Path, error: Exception) -> None:
         """List an image that has no map. It is logged at once, since a run may take long and be killed."""
         self.failures.append((image, error))
-        message = str(error) if image.name in str(error) else f"{image}: {error}"
+        message = str(error) if printable(image.name) in str(error) else f"{printable(str(image))}: {error}"
         _LOG.warning("skipped: %s", message)
 
 

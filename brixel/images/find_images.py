@@ -2,11 +2,11 @@
 
 import logging
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, printable
 from brixel.images.formats import HEIF_ENDINGS, HEIF_HINT, readable_endings
 
 IMAGE_SUFFIXES = readable_endings()
@@ -79,7 +79,9 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
     if not left_out:
         return ""
     counts = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    parts = [f"{count} {kind}{'s' * (count > 1 and kind[0] != '.')}" for kind, count in counts[:_MAX_ENDINGS]]
+    parts = [
+        f"{count} {printable(kind)}{'s' * (count > 1 and kind[0] != '.')}" for kind, count in counts[:_MAX_ENDINGS]
+    ]
     if len(counts) > _MAX_ENDINGS:
         parts.append(f"{sum(count for _, count in counts[_MAX_ENDINGS:])} others")
     total = sum(left_out.values())
@@ -105,9 +107,9 @@ def _images_at(path: str, left_out: Counter[str]) -> Iterable[tuple[str, str]]:
 def _images_below(top: str, left_out: Counter[str]) -> Iterator[str]:
     """Relative paths of the images below a folder, with slashes, in the order of the file system."""
     names_of: Counter[tuple[int, int]] = Counter()
-    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]  # a folder, and those around it
+    waiting: deque[tuple[str, frozenset[tuple[int, int]]]] = deque([("", frozenset())])  # a folder, and those around it
     while waiting:
-        prefix, around = waiting.pop()
+        prefix, around = waiting.popleft()
         try:
             folder = os.path.join(top, prefix)
             status = os.stat(folder)

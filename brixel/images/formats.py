@@ -47,8 +47,7 @@ FORMATS = (
     Format("TGA", "PIL.TgaImagePlugin", (".tga", ".icb", ".vda", ".vst"), only_by_ending=True),
 )
 
-_OF_AVIF_TOO = (b"mif1", b"msf1")
-_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", *_OF_AVIF_TOO)
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 _Reader = Callable[[BinaryIO, str], Image.Image]
 
@@ -62,6 +61,8 @@ def readable_endings() -> tuple[str, ...]:
 def identify(file: BinaryIO, path: str) -> Image.Image:
     """Do what `Image.open` does, with the readers of `FORMATS` alone. Raises ImageError."""
     head = file.read(HEAD_BYTES)
+    if (other := other_content(head)) is not None:
+        raise ImageError(f"{path}: is {other}")
     reasons: list[str] = []
     cause: Exception | None = None
     for format_ in FORMATS:
@@ -78,16 +79,14 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
             except (SyntaxError, IndexError, TypeError, KeyError, struct.error) as error:
                 reasons.append(f"{format_.name}: {error or type(error).__name__}")
                 cause = error
-    if (other := other_content(head)) is not None:
-        raise ImageError(f"{path}: is {other}")
     if cause is not None:
         raise ImageError(
             f"{path}: cannot be decoded ({'; '.join(reasons)}); the file is damaged, cut short or of a kind that is "
             "not read: fetch it again, or export it as PNG or JPEG"
         ) from cause
     raise ImageError(
-        f"{path}: is no image that is read, or its head is damaged; give a JPEG, PNG, TIFF, WebP, AVIF, HEIC, JPEG "
-        "2000, GIF, BMP, PPM or TGA file, or open it with Pillow and give the PIL image"
+        f"{path}: is not an image that the installed Pillow can read, or its head is damaged; give a JPEG, PNG, TIFF, "
+        "WebP, AVIF, HEIC, JPEG 2000, GIF, BMP, PPM or TGA file, or open it with Pillow and give the PIL image"
     )
 
 
@@ -95,7 +94,7 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
 def _reader(format_: Format) -> tuple[_Reader, Callable[[bytes], bool | str]]:
     """What opens files of a format, and what says from their first bytes whether it does, or why it cannot."""
     if format_.name == "HEIF" and importlib.util.find_spec("pillow_heif") is None:
-        return _no_reader, lambda head: HEIF_HINT if _is_heif(head) and head[8:12] not in _OF_AVIF_TOO else False
+        return _no_reader, lambda head: HEIF_HINT if _is_heif(head) else False
     try:
         module = importlib.import_module(format_.module)
     except ImportError:

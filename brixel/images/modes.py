@@ -27,7 +27,7 @@ EIGHT_BITS = ("1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "La", "PA", "RGBa", "C
 DEEP_GREYS = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 """Modes of greys with more than 8 bits, and the value of white."""
 
-_BAND_PIXELS = 1 << 18
+_BAND_PIXELS = 1 << 16
 
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT, _SUBFILE, _SUBSAMPLING = 258, 262, 339, 254, 530  # tags of TIFF
 _SIGNED = 2
@@ -138,4 +138,4 @@ def _write_deep_grey(image: Image.Image, stored: Array, name: str) -> None:
         floats = image.mode == "F"
         range_ = "floats must lie in [0, 1]" if floats else f"greys of mode {image.mode} must lie in 0..{white}"
         hint = range_hint(low, high) if floats else "scale them, or give an array of floats in [0, 1]"
-        raise ImageError(f"{name}: values go from {low:.9g} to {high:.9g}; {range_}: {hint}")
+        raise ImageError(f"{name}: values go from {low:.10g} to {high:.10g}; {range_}: {hint}")

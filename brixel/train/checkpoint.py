@@ -25,6 +25,7 @@ from brixel.utils.fields import (
     short_repr,
     whole_number,
 )
+from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.torch_files import load_torch
 
 FORMAT_VERSION = 2
@@ -66,6 +67,8 @@ def save_state(path: Path, config: TrainConfig, state: TrainingState, parts: Par
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        if is_out_of_memory(error):
+            raise
         raise BrixelError(
             f"cannot write {path} ({error}); the previous state is kept: free some disk space and start again"
         ) from error

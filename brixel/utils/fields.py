@@ -139,11 +139,11 @@ def one_of(*choices: str) -> Rule:
 
 
 def text(*, empty: bool = False) -> Rule:
-    """A string or a path, stored as string; an empty one only if ``empty``."""
+    """A string or a path, stored as string; without ``empty`` neither empty nor with NUL, which no file name has."""
 
     def convert(value: Any) -> str:
         string = fspath(value) if isinstance(value, PathLike) else value
-        if not isinstance(string, str) or not (string or empty) or "\0" in string:
+        if not isinstance(string, str) or (not empty and (not string or "\0" in string)):
             raise ValueError
         return string
 

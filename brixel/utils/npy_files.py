@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from brixel.errors import DamagedFileError
+from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.structured_files import check_regular
 
 _MAGIC = b"\x93NUMPY"
@@ -25,6 +26,7 @@ def open_npy(path: Path) -> "np.memmap[Any, np.dtype[Any]]":
     Raises:
         MissingFileError: There is no such file.
         DamagedFileError: It is no such file, or not whole.
+        MemoryError: There is too little memory for it.
     """
     check_regular(path)
     try:
@@ -47,4 +49,9 @@ def open_npy(path: Path) -> "np.memmap[Any, np.dtype[Any]]":
             raise ValueError(f"an array of {shape} {dtype} makes {needed} bytes, and the file has {size}")
     except (ValueError, TypeError) as error:
         raise DamagedFileError(f"{path} is damaged ({error})") from error
-    return np.memmap(path, dtype, "c", offset, shape, "F" if found["fortran"] == "True" else "C")
+    try:
+        return np.memmap(path, dtype, "c", offset, shape, "F" if found["fortran"] == "True" else "C")
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"{path} does not fit in memory ({error})") from error
+        raise

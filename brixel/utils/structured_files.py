@@ -18,7 +18,7 @@ from brixel.errors import BrixelError, DamagedFileError, MissingFileError
 
 _MAX_BYTES = 2**25  # of a JSON file; also of a line in a file of lines
 _MAX_TOML_BYTES = 2**18  # files that people write
-_MAX_VALUES = 2**22
+_BYTES_PER_VALUE = 8  # at least, on average: empty lists take thirty times their text
 _MAX_DEPTH = 64
 
 _JSON_STRING = re.compile(r'"(?:\\.|[^"\\])*(?:"|\Z)', re.DOTALL)
@@ -44,18 +44,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_json_value(path: Path, *, finite: bool = True) -> Any:
+def read_json_value(path: Path, *, finite: bool = True, most_bytes: int = _MAX_BYTES) -> Any:
     """Any JSON value from a file.
 
     Args:
         path: The file.
         finite: Whether all numbers must be finite; otherwise NaN and Infinity are read as well.
+        most_bytes: How large the file may be.
 
     Raises:
         MissingFileError: There is no such file.
         DamagedFileError: It is not JSON in UTF-8, or larger or deeper than any file of ours.
     """
-    return parse_json(read_bounded(path, _MAX_BYTES), path, finite=finite)
+    return parse_json(read_bounded(path, most_bytes), path, finite=finite, most_bytes=most_bytes)
 
 
 def read_json_lines(path: Path, *, finite: bool = True) -> Iterator[dict[str, Any]]:
@@ -64,17 +65,20 @@ def read_json_lines(path: Path, *, finite: bool = True) -> Iterator[dict[str, An
     Raises as :func:`read_json_value`.
     """
     check_regular(path)
-    with open(path, "rb") as file:
-        for number in itertools.count(1):
-            line = file.readline(_MAX_BYTES)
-            if not line.endswith(b"\n"):
-                if len(line) == _MAX_BYTES:
-                    raise DamagedFileError(f"line {number} of {path} has more than {_MAX_BYTES} bytes")
-                return
-            record = parse_json(line, f"line {number} of {path}", finite=finite)
-            if not isinstance(record, dict):
-                raise DamagedFileError(f"line {number} of {path} holds {_kind(record)}; expected a JSON object")
-            yield record
+    try:
+        with open(path, "rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(_MAX_BYTES)
+                if not line.endswith(b"\n"):
+                    if len(line) == _MAX_BYTES:
+                        raise DamagedFileError(f"line {number} of {path} has more than {_MAX_BYTES} bytes")
+                    return
+                record = parse_json(line, f"line {number} of {path}", finite=finite)
+                if not isinstance(record, dict):
+                    raise DamagedFileError(f"line {number} of {path} holds {_kind(record)}; expected a JSON object")
+                yield record
+    except OSError as error:
+        raise DamagedFileError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
@@ -96,15 +100,15 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise _in_context(error, f"{path} is no TOML in UTF-8") from error
 
 
-def parse_json(content: str | bytes, name: object, *, finite: bool = True) -> Any:
+def parse_json(content: str | bytes, name: object, *, finite: bool = True, most_bytes: int = _MAX_BYTES) -> Any:
     """The value of a JSON text from a file that errors call ``name``; see :func:`read_json_value`."""
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        if len(text) > _MAX_BYTES:
-            raise DamagedFileError(f"{name} has more than {_MAX_BYTES} bytes of JSON")
+        if len(text) > most_bytes:
+            raise DamagedFileError(f"{name} has more than {most_bytes} bytes of JSON")
         opened = text.count("[") + text.count("{")
-        if opened + text.count(",") > _MAX_VALUES:
-            raise DamagedFileError(f"{name} holds more than {_MAX_VALUES} values")
+        if opened + text.count(",") > most_bytes // _BYTES_PER_VALUE:
+            raise DamagedFileError(f"{name} holds more than {most_bytes // _BYTES_PER_VALUE} values")
         if opened > _MAX_DEPTH and _depth(_JSON_STRING.sub("", text)) > _MAX_DEPTH:
             raise DamagedFileError(f"{name} is nested deeper than {_MAX_DEPTH} levels")
         if not finite:

@@ -1,12 +1,16 @@
 """The command line as a whole: its overview, errors, interruptions, exit status."""
 
 import runpy
+import shlex
+import subprocess
 import sys
 
 import pytest
 
 import brixel
-from brixel import __version__
+from brixel import FeatureMap, __version__
+from brixel.extraction.map_folder import verify
+from brixel.utils.progress import progress_bar
 
 
 def test_alone_it_prints_an_overview(run, capsys):
@@ -44,6 +48,13 @@ def test_version(run, capsys):
             "config.json is a file; expected a folder",
         ),
         (("evaluate", "cost", "-o", "no/such/report.md"), "no folder no/such"),
+        (("evaluate", "cost", "-o", "folder.md"), "folder.md is a folder; expected the name of a file"),
+        (
+            ("train", "--backbone", "BACKBONE", "--images", "MODEL", "-o", "IMAGE"),
+            "waves.png is a file; expected a folder",
+        ),
+        (("train", "--backbone", "BACKBONE", "--images", "MODEL", "-o", "IMAGE/run"), "waves.png is a file; expected"),
+        (("convert", "IMAGE", "--backbone", "BACKBONE", "-o", "IMAGE"), "waves.png is a file; expected a folder"),
         (("evaluate", "memory", "--architectures", "dinov2-vits14"), "such as 252"),
         (("show", "IMAGE", "--model", "MODEL", "-o", "no/such/panel.png"), "no folder no/such"),
         (("show", "IMAGE", "--model", "MODEL", "-o", "panel.xyz"), "panel.xyz: expected a name that ends in .png"),
@@ -67,6 +78,7 @@ def test_errors_are_one_line(
     run, model_folder, backbone_folder, image_path, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.md").mkdir()
     paths = {"IMAGE": image_path, "MODEL": model_folder, "BACKBONE": backbone_folder}
     for name, path in paths.items():
         arguments = [argument.replace(name, str(path)) for argument in arguments]
@@ -105,3 +117,49 @@ def test_it_runs_as_a_module(monkeypatch, capsys):
     printed = capsys.readouterr().out
     for command in ("show", "extract", "info", "convert", "evaluate"):
         assert command in printed
+
+
+def shell(line: str, *arguments) -> "subprocess.CompletedProcess[str]":
+    """A line of the shell, in which `brixel` runs the command line of this checkout."""
+    program = f"import sys; sys.path[:0] = {sys.path!r}; from brixel.cli.app import main; sys.exit(main())"
+    line = line.replace("brixel ", f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} ", 1)
+    return subprocess.run(
+        ["bash", "-c", line, "bash", *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_commands_work_without_streams(run, monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert run("models") == 0
+    assert run("show", "missing.png") == 2
+    assert run("extract") == 2
+    for stream in (sys.stdout, sys.stderr):  # what took their place
+        stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", ["0<&- >&- 2>&-", "0<&-", ">&-", "2>&-", "2>&- | head -0"])
+def test_commands_work_where_streams_are_closed(image_path, tmp_path, streams):
+    command = "brixel extract $1 --model brixel-tiny --device cpu --short-side-px 28 -o $2"
+    ended = shell(f"{command} {streams}; exit ${{PIPESTATUS[0]}}", image_path, tmp_path / "out")
+    assert "Error" not in ended.stderr
+    assert ended.returncode in ((0, 141) if "head" in streams else (0,)), ended.stderr
+    assert FeatureMap.load(tmp_path / "out" / "waves.png.safetensors").image_hw == (60, 90)
+    assert verify(tmp_path / "out") == []  # nothing was printed into a file that got the number of a closed stream
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "statuses"), [("brixel show missing.png 2>&-", (2,)), ("brixel models 2>&1 | head -1", (0, 141))]
+)
+def test_the_status_says_what_closed_streams_cannot(line, statuses):
+    ended = shell(f"{line}; exit ${{PIPESTATUS[0]}}")
+    assert ended.returncode in statuses
+    assert "Traceback" not in ended.stderr
+
+
+def test_progress_is_silent_without_a_standard_error(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with progress_bar(range(3), "images") as bar:
+        assert list(bar) == [0, 1, 2]

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -66,3 +68,139 @@ def test_extract_as_npy_in_another_dtype_and_size(run, model_folder, image_path,
     options = ("--format", "npy", "--dtype", "bfloat16", "--short-side-px", "native", "--batch-size", 2)
     assert run("extract", image_path, "--model", model_folder, "-o", tmp_path / "out", *options) == 0
     assert np.load(tmp_path / "out" / "waves.png.npy").shape == (64, 18, 26)
+
+
+@pytest.mark.parametrize("name", ["one.safetensors", "one.npy"])
+def test_extract_of_one_image_into_a_named_file(run, model_folder, image_path, tmp_path, capsys, name):
+    arguments = ("extract", image_path, "--model", model_folder, "-o", tmp_path / name)
+    assert run(*arguments, "--save-dtype", "float16") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / name)
+    assert FeatureMap.load(tmp_path / name).image_hw == (60, 90)
+    assert FeatureMap.load(tmp_path / name).features.dtype == torch.float16
+    assert {path.name for path in tmp_path.glob("one*")} == {name, *(["one.npy.json"] if name == "one.npy" else [])}
+    assert run(*arguments) == 2
+    assert "one." in capsys.readouterr().err
+    assert run(*arguments, "--overwrite", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"written": 1, "file": str(tmp_path / name)}
+    assert FeatureMap.load(tmp_path / name).features.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("IMAGE", "IMAGE", "-o", "one.npy"), "one.npy is the name of one map; for several images give a folder"),
+        (("FOLDER", "-o", "one.npy"), "one.npy is the name of one map; for several images give a folder, such as one"),
+        (("IMAGE", "-o", "one.npy", "--format", "safetensors"), "--format and --shard-size go with a folder"),
+        (("IMAGE", "-o", "one.npy", "--shard-size", "1GiB"), "--format and --shard-size go with a folder"),
+        (("IMAGE", "-o", "no/one.npy"), "its folder does not exist"),
+        (("IMAGE", "-o", "IMAGE/maps"), "waves.png is a file; expected a folder to write into"),
+        (
+            ("IMAGE", "-o", "maps", "--shard-size", "1"),
+            "--shard-size: '1'; expected a size with its unit, such as 1GiB",
+        ),
+        (("IMAGE", "-o", "maps", "--shard-size", "4k"), "expected a size with its unit"),
+    ],
+)
+def test_extract_refuses_outputs_that_do_not_fit(run, image_path, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("brixel.cli.extract.load", None)  # before a model is loaded
+    paths = {"IMAGE": str(image_path), "FOLDER": str(image_path.parent)}
+    for name, path in paths.items():
+        arguments = [argument.replace(name, path) for argument in arguments]
+    assert run("extract", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_extract_into_an_existing_folder_with_the_ending_of_a_map(run, model_folder, image_path, tmp_path):
+    (tmp_path / "maps.npy").mkdir()
+    assert run("extract", image_path, "--model", model_folder, "-o", tmp_path / "maps.npy") == 0
+    assert (tmp_path / "maps.npy" / "waves.png.safetensors").exists()
+
+
+def test_extract_counts_what_is_left_out(run, model_folder, image_path, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("good.png", "notes.txt", "a.PDF", "b.pdf"):
+        (folder / name).write_bytes(image_path.read_bytes())
+    (folder / "bad.png").write_text("no image")
+    arguments = ("extract", folder, "--model", model_folder, "-o", tmp_path / "out")
+    assert run(*arguments) == 1
+    expected = "1 written, 0 already there, 1 failed; 3 files left out: 2 .pdf, 1 .txt\n"
+    assert capsys.readouterr().out == expected
+    assert run(*arguments, "--json") == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["left_out"] == {".pdf": 2, ".txt": 1}
+    assert (facts["written"], facts["already_there"], facts["processes"]) == (0, 1, 1)
+    ((failed),) = facts["failed"]
+    assert failed["image"] == str(folder / "bad.png")
+    assert "is not an image" in failed["error"]
+
+
+def test_verify_compares_images_with_their_maps(run, model_folder, image_path, tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(image_path.read_bytes())
+    out = tmp_path / "out"
+    assert run("extract", folder, "--model", model_folder, "-o", out) == 0
+    capsys.readouterr()
+    assert run("extract", folder, "--verify", "-o", out) == 0
+    assert capsys.readouterr().out == "every file matches the manifest\nevery one of 2 images has a map\n"
+    (folder / "c.png").write_bytes(image_path.read_bytes())
+    Image.new("RGB", (40, 40)).save(folder / "b.png")
+    assert run("extract", folder, "--verify", "-o", out) == 1
+    printed = capsys.readouterr()
+    assert "b.png: has changed since its map was made" in printed.err
+    assert "c.png: has no map" in printed.err
+    assert "2 of 3 images have no map as they are now" in printed.out
+    assert run("extract", folder, "--verify", "-o", out, "--json") == 1
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["files"] == []
+    assert (len(facts["images"]), facts["images_checked"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2, but RANK is not set; expected a rank of 0 to 1"),
+        ({"WORLD_SIZE": "2", "RANK": ""}, "RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "5"}, "WORLD_SIZE=2, but RANK is 5"),
+        ({"WORLD_SIZE": "1", "RANK": "1"}, "WORLD_SIZE=1, but RANK is 1; expected a rank of 0 to 0"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two; expected a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0; expected a whole number from 1 up"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK=-1; expected a whole number from 0 up"),
+    ],
+)
+def test_what_a_launcher_left_behind_is_refused(
+    run, model_folder, image_path, tmp_path, monkeypatch, capsys, environment, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run("extract", image_path, "--model", model_folder, "-o", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "", "RANK": ""}, {"RANK": "3"}, {"SLURM_NTASKS": "4"}])
+def test_one_process_takes_all_images(run, model_folder, image_path, tmp_path, monkeypatch, capsys, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert run("extract", image_path, "--model", model_folder, "-o", tmp_path / "out") == 0
+    assert capsys.readouterr().out == "1 written, 0 already there, 0 failed\n"
+
+
+def test_a_process_of_several_says_what_it_leaves_to_the_others(
+    run, model_folder, image_path, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.png").write_bytes(image_path.read_bytes())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert run("extract", folder, "--model", model_folder, "-o", tmp_path / "out") == 0
+    written = len(list((tmp_path / "out").glob("*.safetensors")))
+    assert 0 < written < 6
+    expected = f"process 0 of 2: {written} written, 0 already there, 0 failed; {6 - written} images belong to the other"
+    assert capsys.readouterr().out.startswith(expected)

@@ -35,3 +35,35 @@ def test_show_never_writes_over_its_image(run, model_folder, image_path, tmp_pat
     assert run("show", mine, "--model", model_folder, "-o", mine) == 2
     assert "is itself an image to be shown" in capsys.readouterr().err
     assert mine.read_bytes() == image_path.read_bytes()
+
+
+def test_show_takes_folders(run, model_folder, image_path, tmp_path, caplog):
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for number in range(10):
+        shutil.copy(image_path, folder / "sub" / f"{number}.png")
+    (folder / "notes.txt").touch()
+    output = tmp_path / "panel.png"
+    assert run("show", folder, "--model", model_folder, "-o", output) == 0
+    with Image.open(output) as panel:
+        assert 8 * 384 < panel.height < 9 * 450
+    assert f"{folder}: the first 8 of 10 images are drawn" in caplog.messages
+    assert run("show", tmp_path, "--model", model_folder, "-o", output) == 2  # it would be one of its images
+
+
+def test_panels_replace_panels_alone(run, model_folder, image_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in (("show", image_path), ("evaluate", "panel", image_path, "--teacher-px", 224)):
+        arguments = (*command, "--model", model_folder)
+        for name in ("panel.png", "panel.jpg", "panel.webp"):
+            shutil.copy(image_path, name)
+            assert run(*arguments, "-o", name) == 2
+            assert f"{name} exists, and brixel has not drawn it" in capsys.readouterr().err
+            assert (tmp_path / name).read_bytes() == image_path.read_bytes()
+        assert run(*arguments, "--overwrite") == 0
+        assert run(*arguments) == 0  # over its own
+        (tmp_path / "panel.png").unlink()
+        (tmp_path / "panel.png").mkdir()
+        assert run(*arguments) == 2
+        assert "panel.png is a folder" in capsys.readouterr().err
+        (tmp_path / "panel.png").rmdir()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import maps_in
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -15,6 +16,7 @@ from brixel.extraction import extract_files
 from brixel.extraction.distributed import ProcessShare
 from brixel.extraction.manifest import Manifest
 from brixel.extraction.map_folder import verify
+from brixel.extraction.writers import FileWriter
 from brixel.images.find_images import find_images
 
 
@@ -238,3 +240,50 @@ def test_overwriting_removes_earlier_shards(model, album, tmp_path):
     extract_files(model, find_images([album]), out, shard_bytes=2**30, overwrite=True)
     names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
     assert names == ["manifest-0.jsonl", "maps-0-00000.safetensors"]
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_an_output_folder_that_is_moved_meanwhile_ends_the_run(model, album, tmp_path, monkeypatch, removed):
+    out, plain_add = tmp_path / "out", FileWriter.add
+
+    def add_and_move(writer, source, feature_map):
+        written = plain_add(writer, source, feature_map)
+        if out.exists():
+            shutil.rmtree(out) if removed else out.rename(tmp_path / "moved")
+        return written
+
+    monkeypatch.setattr(FileWriter, "add", add_and_move)
+    with pytest.raises(BrixelError, match=f"{out} was moved or removed while maps were written into it"):
+        extract_files(model, find_images([album]), out)
+    assert not out.exists()
+    if removed:
+        return
+    monkeypatch.undo()
+    (tmp_path / "moved").rename(out)  # put back, the run goes on
+    assert extract_files(model, find_images([album]), out).written == 3
+    assert verify(out) == []
+
+
+def test_an_input_folder_that_is_moved_meanwhile_is_reported(model, album, tmp_path):
+    images = find_images([album])
+    album.rename(tmp_path / "elsewhere")
+    summary = extract_files(model, images, tmp_path / "out")
+    assert (summary.written, len(summary.failures)) == (0, 3)
+    assert all("No such file" in str(error) for _, error in summary.failures)
+
+
+def test_what_is_left_out_is_in_the_summary(model, album, tmp_path):
+    assert extract_files(model, find_images([album]), tmp_path / "out").left_out == {".txt": 1}
+    assert extract_files(model, list(find_images([album])), tmp_path / "out").left_out == {}
+
+
+@pytest.mark.parametrize("shard_bytes", [None, 2**20])
+def test_a_clock_that_is_set_back_changes_no_order(model, album, tmp_path, monkeypatch, shard_bytes):
+    """The last map of an image is the one in the folder, whatever the clock said when it was made."""
+    out = tmp_path / "out"
+    for year, size, count in ((2040, 40, 3), (1990, 44, 1), (2020, 48, 1)):
+        monkeypatch.setattr("time.time", lambda year=year: (year - 1970) * 365.25 * 86400)
+        Image.new("RGB", (size, size)).save(album / "a.png")
+        assert extract_files(model, find_images([album]), out, shard_bytes=shard_bytes).written == count
+        assert MapFolder(out)["a.png"].image_hw == (size, size)
+        assert extract_files(model, find_images([album]), out, shard_bytes=shard_bytes).written == 0

@@ -286,3 +286,10 @@ def test_a_safetensors_that_is_something_else(tmp_path: Path, metadata, message:
     save_file({"weight": torch.zeros(2)}, tmp_path / "map.safetensors", metadata)
     with pytest.raises(BrixelError, match=message):
         FeatureMap.load(tmp_path / "map.safetensors")
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".npy"])
+def test_any_text_of_the_meta_is_read_back(tmp_path: Path, ending: str) -> None:
+    meta = {"": "", "a": "x\0y\n", "picture": "caf\udce9.jpg", "ü": "[[[["}
+    FeatureMap(torch.ones(3, 5, 8), (43, 51), (9.75, 7.125), meta).save(tmp_path / f"map{ending}")
+    assert FeatureMap.load(tmp_path / f"map{ending}").meta == meta

@@ -132,7 +132,8 @@ def weights() -> dict[str, torch.Tensor]:
 def test_pickled_weights(damaged, tmp_path, new_format) -> None:
     nested = {"state_dict": weights(), "epoch": 3, "args": {"lr": 0.1, "name": "x"}}
     torch.save(nested, tmp_path / "weights.pth", _use_new_zipfile_serialization=new_format)
-    files = {"weights.pth": ((tmp_path / "weights.pth").read_bytes(), mutate)}
+    mutator = functools.partial(mutate_pickled, path=tmp_path / "again.pth", new_format=new_format)
+    files = {"weights.pth": ((tmp_path / "weights.pth").read_bytes(), mutator)}
     kind = "zip" if new_format else "pickle"
     damaged(f"pickled weights, {kind}", files, lambda folder: read_tensors(folder / "weights.pth"))
 
@@ -222,9 +223,9 @@ def training_parts() -> dict[str, Any]:
     return {"module": module, "optimizer": optimizer}
 
 
-def mutate_state(rng: random.Random, content: bytes, path: Path) -> bytes:
-    """A training state with damage to a value, or to the bytes of the file."""
-    if rng.random() < 0.3:
+def mutate_pickled(rng: random.Random, content: bytes, path: Path, new_format: bool = True) -> bytes:
+    """A file of torch.save with damage to a value, or to the bytes of the file; ``path`` is a file to write to."""
+    if rng.random() < 0.4:
         return mutate(rng, content)
     path.write_bytes(content)
     state = torch.load(path, weights_only=True)
@@ -257,14 +258,14 @@ def mutate_state(rng: random.Random, content: bytes, path: Path) -> bytes:
         del group[key]
     else:
         group[key] = rng.choice((*odd, *odd_tensors))
-    torch.save(state, path)
+    torch.save(state, path, _use_new_zipfile_serialization=new_format)
     return path.read_bytes()
 
 
 def test_training_states(damaged, tmp_path) -> None:
     config, path = TrainConfig(backbone="b", images=("i",), out="o"), tmp_path / "state.pt"
     save_state(path, config, TrainingState(3, 0.5, 1), training_parts())
-    files = {"state.pt": (path.read_bytes(), functools.partial(mutate_state, path=path))}
+    files = {"state.pt": (path.read_bytes(), functools.partial(mutate_pickled, path=path))}
 
     def read(folder: Path) -> None:
         parts = training_parts()
@@ -329,10 +330,16 @@ def test_parts_of_suites(damaged, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr("brixel.evaluate.suite.save_plot", figure)
     columns = {**SOURCE_COLUMNS, "cosine": ("cosine", ".4f"), "better": ("better in", "of"), "r2": ("R2", ".3f")}
-    rows = [
-        {"model": "m", "image_px": 14, "source": source, "cosine": 0.5, "cosine_interval": [0.4, 0.6], "better": [1, 2]}
-        for source in ("bilinear", "student")
-    ]
+    columns |= {"teacher_px": ("teacher's", "d"), **{f"m{index}": (f"metric {index}", ".3g") for index in range(8)}}
+    row = {
+        "model": "m",
+        "image_px": 14,
+        "teacher_px": 56,
+        "cosine": 0.5,
+        "cosine_interval": [0.4, 0.6],
+        "better": [1, 2],
+    }
+    rows = [{**row, "source": source} for source in ("bilinear", "student")]
     images = tmp_path / "photos"
     images.mkdir()
     Image.new("RGB", (20, 20)).save(images / "a.png")

@@ -110,6 +110,16 @@ def test_a_compressed_file_is_no_state(path: Path) -> None:
         load_state(path, CONFIG, parts_of(1), processes=1)
 
 
+def test_memory_that_runs_out_while_a_state_is_written_is_no_full_disk(path: Path, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match="can't allocate memory") as raised:
+        save_state(path, CONFIG, TrainingState(), parts_of(0))
+    assert not isinstance(raised.value, BrixelError)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_memory_that_runs_out_is_no_damage(path: Path, monkeypatch, error) -> None:
     def fail(*_, **__):

@@ -35,7 +35,11 @@ def test_peak_memory_does_not_include_that_of_the_parent_process():
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(7, 7), ("4GiB", 4 * 2**30), ("500 MiB", 500 * MIB), ("1.5 gb", 1_500_000_000), (" 12 ", 12), ("2KiB", 2048)],
+    [
+        *[(7, 7), ("4GiB", 4 * 2**30), ("500 MiB", 500 * MIB), ("1.5 gb", 1_500_000_000), (" 12 ", 12), ("2KiB", 2048)],
+        *[("4G", 2**32), ("4g", 2**32), ("4GB", 4 * 10**9), ("4 GiB", 2**32), ("4e9", 4 * 10**9), ("500M", 500 * MIB)],
+        *[("1.5e3 kB", 1_500_000), ("2T", 2**41), ("8k", 8192), ("1E+9", 10**9), (4e9, 4 * 10**9), ("1.GiB", 2**30)],
+    ],
 )
 def test_amounts_of_memory(given, expected):
     assert parse_bytes(given) == expected

@@ -26,6 +26,7 @@ NONE = 255
 
 _UNKNOWN = -2  # for numbers that no mask should contain
 _VOC_MASKS = ("SegmentationClass", "SegmentationClassAug")  # the second is SBD's, in the format of the first
+_MOST_BYTES = 2**26  # of a list of images
 _CITYSCAPES_NUMBERS = 34
 _SEVERAL = 6  # different numbers in the masks of Cityscapes: among as many there is one above 18
 _TRAIN_IDS = (
@@ -105,12 +106,12 @@ def _distinct(numbers: Tensor) -> Tensor:
     return torch.bincount(numbers.flatten()).nonzero()[:, 0]
 
 
-Explain = Callable[[Tensor], str | None]
-"""From the numbers of a mask, without repetitions, to what is wrong with all of them; None where nothing is known."""
+Variant = Callable[[Path, Tensor], str | None]
+"""From a mask's file and its numbers, each once, to what variant of the format it is; None where it is none."""
 
 
 def _labelled(
-    name: str, classes: Sequence[str], samples: Sequence[Sample], table: Tensor, variant: Explain = lambda numbers: None
+    name: str, classes: Sequence[str], samples: Sequence[Sample], table: Tensor, variant: Variant = lambda *_: None
 ) -> ImageDataset:
     """A data set of masks.
 
@@ -119,13 +120,13 @@ def _labelled(
         classes: Their names.
         samples: The files.
         table: (256,), the class of every number in a mask, IGNORE or _UNKNOWN.
-        variant: Recognises masks of another format by their numbers.
+        variant: Recognises masks in another variant of the format.
     """
 
     def read(path: Path) -> Tensor:
         numbers = read_numbers(path)
         found = _distinct(numbers)
-        if explanation := variant(found):
+        if explanation := variant(path, found):
             raise BrixelError(f"{path}: {explanation}; docs/evaluation.md describes the layouts")
         inside = (found >= 0) & (found < len(table))
         known = inside & (table[found.clamp(0, len(table) - 1)] != _UNKNOWN)
@@ -180,23 +181,13 @@ def voc2012(root: Path, split: str) -> ImageDataset:
     need("the list of images of Pascal VOC 2012", where, listed)
     samples = _voc_samples(inner, listed)
     check_samples(samples, "Pascal VOC 2012", where)
-    data = _labelled("Pascal VOC 2012", _VOC, samples, _table(range(21)))
-
-    def read(path: Path) -> Tensor:
-        _check_voc_palette(path)
-        return data.read(path)
-
-    return dataclasses.replace(data, read=read)
+    return _labelled("Pascal VOC 2012", _VOC, samples, _table(range(21)), _explain_voc)
 
 
 def _voc_samples(inner: Path, listed: Path) -> list[Sample]:
     """The images of a list of names; or, as those of SBD's "trainaug" are written, of paths of image and mask."""
-    try:
-        text = read_bounded(listed, 2**26).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BrixelError(f"{listed} is no text in UTF-8 ({error}); expected a name on each line") from error
     samples = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(_lines(listed), 1):
         paths = [path.lstrip("/") for path in line.replace("\\", "/").split()]
         if len(paths) > 2:
             raise BrixelError(
@@ -211,20 +202,29 @@ def _voc_samples(inner: Path, listed: Path) -> list[Sample]:
     return samples
 
 
-def _check_voc_palette(path: Path) -> None:
-    """Raise BrixelError for a mask with the colours of VOC under other numbers, as programs that save colours write."""
+def _lines(path: Path) -> list[str]:
+    """The lines of a list."""
+    try:
+        return read_bounded(path, _MOST_BYTES).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise BrixelError(f"{path} is no text in UTF-8 ({error}); fetch it again") from error
+
+
+def _explain_voc(path: Path, numbers: Tensor) -> str | None:
+    """Masks may have the colours of VOC under other numbers, as programs write that only care for the colours."""
     palette = read_palette(path)
     if palette is None:
-        return
-    used = [number for number in _distinct(read_numbers(path)).tolist() if number < len(palette)]
+        return None
+    used = [number for number in numbers.tolist() if 0 <= number < len(palette)]
     ours = {tuple(_voc_colour(number)): number for number in (*range(21), NONE)}
     meant = [ours.get(tuple(palette[number].tolist())) for number in used]
-    if None not in meant and meant != used:
-        number, other = next((number, other) for number, other in zip(used, meant, strict=True) if number != other)
-        raise BrixelError(
-            f"{path} has the colour of class {other} under the number {number}: a program has sorted its palette; take "
-            "the file from the archive"
-        )
+    if None in meant or meant == used:
+        return None
+    number, other = next((number, other) for number, other in zip(used, meant, strict=True) if number != other)
+    return (
+        f"it has the colour of class {other} under the number {number}: a program has sorted its palette; take the "
+        "file from the archive"
+    )
 
 
 def _voc_colour(number: int) -> list[int]:
@@ -242,12 +242,14 @@ def ade20k(root: Path, split: str) -> ImageDataset:
     samples = [Sample(image, masks / f"{image.stem}.png") for image in visible_files(images, "*.jpg")]
     check_samples(samples, "ADE20K", where)
     names = inner / "objectInfo150.txt"  # a table with a head; the name is the last column
-    lines = names.read_text(encoding="utf-8").splitlines()[1:151] if names.exists() else []
+    lines = _lines(names)[1:151] if names.exists() else []
+    if lines and len(lines) < 150:
+        raise BrixelError(f"{names} lists {len(lines)} classes; expected a heading and 150; source: {where}")
     classes = [line.split("\t")[-1].strip() for line in lines] or [f"class {number}" for number in range(1, 151)]
     return _labelled("ADE20K", classes, samples, _table(range(150), first=1, ignored=[0]), _explain_ade20k)
 
 
-def _explain_ade20k(numbers: Tensor) -> str | None:
+def _explain_ade20k(_: Path, numbers: Tensor) -> str | None:
     if (numbers == NONE).any() and ((numbers < 150) | (numbers == NONE)).all():
         return f"{NONE} is none, so these look like numbers that were reduced by one; expected 1 to 150, and 0 for none"
     return None
@@ -273,7 +275,7 @@ def cityscapes(root: Path, split: str) -> ImageDataset:
     return data
 
 
-def _explain_cityscapes(numbers: Tensor) -> str | None:
+def _explain_cityscapes(_: Path, numbers: Tensor) -> str | None:
     rest = numbers[numbers != NONE]
     if len(rest) < len(numbers) and (rest < len(_CITYSCAPES)).all():
         return _TRAIN_IDS
@@ -319,12 +321,8 @@ def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
     """What a pattern finds below a folder, sorted, without hidden files and what is in hidden folders."""
-    found = (path for path in folder.glob(pattern) if not any(map(is_hidden, _below(folder, path))))
-    return sorted(found)
-
-
-def _below(folder: Path, path: Path) -> list[Path]:
-    return [path, *(parent for parent in path.parents if parent != folder and folder in parent.parents)]
+    found = folder.glob(pattern)
+    return sorted(path for path in found if not any(is_hidden(Path(part)) for part in path.relative_to(folder).parts))
 
 
 def a_few(samples: Sequence[Sample]) -> list[Sample]:

@@ -132,6 +132,17 @@ def test_other_numbers_of_ade20k_are_named(tmp_path, values, message):
         read_labelled("ade20k", tmp_path, "val").target(0)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"Name\n1\twall\n", "lists 1 classes"), (b"\xff", "no text in UTF-8")]
+)
+def test_names_of_ade20k_that_are_not_whole(tmp_path, content, message):
+    photograph(tmp_path / "images/validation/x.jpg")
+    write(tmp_path / "annotations/validation/x.png", some([0, 1]))
+    (tmp_path / "objectInfo150.txt").write_bytes(content)
+    with pytest.raises(BrixelError, match=rf"objectInfo150\.txt {'is ' * ('text' in message)}{message}"):
+        read_labelled("ade20k", tmp_path, "val")
+
+
 @pytest.mark.parametrize("number", [256, 300, 1000, 65535])
 def test_plain_masks_of_more_classes_than_are_read(tmp_path, number):
     photograph(tmp_path / "t/images/a.jpg")
