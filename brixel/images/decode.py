@@ -16,6 +16,7 @@ from brixel.images.formats import identify
 from brixel.images.from_arrays import check_size
 from brixel.images.modes import SIDEWAYS, check_samples, correct_transparent_grey, to_rgb_tensor
 from brixel.images.quiet import quiet_decoding
+from brixel.images.stored_rows import are_stored
 
 REDUCTIONS = (1, 2, 4, 8)
 """Divisors of a JPEG's sides (rounded up) at which it can be decoded."""
@@ -67,7 +68,8 @@ def from_pil(image: Image.Image, name: str) -> Tensor:
     check_size((image.height, image.width), name)
     with _pillow_errors(name), quiet_decoding():
         check_samples(image, name)
-        image.load()
+        if not are_stored(image):
+            image.load()
         return to_rgb_tensor(image, _orientation(image), name)
 
 
@@ -107,7 +109,8 @@ def _pillow_errors(name: str) -> Iterator[None]:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, of 1 to 8."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        with quiet_decoding():
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # unreadable EXIF data is ignored, as viewers do
         return 1
     return orientation if orientation in range(1, 9) else 1

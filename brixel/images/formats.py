@@ -37,14 +37,14 @@ FORMATS = (
     Format("PNG", "PIL.PngImagePlugin", (".png", ".apng"), without_metadata),
     Format("TIFF", "PIL.TiffImagePlugin", (".tif", ".tiff")),
     Format("WEBP", "PIL.WebPImagePlugin", (".webp",)),
-    Format("AVIF", "PIL.AvifImagePlugin", (".avif",)),
-    Format("HEIF", "pillow_heif", HEIF_ENDINGS),
     Format("JPEG2000", "PIL.Jpeg2KImagePlugin", (".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc")),
     Format("GIF", "PIL.GifImagePlugin", (".gif",)),
     Format("BMP", "PIL.BmpImagePlugin", (".bmp", ".dib")),
     Format("DIB", "PIL.BmpImagePlugin", (".dib",), only_by_ending=True),
     Format("PPM", "PIL.PpmImagePlugin", (".ppm", ".pgm", ".pbm", ".pnm", ".pfm")),
     Format("TGA", "PIL.TgaImagePlugin", (".tga", ".icb", ".vda", ".vst"), only_by_ending=True),
+    Format("AVIF", "PIL.AvifImagePlugin", (".avif",)),
+    Format("HEIF", "pillow_heif", HEIF_ENDINGS),
 )
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from brixel.errors import ImageError
 from brixel.images.from_arrays import range_hint
+from brixel.images.stored_rows import are_stored, stored_rows
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -80,9 +81,9 @@ def correct_transparent_grey(image: Image.Image, name: str) -> None:
 
 
 def to_rgb_tensor(image: Image.Image, orientation: int, name: str) -> Tensor:
-    """A decoded image, turned upright: (3, H, W) uint8; of deep greys float32 in [0, 1], one channel seen three times.
+    """An image, turned upright: (3, H, W) uint8; of deep greys float32 in [0, 1], one channel seen three times.
 
-    Raises ImageError for values outside of the range of the mode.
+    It is decoded, or its rows `are_stored`. Raises ImageError for values outside of the range of the mode.
     """
     upright_hw = image.size if orientation in SIDEWAYS else image.size[::-1]
     if image.mode in DEEP_GREYS:
@@ -96,9 +97,19 @@ def to_rgb_tensor(image: Image.Image, orientation: int, name: str) -> Tensor:
     return torch.from_numpy(rgb)
 
 
+def _value_bands(image: Image.Image) -> Iterator[tuple[slice, Array]]:
+    if are_stored(image):
+        return stored_rows(image, _band_height(image))
+    return ((rows, np.asarray(band)) for rows, band in _bands(image))
+
+
+def _band_height(image: Image.Image) -> int:
+    return max(1, _BAND_PIXELS // image.width)
+
+
 def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
     """The image cut into bands of rows."""
-    height = max(1, _BAND_PIXELS // image.width)
+    height = _band_height(image)
     for top in range(0, image.height, height):
         bottom = min(top + height, image.height)
         yield slice(top, bottom), image.crop((0, top, image.width, bottom))
@@ -125,8 +136,7 @@ def _write_deep_grey(image: Image.Image, stored: Array, name: str) -> None:
     inverted = isinstance(image, TiffImageFile) and tags.get(_PHOTOMETRIC, 0) == _WHITE_IS_ZERO
     transparent = image.info.get("transparency")  # the transparent grey of a PNG
     low, high = math.inf, -math.inf
-    for rows, band in _bands(image):
-        values = np.asarray(band)
+    for rows, values in _value_bands(image):
         low, high = np.minimum(low, values.min()), np.maximum(high, values.max())  # NaN stays
         grey = stored[:, rows]
         np.divide(values, np.float32(white), out=grey, dtype=np.float32, casting="unsafe")

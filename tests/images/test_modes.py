@@ -12,6 +12,7 @@ from PIL import Image
 from brixel.errors import ImageError
 from brixel.images.load import load_image
 from brixel.images.modes import EIGHT_BITS, to_rgb_tensor
+from brixel.images.stored_rows import are_stored
 
 RAMP = [0, 1, 2, 3]  # in thirds of white
 
@@ -163,3 +164,37 @@ def test_bands_of_rows_come_upright(mode: str, orientation: int) -> None:
         8: expected.transpose(1, 2).flip(1),
     }
     assert torch.equal(loaded, turned[orientation])
+
+
+@pytest.mark.parametrize("suffix", ["tif", "pfm", "big end.tif", "strips.tif", "turned.tif", "lzw.tif"])
+def test_rows_are_read_from_the_file_as_pillow_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    values = np.random.default_rng(0).random((37, 23), np.float32)
+    path = tmp_path / f"grey.{suffix}"
+    if suffix == "big end.tif":
+        path.write_bytes(tiff((37, 23), values.astype(">f4").tobytes(), bits=(32,), sample_format=FLOAT, order=">"))
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 3 if suffix == "turned.tif" else 1
+        options: dict[str, object] = {"format": "PPM"} if suffix == "pfm" else {"exif": exif}
+        options |= {"compression": "tiff_lzw"} if suffix == "lzw.tif" else {}
+        options |= {"strip_size": 23 * 4 * 10} if suffix == "strips.tif" else {}
+        Image.fromarray(values).save(path, **options)
+    with Image.open(path) as image:
+        assert are_stored(image) == (suffix != "lzw.tif")
+    monkeypatch.setattr("brixel.images.modes._BAND_PIXELS", 23 * 4)
+    loaded = load_image(path)
+    expected = values[::-1, ::-1] if suffix == "turned.tif" else values
+    assert np.array_equal(loaded[0].numpy(), expected)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        load_image(path)
+
+
+def test_a_closed_image_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "grey.tif")
+    with Image.open(tmp_path / "grey.tif") as image:
+        pass
+    with pytest.raises(ImageError, match=r"grey\.tif: cannot be decoded .*closed: fetch or open it again"):
+        load_image(image)
