@@ -50,9 +50,9 @@ class DamagedFileError(CheckpointError):
 class MissingFileError(BrixelError, FileNotFoundError):
     """A file that was named is not there."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, filename: str | None = None) -> None:
         super().__init__(message)
-        self.errno = errno.ENOENT
+        self.errno, self.filename = errno.ENOENT, filename
 
 
 class MemoryLimitError(BrixelError, MemoryError):

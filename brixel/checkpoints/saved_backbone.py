@@ -78,7 +78,8 @@ def resolve_backbone(
 def wrap_module(module: nn.Module, settings: Mapping[str, object]) -> tuple[Backbone, BackboneConfig]:
     """A module as a frozen backbone, and its description. Of ``settings`` only mean and std apply to modules."""
     module = unwrapped(module)
-    wrong = [name for name, value in settings.items() if name not in ("mean", "std") and value not in (None, False)]
+    given = {name for name, value in settings.items() if value is not None and value is not False}
+    wrong = [name for name in settings if name in given and name not in ("mean", "std")]
     if wrong:
         raise BrixelError(f"{', '.join(wrong)}: not for a backbone that is a module, {type(module).__name__}")
     normalisation = {name: settings[name] for name in ("mean", "std") if name in settings}

@@ -81,7 +81,7 @@ def _open_file(path: str) -> BinaryIO:
             return open(path, "rb")
     except FileNotFoundError as error:
         url = "; a URL must be downloaded first" if "://" in path else ""
-        raise MissingFileError(f"no such image, check the path{url}: {path!r}") from error
+        raise MissingFileError(f"{name}: no such image, check the path{url}", path) from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{name}: cannot be opened ({error}); check path and permissions") from error
     if stat.S_ISDIR(mode):
