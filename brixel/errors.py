@@ -52,7 +52,11 @@ class MissingFileError(BrixelError, FileNotFoundError):
 
     def __init__(self, message: str, filename: str | None = None) -> None:
         super().__init__(message)
-        self.errno, self.filename = errno.ENOENT, filename
+        self.errno, self.strerror = errno.ENOENT, message
+        self.filename = filename
+
+    def __str__(self) -> str:
+        return one_line(str(self.strerror))
 
 
 class MemoryLimitError(BrixelError, MemoryError):

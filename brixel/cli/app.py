@@ -62,7 +62,7 @@ def _replace_closed_streams() -> None:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None:
+    if isinstance(error, OSError) and not isinstance(error, BrixelError) and error.filename is not None:
         return one_line(f"{error.filename}: {error.strerror}")
     kind = "" if isinstance(error, (BrixelError, OSError)) else f"{type(error).__name__}: "
     return kind + one_line(" ".join(str(error).split()))

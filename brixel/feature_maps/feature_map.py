@@ -268,7 +268,7 @@ class FeatureMap:
 def _check_features(features: object) -> None:
     if not isinstance(features, Tensor):
         raise BrixelError(f"features are a {type(features).__name__}; expected a torch tensor (D, Hf, Wf)")
-    if problem := not_plain(features):
+    if not features.is_meta and (problem := not_plain(features)):
         raise BrixelError(f"features: the tensor {problem}")
     if features.ndim != 3 or 0 in features.shape:
         raise BrixelError(f"features have shape {tuple(features.shape)}; expected (D, Hf, Wf), none zero")

@@ -61,8 +61,9 @@ class PcaBasis:
         Raises:
             BrixelError: No maps, another shape, different D, or values that are not finite.
         """
-        if not features:
-            raise BrixelError("no feature maps to fit a basis to; give at least one of shape (D, H, W)")
+        is_list = isinstance(features, Sequence) and not isinstance(features, str | bytes)
+        if not is_list or not features or not all(isinstance(each, Tensor) for each in features):
+            raise BrixelError("no feature maps to fit a basis to; give at least one tensor (D, H, W), in a list")
         for position, feature_map in enumerate(features):
             _check(feature_map, f"feature map {position}", features[0].shape[0], "the first map")
         cells = _sample_cells(features)  # (D, K)

@@ -96,8 +96,8 @@ def _output_size(features: Tensor, scale: float, size: tuple[int, int] | None) -
         return int(grid_hw[0] * scale), int(grid_hw[1] * scale)
     try:
         height, width = (int(side) for side in size if int(side) == side)
-    except (TypeError, ValueError):
-        raise BrixelError(f"size is {size!r}; expected (height, width) in cells") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise BrixelError(f"size is {short_repr(size)}; expected (height, width) in cells") from None
     if height < grid_hw[0] or width < grid_hw[1]:
         raise BrixelError(
             f"size is {(height, width)}, below the {grid_hw} of the features; expected at least that: to make them "

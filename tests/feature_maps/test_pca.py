@@ -144,7 +144,7 @@ def test_one_cell_is_grey() -> None:
 
 def test_errors() -> None:
     good = random_map(4, 3, 3)
-    with pytest.raises(BrixelError, match="no feature maps to fit a basis to; give at least one"):
+    with pytest.raises(BrixelError, match="no feature maps to fit a basis to; give at least one tensor"):
         PcaBasis.fit([])
     with pytest.raises(BrixelError, match="feature map 1 has 5 channels, the first map has 4; use maps"):
         PcaBasis.fit([good, random_map(5, 3, 3)])

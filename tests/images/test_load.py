@@ -464,10 +464,10 @@ def test_other_objects_refused(thing: object, message: str) -> None:
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such image, check the path: '.*nowhere\.png'") as raised:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such image, check the path") as raised:
         load_image(tmp_path / "nowhere.png")
     assert raised.value.filename == str(tmp_path / "nowhere.png")
-    with pytest.raises(FileNotFoundError, match="a URL must be downloaded first: 'https://"):
+    with pytest.raises(FileNotFoundError, match="https://example.*: no such image.*a URL must be downloaded first"):
         load_image("https://example.org/cat.jpg")
 
 

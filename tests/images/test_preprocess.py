@@ -107,7 +107,7 @@ def test_a_stream_that_goes_on_over_what_cannot_be_used(model, image_path, tmp_p
     (tmp_path / "bad.png").write_text("no image")
     images = [image_path, tmp_path / "bad.png", image_path, tmp_path / "gone.png"]
     results = list(model.stream_all(images, batch_size=2, workers=workers))
-    assert [type(each).__name__ for each in results] == ["FeatureMap", "ImageError", "FeatureMap", "FileNotFoundError"]
+    assert [type(each).__name__ for each in results] == ["FeatureMap", "ImageError", "FeatureMap", "MissingFileError"]
     torch.testing.assert_close(results[0].features, results[2].features)
     stream = model.stream(images, workers=workers)
     next(stream)

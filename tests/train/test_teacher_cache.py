@@ -22,6 +22,7 @@ from brixel.images.crops import CropSettings
 from brixel.train import teacher_cache as cache_module
 from brixel.train.data import CropDataset, find_training_images
 from brixel.train.teacher_cache import TeacherCache
+from brixel.utils import atomic_files
 
 T, COUNT = 32, 7
 CROP_BYTES = 2 * (6 * 4 * 4 + 3 * 8 * 8)
@@ -459,6 +460,7 @@ def test_a_disk_that_fills_up_is_an_error_and_the_build_resumes_later(tmp_path, 
     folder, done = tmp_path / "cache", (fails_in - 1) // 2
     with monkeypatch.context() as patched:
         patched.setattr(cache_module.os, "fsync", full)
+        patched.setattr(atomic_files, "_to_disk", lambda path: None)
         kept = f"{done} crops are kept, {COUNT - done} missing"
         with pytest.raises(BrixelError, match=f"cannot write the teacher cache: .*No space left.*start again, {kept}"):
             build(folder, images)

@@ -389,12 +389,42 @@ def test_other_settings_that_matter_are_refused_by_name(stopped):
     before = (Path(stopped.out) / "state.pt").read_bytes()
     settings = (Path(stopped.out) / "train.toml").read_bytes()
     with pytest.raises(BrixelError, match="holds a run with other settings") as caught:
-        distill(changed(stopped, steps=9, lr=0.5, drop_path=0.0, val=("elsewhere",), seed=7, cache=3))
-    for text in ("steps: 9, not 4", "lr: 0.5, not 0.001", "drop_path: 0.0, not 0.3", "seed: 7, not 0", "cache: 3"):
+        distill(changed(stopped, steps=3, lr=0.5, drop_path=0.0, val=("elsewhere",), seed=7, cache=3))
+    for text in ("steps: 3, not 4", "lr: 0.5, not 0.001", "drop_path: 0.0, not 0.3", "seed: 7, not 0", "cache: 3"):
         assert text in str(caught.value)
     assert "workers" not in str(caught.value)
     assert (Path(stopped.out) / "state.pt").read_bytes() == before
     assert (Path(stopped.out) / "train.toml").read_bytes() == settings
+
+
+def test_a_run_can_be_extended(stopped):
+    """The steps that are done stay; the learning rate of the others follows the schedule of all steps."""
+    done = [line for line in records_of(stopped.out) if "lr" in line]
+    model = distill(changed(stopped, steps=6, log_every=1))
+    assert state_of(stopped.out)["progress"]["step"] == 6
+    assert state_of(stopped.out)["config"]["steps"] == 6
+    after = [line for line in records_of(stopped.out) if "lr" in line]
+    assert after[: len(done)] == done
+    assert [line["step"] for line in after[-2:]] == [5, 6]
+    assert after[-1]["lr"] == learning_rate(changed(stopped, steps=6), 5)
+    assert "of 6" in model.config.training["steps"]
+
+
+def test_a_folder_of_images_is_not_written_into(config):
+    with pytest.raises(BrixelError, match="holds images, such as .*give another folder as out"):
+        distill(changed(config, out=config.images[0]))
+    assert not (Path(config.images[0]) / "train.toml").exists()
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_start(stopped):
+    left = [Path(stopped.out) / f".{'0' * 32}.part.pt", Path(stopped.out) / "last" / f".{'a' * 32}.part.safetensors"]
+    other = Path(stopped.out) / ".hidden.part.txt"
+    for path in (*left, other):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    distill(stopped)
+    assert not any(path.exists() for path in left)
+    assert other.exists()
 
 
 def test_another_number_of_processes_is_refused(stopped):

@@ -1,0 +1,133 @@
+"""Arguments of the wrong kind on public names: an error of ours that says what was expected, never a raw one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import brixel
+from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder, PcaBasis
+from brixel.train import TrainConfig, distill
+
+WRONG = {
+    "None": None,
+    "a number": 5,
+    "a fraction": 5.5,
+    "bytes": b"x",
+    "a list": ["nowhere"],
+    "a table": {"a": 1},
+    "an object": object(),
+    "True": True,
+    "an empty text": "",
+    "a tensor": torch.zeros(2),
+    "three numbers": (1, 2, 3),
+}
+IMAGE = np.zeros((48, 48, 3), np.uint8)
+FEATURES = torch.zeros(1, 4, 3, 3)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def feature_map(tiny):
+    return tiny.extract(IMAGE, short_side_px=48)
+
+
+CALLS = {
+    "extract": lambda tiny, _, value: tiny.extract(value),
+    "extract, out": lambda tiny, _, value: tiny.extract(IMAGE, out=value) if value is not None else fail(),
+    "extract, tiles": lambda tiny, _, value: tiny.extract(IMAGE, tiles=value),
+    "stream": lambda tiny, _, value: list(tiny.stream(value)) or fail(),
+    "prepare": lambda tiny, _, value: tiny.prepare(value),
+    "plan": lambda tiny, _, value: tiny.plan(value),
+    "extract_backbone": lambda tiny, _, value: tiny.extract_backbone(value),
+    "save_pretrained": lambda tiny, _, value: tiny.save_pretrained(value),
+    "from_pretrained": lambda tiny, _, value: BrixelFeatures.from_pretrained(value, device="cpu"),
+    "from_backbone": lambda tiny, _, value: BrixelFeatures.from_backbone(value, device="cpu"),
+    "cache_dir": lambda tiny, _, value: (
+        BrixelFeatures.from_pretrained("brixel-tiny", device="cpu", cache_dir=value) if value is not None else fail()
+    ),
+    "architecture": lambda tiny, _, value: (
+        BrixelFeatures.from_backbone("brixel-tiny", device="cpu", architecture=value) if value is not None else fail()
+    ),
+    "from_release": lambda tiny, _, value: BrixelFeatures.from_release(value, device="cpu"),
+    "similarity": lambda _, found, value: found.similarity(value),
+    "at": lambda _, found, value: found.at(value),
+    "resize": lambda _, found, value: found.resize(value),
+    "pca": lambda _, found, value: found.pca(value) if value is not None else fail(),
+    "save": lambda _, found, value: found.save(value),
+    "load": lambda tiny, _, value: FeatureMap.load(value),
+    "FeatureMap": lambda tiny, _, value: FeatureMap(value, (8, 8), (4.0, 4.0)),
+    "MapFolder": lambda tiny, _, value: MapFolder(value),
+    "PcaBasis.fit": lambda tiny, _, value: PcaBasis.fit(value),
+    "upsample": lambda tiny, _, value: brixel.upsample(value, IMAGE),
+    "upsample, image": lambda tiny, _, value: brixel.upsample(FEATURES, value),
+    "upsample, size": lambda tiny, _, value: (
+        brixel.upsample(FEATURES, IMAGE, size=value) if value is not None else fail()
+    ),
+    "distill": lambda tiny, _, value: distill(value),
+    "TrainConfig": lambda tiny, _, value: TrainConfig(backbone=value, images=value, out=value),
+    "the model": lambda tiny, _, value: tiny(value),
+}
+ALLOWED = {  # what these values mean there
+    ("similarity", "a tensor"),
+    ("stream", "an empty text"),
+}
+
+
+def fail():
+    raise BrixelError("a call that means something else, or nothing")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_wrong_kind_of_argument_is_an_error_of_ours(tiny, feature_map, tmp_path, monkeypatch, call):
+    monkeypatch.chdir(tmp_path)
+    for kind, value in WRONG.items():
+        if (call, kind) in ALLOWED:
+            continue
+        with pytest.raises(BrixelError):
+            CALLS[call](tiny, feature_map, value)
+            pytest.fail(f"{call} took {kind}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "one",
+    ["photo.jpg", Path("photo.jpg"), IMAGE, torch.zeros(3, 48, 48), Image.new("RGB", (48, 48)), IMAGE[..., 0]],
+)
+def test_one_image_is_no_stream(tiny, one):
+    """Its letters or rows would be taken for images."""
+    with pytest.raises(BrixelError, match=r"expected several, such as a list: give \[image\], or call extract"):
+        tiny.stream(one)
+
+
+def test_a_batch_of_images_is_a_stream(tiny):
+    assert len(list(tiny.stream(np.stack([IMAGE, IMAGE]), short_side_px=48))) == 2
+    assert len(list(tiny.stream(torch.zeros(2, 3, 48, 48), short_side_px=48))) == 2
+
+
+@pytest.mark.parametrize("target", ["nonsense", 5.5, "", ["a"], torch.int64])
+def test_a_map_is_converted_to_devices_and_dtypes_only(feature_map, target):
+    with pytest.raises(BrixelError):
+        feature_map.to(target)
+
+
+def test_a_map_is_an_array(feature_map):
+    array = np.asarray(feature_map)
+    assert array.shape == tuple(feature_map.features.shape)
+    assert np.array_equal(array, feature_map.numpy())
+    assert np.asarray(feature_map, dtype=np.float64).dtype == np.float64
+    assert np.array(feature_map).ctypes.data != feature_map.features.data_ptr()
+    assert np.asarray(feature_map).ctypes.data == feature_map.features.data_ptr()
+
+
+def test_missing_files_are_errors_of_ours_and_of_python(tiny, tmp_path):
+    for call in (tiny.extract, FeatureMap.load, lambda path: list(tiny.stream([path]))):
+        with pytest.raises(BrixelError) as raised:
+            call(tmp_path / "nowhere.npy")
+        assert isinstance(raised.value, FileNotFoundError)
