@@ -20,6 +20,7 @@ from brixel.evaluate.report import Report
 from brixel.images.crops import check_teacher_px
 from brixel.images.find_images import find_images
 from brixel.utils.fields import check_names
+from brixel.utils.torch_defaults import plain_defaults
 
 COMPARED = (BASE, STUDENT, TEACHER)
 PROBES = ("segmentation", "depth", "normals")
@@ -74,6 +75,7 @@ class Task:
         for side in self.teacher_px:
             check_teacher_px(side, model.patch_px)
 
+    @plain_defaults(dtype=True)
     def run(self, model: BrixelFeatures, name: str = "") -> Report:
         """Evaluate a model; ``name`` is its name in the report, by default its backbone's."""
         self.check_sides(model)

@@ -29,6 +29,7 @@ from brixel.utils.fields import check_field, short_repr
 from brixel.utils.fields import path as path_rule
 from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.tensor_kinds import not_plain
+from brixel.utils.torch_defaults import plain_defaults
 
 _LARGEST = 2.0**53  # of sizes and strides: whole numbers up to here are exact as floats
 ROUNDING = 1e-6  # relative tolerance between the cells' extent and the image's size
@@ -185,6 +186,7 @@ class FeatureMap:
         resized = op.default(wide, list(out), False, scale_y, scale_x)[0].to(self.features.dtype)
         return FeatureMap(resized, self.image_hw, stride, self.meta)
 
+    @plain_defaults()
     def similarity(self, point_yx: Tensor | npt.ArrayLike) -> Tensor:
         """Compute the cosine similarity of every cell to the features at one point.
 

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from brixel.errors import BrixelError
+from brixel.utils.torch_defaults import plain_defaults
 
 MAX_FIT_CELLS = 16_384  # of the fit of the covariance
 ROUNDING = 1e-6  # a standard deviation below this share of the features' root mean square is rounding
@@ -46,6 +47,7 @@ class PcaBasis:
             raise BrixelError(f"mean, components, low and high have shapes {shapes}; expected (D,), (3, D), (3,), (3,)")
 
     @classmethod
+    @plain_defaults()
     def fit(cls, features: Sequence[Tensor]) -> PcaBasis:
         """Fit one basis to several maps.
 
@@ -74,6 +76,7 @@ class PcaBasis:
         low, high = np.percentile(np.concatenate(projections, axis=1), (1, 99), axis=1).astype(np.float32)
         return cls(mean, components, torch.from_numpy(low), torch.from_numpy(high))
 
+    @plain_defaults()
     def project(self, features: Tensor) -> npt.NDArray[np.uint8]:
         """Colour a map; projections outside ``low`` to ``high`` are clipped.
 

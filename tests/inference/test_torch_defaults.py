@@ -33,18 +33,13 @@ def surroundings():
 
 
 @pytest.fixture(scope="module")
-def models(model):
+def models(random_model):
     bundled = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")
     return {
-        "released": model,
+        "released": random_model("dinov2-vits14", detour=True).eval(),
         "bundled": bundled,
         "universal": BrixelFeatures.from_backbone("brixel-tiny", device="cpu"),
     }
-
-
-@pytest.fixture(scope="module")
-def model(random_model):
-    return random_model("dinov2-vits14")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +62,10 @@ def test_maps_do_not_depend_on_the_surroundings(models, noise, kind, name):
         torch.testing.assert_close(model.extract_backbone(noise, short_side_px=side).features, backbone.features)
         torch.testing.assert_close(brixel.upsample(backbone.features[None], noise, 2), upsampled)
         assert model.plan((300, 400), memory_limit="4GiB") == plan
+        likeness = want.similarity((30, 40))
         colours = want.pca()
     assert np.array_equal(colours, want.pca())
+    assert torch.equal(likeness, want.similarity((30, 40)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
