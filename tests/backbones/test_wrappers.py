@@ -376,6 +376,7 @@ def test_saved_and_loaded(make, tmp_path, pixels):
     assert (facts["width"], facts["depth"]) == (64, 4)
 
 
+@pytest.mark.slow
 def test_a_short_run(tmp_path):
     (tmp_path / "images").mkdir()
     for shade in (30, 120, 210):

@@ -736,6 +736,7 @@ def test_the_command_line_takes_names(hub, saved, backbone_files, image_path, tm
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_threads_share_a_model(hub, saved, image_path):
     hub.add(MODEL, saved[0])
     with ThreadPoolExecutor(4) as pool:

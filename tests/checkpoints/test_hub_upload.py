@@ -83,6 +83,7 @@ def test_the_requests_of_a_push(hub, model):
     assert len([path for verb, _, path in hub.requests if verb == "PUT"]) == 2  # the weights and the image
 
 
+@pytest.mark.slow
 def test_with_its_backbone_and_then_without(hub, local_model, model):
     push(local_model, include_backbone=True)
     assert "backbone.safetensors" in hub.repos[OURS].files
@@ -107,6 +108,7 @@ def test_a_backbone_that_is_nowhere_is_refused(hub, backbone, backbone_folder, l
     assert str(backbone_folder) not in hub.repos[OURS].files["README.md"].decode()
 
 
+@pytest.mark.slow
 def test_the_bundled_model(hub, tmp_path):
     """Others have its backbone in their package, so that the adapter alone can be uploaded."""
     hub.writers["us"] = (WRITER,)

@@ -54,6 +54,7 @@ def test_models_as_json_has_plain_values(run, capsys):
     assert round(row["parameters"] / 1e6, 1) == 85.7
 
 
+@pytest.mark.slow
 def test_models_as_text_has_the_short_names(run, capsys):
     assert run("models") == 0
     lines = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}

@@ -1,5 +1,6 @@
 import shutil
 
+import pytest
 from helpers import ROOT
 from PIL import Image
 
@@ -51,6 +52,7 @@ def test_show_takes_folders(run, model_folder, image_path, tmp_path, caplog):
     assert run("show", tmp_path, "--model", model_folder, "-o", output) == 2  # it would be one of its images
 
 
+@pytest.mark.slow
 def test_panels_replace_panels_alone(run, model_folder, image_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in (("show", image_path), ("evaluate", "panel", image_path, "--teacher-px", 224)):

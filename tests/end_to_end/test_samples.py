@@ -95,6 +95,7 @@ def test_a_teacher_cache_is_opened_as_the_same(model, samples):
     assert features.shape == (32, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_training_run_goes_on_to_the_same_weights(samples):
     run = samples / "run"
     (run / "state.pt").write_bytes(lzma.decompress((run / "state.pt.xz").read_bytes()))

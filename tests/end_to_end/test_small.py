@@ -55,6 +55,7 @@ def test_its_backbone_is_known_by_name(small, offline):
     torch.testing.assert_close(dict(universal.backbone.state_dict()), dict(small.backbone.state_dict()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_outlines_are_steeper_than_by_interpolation(small):
     """Across the side of the house in the drawing that comes with the package."""
     dense, backbone = small.extract(SCENE), small.extract_backbone(SCENE)

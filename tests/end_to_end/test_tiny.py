@@ -70,6 +70,7 @@ def test_sizes(tiny):
     assert [round(sum(weight.numel() for weight in part.parameters()) / 1e6, 1) for part in parts] == [5.5, 0.9, 0.1]
 
 
+@pytest.mark.slow
 def test_its_name_means_the_bundled_one_and_a_path_the_folder(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     other = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")

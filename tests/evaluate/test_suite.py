@@ -95,6 +95,7 @@ def test_all_mistakes_are_listed_before_anything_is_run(suite, tmp_path):
     assert list((tmp_path / "out" / "parts").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_where_a_part_fails_the_report_is_of_the_others(suite, tmp_path, monkeypatch):
     def fails(*arguments, **options):
         raise BrixelError("no matching today")
@@ -286,6 +287,7 @@ def test_reports_of_version_0_1_are_read_and_merged_with_new_ones():
     assert "| m | 112 | 1.5000 |" in both.markdown("command")
 
 
+@pytest.mark.slow
 def test_parts_of_version_0_1_without_centred_metrics_are_merged_and_drawn(suite, tmp_path):
     arguments = ["evaluate", "suite", str(suite), "-o", str(tmp_path / "out"), "--device", "cpu"]
     assert main(arguments) == 0

@@ -1,3 +1,4 @@
+import pytest
 from PIL import Image
 
 from brixel import MapFolder
@@ -16,6 +17,7 @@ def test_every_image_belongs_to_one_process():
     assert min(counts) > 100
 
 
+@pytest.mark.slow
 def test_a_restart_with_another_number_of_processes_repeats_no_image(model, tmp_path, monkeypatch):
     for index in range(12):
         Image.new("L", (28, 28), index).save(tmp_path / f"{index}.png")

@@ -117,6 +117,7 @@ def test_gradients_reach_adapter_and_head_alone(training: bool) -> None:
             assert parameter.grad.any(), name
 
 
+@pytest.mark.slow
 def test_a_fresh_student_learns() -> None:
     """It starts as the identity, but not at a point that gradients cannot leave."""
     student, pixels = new_student(16).train(), image((2, 3), 16, batch=4)

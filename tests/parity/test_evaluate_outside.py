@@ -223,6 +223,7 @@ def test_nearest_features():
     assert match_distances(first, second, homography, points).tolist() == pytest.approx(expected.tolist())
 
 
+@pytest.mark.slow
 def test_a_linear_probe_is_least_squares():
     """With noise, so that the best fit is not what was planted."""
     generator = torch.Generator().manual_seed(0)

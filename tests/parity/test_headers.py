@@ -113,7 +113,15 @@ def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Read:
 # ---- all of them fit ----
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def smallest_first(names: Iterable[str]) -> list[Any]:
+    """The names, of which only small models run every time: reading a header takes longer the more blocks there are."""
+    small = ("vits", "vitb", "base")
+    return [
+        name if any(size in name for size in small) else pytest.param(name, marks=pytest.mark.slow) for name in names
+    ]
+
+
+@pytest.mark.parametrize("checkpoint", smallest_first(CHECKPOINTS))
 def test_nothing_is_missing_or_left_over(checkpoint: str, read: Read) -> None:
     """Identified by its shapes (a twin by its name), loaded strictly, and with as many parameters as the file.
 
@@ -165,14 +173,14 @@ def test_both_towers_are_as_large_as_their_published_file() -> None:
 # ---- the architecture from the shapes ----
 
 
-@pytest.mark.parametrize("checkpoint", [name for name in CHECKPOINTS if has_twin(name)])
+@pytest.mark.parametrize("checkpoint", smallest_first(name for name in CHECKPOINTS if has_twin(name)))
 def test_twins_are_not_guessed(checkpoint: str, read: Read) -> None:
     base = architecture_of(checkpoint).removesuffix("-sat493m")
     with pytest.raises(CheckpointError, match=f"may be '{base}' or '{base}-sat493m', which differ in normalisation"):
         read(on_meta(checkpoint))
 
 
-@pytest.mark.parametrize("checkpoint", [name for name in CHECKPOINTS if has_twin(name)])
+@pytest.mark.parametrize("checkpoint", smallest_first(name for name in CHECKPOINTS if has_twin(name)))
 def test_stated_normalisation_distinguishes_twins(checkpoint: str, read: Read, tmp_path: Path) -> None:
     name = architecture_of(checkpoint)
     mean, std = (SATELLITE_MEAN, SATELLITE_STD) if "sat" in name else (IMAGENET_MEAN, IMAGENET_STD)
@@ -213,14 +221,14 @@ def like_siglip(name: str, layout: str) -> dict[str, Tensor]:
     return state
 
 
-@pytest.mark.parametrize("name", SIGLIP)
+@pytest.mark.parametrize("name", smallest_first(SIGLIP))
 def test_siglip_of_both_towers_is_identified_by_shapes_and_vocabulary(name: str, read: Read) -> None:
     loaded = read(like_siglip(name, "huggingface"))
     assert loaded.architecture == name
     assert loaded.vit.config == SIGLIP[name].vit
 
 
-@pytest.mark.parametrize("name", SIGLIP)
+@pytest.mark.parametrize("name", smallest_first(SIGLIP))
 def test_siglip_in_timms_folders_is_identified_by_their_tag(name: str, read: Read, tmp_path: Path) -> None:
     architecture, _, tag = SIGLIP[name].timm.removeprefix("timm/").partition(".")
     stated = {"tag": tag, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}

@@ -171,6 +171,7 @@ def blend_of(folder):
     return tensors["adapter.blend.weight"], tensors["adapter.blend.bias"]
 
 
+@pytest.mark.slow
 def test_a_run_fits_its_blend_and_keeps_it(config, tmp_path):
     fitted = BrixelFeatures.from_backbone(config.backbone, adapter="fresh", device="cpu")
     data = TrainingData(config, fitted.config.backbone, fitted.backbone_features, "the backbone", ALONE)
@@ -202,6 +203,7 @@ def test_a_channel_that_never_changes_keeps_a_scale_above_zero(config):
     assert 0.01 < upsampler.feature_std[5] < 0.1
 
 
+@pytest.mark.slow
 def test_without_a_fit_the_blend_stays_the_last_map(config, tmp_path):
     distill(dataclasses.replace(config, fit=0))
     model = BrixelFeatures.from_pretrained(tmp_path / "out", device="cpu")

@@ -48,6 +48,7 @@ def trained(backbone_folder, images, tmp_path_factory) -> tuple[TrainConfig, Bri
     return config, distill(config)
 
 
+@pytest.mark.slow
 def test_it_gets_nearer_to_the_teacher_at_every_size(trained):
     checks = [record for record in records_of(trained[0].out) if "cosine" in record]
     for size in SIZES:
@@ -107,7 +108,8 @@ def test_the_universal_upsampler_stays_as_it_is_unless_it_is_trained(trained, ba
     assert any(not torch.equal(value, bundled[name]) for name, value in universal(config.out).items())
 
 
-@pytest.mark.parametrize("stop", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 3])
 def test_an_interrupted_run_goes_on_to_the_same_weights(backbone_folder, images, tmp_path, stop, monkeypatch):
     settings = {"accumulate": 2, "ema": 0.5}
     whole, parts = (run_of(backbone_folder, images, tmp_path / name, **settings) for name in ("whole", "parts"))
@@ -135,6 +137,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(backbone_folder, images,
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_crops_of_ones_own(backbone_folder, images, tmp_path):
     class Pairs:
         def __init__(self, size: int) -> None:

@@ -435,6 +435,7 @@ def test_another_number_of_processes_is_refused(stopped):
         distill(stopped)
 
 
+@pytest.mark.slow
 def test_incidental_settings_may_change(stopped):
     config = changed(stopped, workers=1, log_every=2, save_every=3, device="auto", cache_dir="nowhere")
     distill(changed(config, device="cpu"))
@@ -485,6 +486,7 @@ def test_a_newer_format_is_refused_by_number(stopped):
         distill(stopped)
 
 
+@pytest.mark.slow
 def test_the_best_model_is_chosen_by_centred_cosine(config, monkeypatch):
     """The second validation has the higher raw cosine, the first the higher centred one."""
     figures = iter([{"cosine": 0.5, "centred_cosine": 0.4}, {"cosine": 0.6, "centred_cosine": 0.3}])
@@ -625,6 +627,7 @@ def test_a_given_model_of_half_precision_is_trained_in_single(config, backbone_f
     assert {tensor.dtype for tensor in state_of(config.out)["module"].values()} == {torch.float32, torch.int64}
 
 
+@pytest.mark.slow
 def test_a_given_teacher_is_called_for_every_micro_batch(config, backbone_folder, plain):
     teacher = Teacher(backbone_folder)
     distill(config, teacher=teacher)
@@ -637,6 +640,7 @@ def test_a_teacher_of_another_shape_is_refused(config):
         distill(config, teacher=lambda pixels: torch.zeros(len(pixels), WIDTH, 4, 4))
 
 
+@pytest.mark.slow
 def test_with_a_cache_the_teacher_sees_every_crop_once(config, backbone_folder, drawn):
     teacher = Teacher(backbone_folder)
     distill(changed(config, cache=3, val=(str(drawn / "val"),), val_images=2), teacher=teacher)
@@ -709,6 +713,7 @@ def test_a_backbone_that_is_missing_is_named(config):
         distill(changed(config, backbone="absent"))
 
 
+@pytest.mark.slow
 def test_progress_is_a_line_every_few_steps_without_a_terminal(config, capsys):
     distill(changed(config, log_every=3))
     output, errors = capsys.readouterr()
@@ -718,6 +723,7 @@ def test_progress_is_a_line_every_few_steps_without_a_terminal(config, capsys):
     assert all("images/s, " in line and line.endswith("s left") for line in lines)
 
 
+@pytest.mark.slow
 def test_without_held_out_images_the_best_is_the_latest(config):
     distill(changed(config, val_every=2))
     out = Path(config.out)
@@ -784,6 +790,7 @@ def test_the_rate_of_the_release_is_a_tenth_for_the_first_third(steps, low):
     assert rates == pytest.approx([1e-4] * low + [1e-3] * (steps - low))
 
 
+@pytest.mark.slow
 def test_the_optimiser_uses_the_rate_of_every_step(config, monkeypatch):
     rates = []
     step = torch.optim.AdamW.step
@@ -818,6 +825,7 @@ def test_every_parameter_but_the_blend_is_trained(plain):
     assert moved.count(False) == 0
 
 
+@pytest.mark.slow
 def test_the_release_preset_runs(config):
     settings = {**dataclasses.asdict(config), "optimizer": "adam"}
     chosen = {name: settings[name] for name in ("backbone", "images", "out", "teacher_px", "steps", "batch_size")}
@@ -847,6 +855,7 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(config, monkeypatch, clip
         assert min(norms) > 1
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_are_one_large_batch(config, tmp_path):
     """With L1 only. The untrained head does not depend on the statistics of batch norm."""
     wide = changed(config, batch_size=4, accumulate=1, drop_path=0.0, edge=0.0, spectral=0.0, steps=1, warmup=0)

@@ -64,6 +64,7 @@ def test_teachers_beyond_the_limit_are_left_out(counted):
     assert [row["variant"] for row in counted.rows if row["student_px"] == 2048] == [BACKBONE, UNIVERSAL, STUDENT]
 
 
+@pytest.mark.slow
 def test_times_are_medians_and_ratios_of_the_same_round(shallow, monkeypatch):
     """A machine that is slower in every round: backbone 1, 2, 3..., student three times, the teacher ten times that."""
     clock = itertools.count()
@@ -114,6 +115,7 @@ def test_the_command_times_every_batch_size(shallow, tmp_path, monkeypatch, caps
     assert (tmp_path / "cost.png").exists()
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_command_goes_on_without_a_plot(shallow, tmp_path, monkeypatch):
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -39,6 +39,7 @@ def test_the_report_has_images_per_second_and_the_median_ratio(model, tmp_path, 
     assert f"| {EXTRACT} | 1.60 | 1.25 to 2.00 | 62.5% |" in text
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report(tmp_path, capsys):
     draw_images(tmp_path / "in", 1, (64, 64))
     output = tmp_path / "report.md"

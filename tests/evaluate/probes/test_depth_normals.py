@@ -191,6 +191,7 @@ def scenes():
     return module
 
 
+@pytest.mark.slow
 def test_rendered_depth_and_normals_fit_together(scenes, tmp_path):
     """Away from outlines, neighbouring points lie in the plane that the normal says."""
     photograph(tmp_path / "photos" / "red.png")

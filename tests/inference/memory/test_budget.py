@@ -70,6 +70,7 @@ def test_a_batch_is_as_large_as_all_of_it_is_computed_as_one_image_is(tiny, stub
         assert budget.max_in_flight() >= count
 
 
+@pytest.mark.slow
 def test_a_small_image_checked_by_another_thread_does_not_undo_a_large_one(tiny, stubbed, monkeypatch):
     forward, begun, done = MemoryLimitedForward(tiny, limit=50 * MIB), threading.Event(), threading.Event()
 

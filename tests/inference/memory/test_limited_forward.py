@@ -133,6 +133,7 @@ def test_a_lack_of_memory_is_known_by_every_devices_error(error):
     assert is_out_of_memory(error)
 
 
+@pytest.mark.slow
 def test_the_batch_then_the_chunk_is_halved_and_remembered(tiny, waves, monkeypatch):
     expected = tiny.extract(waves[:64, :96], short_side_px="native").features
     tried = failing(monkeypatch, lambda strategy: strategy != RowChunks(1), ERRORS[1])
