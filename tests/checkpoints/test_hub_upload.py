@@ -53,6 +53,7 @@ def push(model, name=OURS, **options):
     return model.push_to_hub(name, **{"token": WRITER, "image": torch.rand(3, 28, 28), **options})
 
 
+@pytest.mark.slow
 def test_what_was_pushed_loads_again(hub, backbone, tmp_path):
     model = BrixelFeatures.from_backbone(backbone, adapter="fresh", device="cpu", short_side_px=28)
     name = model.push_to_hub(OURS, token=WRITER, message="A first one")
@@ -321,6 +322,7 @@ def test_convert_by_name_and_push(hub, backbone, dense_vitb, tmp_path, monkeypat
     assert_same_weights(loaded, BrixelFeatures.from_release(path, release="vitb16-480", device="cpu"))
 
 
+@pytest.mark.slow
 def test_arguments_go_before_what_the_release_implies(backbone, backbone_folder, dense_vitb):
     path, _ = dense_vitb
     made = BrixelFeatures.from_release(path, backbone_folder, release="vitb16-480", short_side_px=56, device="cpu")

@@ -42,6 +42,7 @@ def test_info_as_json_has_plain_values(run, model_folder, backbone_folder, capsy
     assert all(name == name.lower() and " " not in name for name in facts)
 
 
+@pytest.mark.slow
 def test_models_as_json_has_plain_values(run, capsys):
     assert run("models", "--json") == 0
     captured = capsys.readouterr()

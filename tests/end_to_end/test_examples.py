@@ -40,6 +40,7 @@ def test_similarity_without_a_window(run, backbone_folder, image_path, tmp_path)
         assert image.size == (90, 60)
 
 
+@pytest.mark.slow
 def test_without_a_folder_they_use_the_bundled_model(run, image_path, tmp_path):
     assert "FeatureMap((384, 64, 96)" in run("quickstart.py", image_path)
     run("similarity.py", image_path, 30, 40)

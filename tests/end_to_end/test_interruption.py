@@ -62,6 +62,7 @@ class Killed(BaseException):
     """What happens at a step in place of the end of the process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"shard_bytes": 2 * 64 * 8 * 8 * 4}])
 def test_killed_before_any_step_on_the_disk_a_run_goes_on_to_the_same_bytes(
     backbone_folder, tmp_path, monkeypatch, options

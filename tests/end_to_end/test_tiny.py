@@ -100,6 +100,7 @@ def test_a_saved_copy_loads_without_its_backbone(tiny, tmp_path, offline):
     assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "folder" / "config.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_its_backbone_is_known_by_name(tiny, tmp_path, offline):
     fresh = BrixelFeatures.from_backbone("brixel-tiny", device="cpu")
     torch.testing.assert_close(fresh.backbone.state_dict(), tiny.backbone.state_dict(), rtol=0, atol=0)
@@ -160,6 +161,7 @@ def test_outlines_are_sharper_than_by_interpolation(tiny, scene):
         assert steps[0] > 1.5 * steps[1], (row_px, steps)
 
 
+@pytest.mark.slow
 def test_half_precision_gives_nearly_the_same(tiny, scene):
     half = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu", dtype="bfloat16").extract(SCENE)
     cosine = F.cosine_similarity(half.features.float(), scene.features, dim=0)

@@ -152,6 +152,7 @@ def test_other_data_is_another_table(suite, tmp_path):
             assert plot.width > 400
 
 
+@pytest.mark.slow
 def test_the_command_writes_one_report_whose_numbers_are_those_of_its_json(suite, tmp_path, capsys):
     assert main(["evaluate", "suite", str(suite), "-o", str(tmp_path / "out"), "--device", "cpu"]) == 0
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")

@@ -10,6 +10,8 @@ import brixel
 from brixel import BrixelError, BrixelFeatures
 from brixel.utils.torch_defaults import plain_defaults
 
+KINDS = ["released", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bundled", "universal"))]
+
 
 @contextlib.contextmanager
 def default_dtype(dtype):
@@ -48,7 +50,7 @@ def noise():
 
 
 @pytest.mark.parametrize("name", surroundings())
-@pytest.mark.parametrize("kind", ["released", "bundled", "universal"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_maps_do_not_depend_on_the_surroundings(models, noise, kind, name):
     model, side = models[kind], 70
     want, backbone = model.extract(noise, short_side_px=side), model.extract_backbone(noise, short_side_px=side)
@@ -69,7 +71,7 @@ def test_maps_do_not_depend_on_the_surroundings(models, noise, kind, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["released", "bundled", "universal"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_under_autocast_is_near_and_has_gradients(models, kind, dtype):
     model = models[kind]
     pixels = torch.randn(1, 3, 4 * model.patch_px, 5 * model.patch_px)

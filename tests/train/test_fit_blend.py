@@ -184,6 +184,7 @@ def test_a_run_fits_its_blend_and_keeps_it(config, tmp_path):
     assert torch.equal(bias, fitted.adapter.blend.bias)
 
 
+@pytest.mark.slow
 def test_a_run_measures_the_teacher_s_scale(config, tmp_path):
     distill(config)
     model = BrixelFeatures.from_pretrained(tmp_path / "out", device="cpu")

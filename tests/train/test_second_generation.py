@@ -56,6 +56,7 @@ def test_it_gets_nearer_to_the_teacher_at_every_size(trained):
         assert checks[-1][name] > checks[-1][f"bilinear_{name}"] + 0.05
 
 
+@pytest.mark.slow
 def test_figures_are_means_over_the_sizes_and_choose_the_best_model(trained):
     config, _ = trained
     checks = [record for record in records_of(config.out) if "cosine" in record]
@@ -75,6 +76,7 @@ def test_a_given_model_comes_back_with_the_facts_of_its_best_validation(backbone
     assert model.config.training["steps"].startswith(f"{best} of 4,")
 
 
+@pytest.mark.slow
 def test_the_model_says_what_it_was_trained_for_and_comes_back(trained, images):
     config, given = trained
     again = BrixelFeatures.from_pretrained(config.out, device="cpu")
@@ -87,6 +89,7 @@ def test_the_model_says_what_it_was_trained_for_and_comes_back(trained, images):
     assert "28, 42 px for the student" in again.config.training["images"]
 
 
+@pytest.mark.slow
 def test_sizes_have_caches_of_their_own_with_about_as_many_cells(trained):
     out = Path(trained[0].out)
     for size, count in zip(SIZES, (9, 4), strict=True):

@@ -601,6 +601,7 @@ def own_model(backbone_folder):
     return model
 
 
+@pytest.mark.slow
 def test_a_given_model_is_trained_and_its_backbone_is_not(config, own_model):
     backbone = {name: tensor.clone() for name, tensor in own_model.backbone.state_dict().items()}
     start = own_model.head.out.weight.detach().clone()
@@ -621,6 +622,7 @@ def test_a_given_model_needs_no_backbone_on_the_disk(config, own_model, drawn):
     assert result.extract(next((drawn / "val").iterdir())).features.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_given_model_of_half_precision_is_trained_in_single(config, backbone_folder):
     model = BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu", dtype="bfloat16")
     distill(changed(config, steps=1), model=model)

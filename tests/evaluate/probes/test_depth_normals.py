@@ -128,6 +128,7 @@ COLOURS = FeatureSource("teacher", lambda pixels: F.avg_pool2d(pixels, 8), 8, sc
 NOTHING = FeatureSource("bilinear", lambda pixels: torch.ones(len(pixels), 3, 2, 2), 8, resize="bilinear")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "figure", "limit"), [("depth", "abs_rel", 0.05), ("normals", "mean_deg", 4)])
 def test_features_that_tell_it_all_reach_it(told, kind, figure, limit):
     train, val = (read_measured(kind, "plain", told, split) for split in ("train", "val"))

@@ -85,6 +85,7 @@ def test_runs_are_alike(splits):
     assert one.scores == other.scores
 
 
+@pytest.mark.slow
 def test_the_report_tells_gains_and_the_gap(splits):
     sources = [
         FeatureSource("bilinear", colours_of, 8, resize="bilinear"),
@@ -103,6 +104,7 @@ def test_the_report_tells_gains_and_the_gap(splits):
     assert "| 100% | 100% |" in text
 
 
+@pytest.mark.slow
 def test_no_gap_is_told_where_the_teacher_may_be_no_better(splits):
     sources = [FeatureSource(name, colours_of, 8, scale=4) for name in ("bilinear", "student", "teacher")]
     report = segmentation(sources, *splits, [64], model="any", settings=QUICK, within_px=2)

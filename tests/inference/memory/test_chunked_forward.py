@@ -44,6 +44,7 @@ def test_chunks_of_a_blended_model_equal_the_whole(blended, grid_hw, rows):
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grid_hw", "rows"), GRIDS_AND_ROWS)
 def test_chunks_of_a_released_model_equal_the_whole(released, grid_hw, rows):
     whole, chunked = whole_and_chunks(released, grid_hw, rows)
