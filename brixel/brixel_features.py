@@ -24,10 +24,25 @@ from brixel.images.find_images import SCENE
 from brixel.images.load import ImageInput
 from brixel.inference.comparison_panel import comparison_panel
 from brixel.inference.dense_features import DenseFeatures
-from brixel.model.config import BILINEAR, UNIVERSAL, AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
-from brixel.model.upsampler import AnyUpsampler, GuidedUpsampler, SecondUpsampler, Upsampler, make_upsampler
+from brixel.model.config import (
+    BILINEAR,
+    TRAINED,
+    UNIVERSAL,
+    AdapterConfig,
+    BackboneConfig,
+    BrixelConfig,
+    default_blocks,
+)
+from brixel.model.upsampler import (
+    AnyUpsampler,
+    GuidedUpsampler,
+    MixedUpsampler,
+    SecondUpsampler,
+    Upsampler,
+    make_upsampler,
+)
 from brixel.utils.devices import choose_device, choose_dtype
-from brixel.utils.fields import boolean, check_field, one_of, optional
+from brixel.utils.fields import boolean, check_field, number, one_of, optional
 from brixel.utils.fields import path as path_rule
 
 PathLike = str | os.PathLike[str]
@@ -227,6 +242,33 @@ class BrixelFeatures(DenseFeatures):
 
         upsampler = load_into(build, our_names(tensors, shapes_of(build), what=what), dtype, what=what)
         return cls(vit, upsampler, BrixelConfig(described, adapter, files.commits, training)).to(device)
+
+    def mixed_with_universal(self, own_share: float = 0.5) -> "BrixelFeatures":
+        """Hold a first-generation adapter near the universal upsampler, for image sizes that it was not trained at.
+
+        The map is U + ``own_share`` (own - U), with the map U of the universal upsampler. Figures:
+        `docs/results/second-generation.md`.
+
+        Args:
+            own_share: 1 for the adapter's own map, 0 for the universal upsampler's.
+
+        Returns:
+            A model that shares its weights with this one, and can be saved.
+
+        Raises:
+            BrixelError: The adapter is not a trained one of the first generation, or the share is not from 0 to 1.
+        """
+        config = self.config.adapter
+        if config.kind != TRAINED or config.generation != 1:
+            raise BrixelError("this model's adapter starts from the universal upsampler, or is no trained one")
+        share = check_field("own_share", own_share, number(0, 1 + 1e-9))
+        adapter = dataclasses.replace(config, own_share=min(share, 1.0))
+        upsampler = make_upsampler(self.config.backbone.vit, adapter)
+        assert isinstance(upsampler, Upsampler)
+        upsampler.adapter, upsampler.head = self.adapter, self.head
+        if isinstance(upsampler, MixedUpsampler):
+            upsampler.universal = load_universal(self.dtype).to(self.device)
+        return BrixelFeatures(self.backbone, upsampler, dataclasses.replace(self.config, adapter=adapter))
 
     def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False, weights: str = FLOAT) -> None:
         """Write the model into a folder, which is created if it does not exist.

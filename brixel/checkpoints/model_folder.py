@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 CONFIG, ADAPTER, BACKBONE = "config.json", "adapter.safetensors", "backbone.safetensors"
 FLOAT, INT8 = "float", "int8"
 
-_ADDED = ("int8", "kind", "generation", "grids")
+_ADDED = ("int8", "kind", "generation", "grids", "own_share")
 """Fields that version 0.2 does not know: left out where they say nothing, so that it reads what it can read."""
 
 Section = TypeVar("Section")

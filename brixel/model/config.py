@@ -38,6 +38,7 @@ _ADAPTER_RULES = {
     "blend": boolean(),
     "kind": one_of(*KINDS),
     "generation": whole_number(1, 3),
+    "own_share": number(0, 1 + 1e-9),
     "grids": several(whole_number(1, _LARGEST_SIDE), "whole numbers above 0, ascending", most=64, single=False),
 }
 _BACKBONE_RULES = {
@@ -61,6 +62,7 @@ class AdapterConfig:
     that are not trained read that one alone. ``generation``: of a trained one; the second starts from the universal
     upsampler, the first, as the authors' release, from interpolation. ``grids``: of the second generation, sides of the
     patch grids that it was trained at.
+    ``own_share``: of one of the first generation, its share of the map, the rest being the universal upsampler's.
     ``residual_detour``: see `model.head.Head`. ``short_side_px``: short side of the images it was trained on.
     ``blend``: see `model.adapter.Adapter`.
     """
@@ -72,6 +74,7 @@ class AdapterConfig:
     kind: str = TRAINED
     generation: int = 1
     grids: tuple[int, ...] = ()
+    own_share: float = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self, _ADAPTER_RULES, prefix="AdapterConfig.")
@@ -79,6 +82,10 @@ class AdapterConfig:
             raise BrixelError(
                 f"AdapterConfig.blocks is {list(self.blocks)}, for a {self.kind} adapter; expected four blocks for a "
                 "trained one, the last block for others"
+            )
+        if self.own_share < 1 and (self.kind != TRAINED or self.generation != 1):
+            raise BrixelError(
+                f"AdapterConfig.own_share is {self.own_share:g}; only a trained adapter of the first generation has one"
             )
         if (self.generation == 2) != bool(self.grids) or list(self.grids) != sorted(set(self.grids)):
             raise BrixelError(

@@ -109,6 +109,31 @@ class Upsampler(AnyUpsampler):
         return self.head(*self.adapter(pixels, maps))
 
 
+class MixedUpsampler(_SeesImage, Upsampler):
+    """A first-generation upsampler held near the universal one: the map is U + s (own - U), with its own share s.
+
+    At sizes that no training saw, a first-generation adapter may be worse than interpolation; half of it is not.
+
+    Args:
+        width: Channels of the backbone's maps, D; a multiple of 32.
+        config: The options in which upsamplers differ, with the share.
+        mean: Mean of the backbone's normalisation, by channel.
+        std: Its standard deviation.
+    """
+
+    def __init__(self, width: int, config: AdapterConfig, mean: Sequence[float], std: Sequence[float]) -> None:
+        Upsampler.__init__(self, width, config)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.universal = UniversalUpsampler()
+        self.own_share = config.own_share
+
+    def forward(self, pixels: Tensor, maps: Sequence[Tensor], scale: int = UPSCALE) -> Tensor:
+        """Upsample four maps; see :meth:`AnyUpsampler.forward`. The scale must be 4."""
+        own = Upsampler.forward(self, pixels, maps, scale)
+        universal = self.universal(maps[-1], self.guide(pixels), (own.shape[2], own.shape[3]))
+        return torch.lerp(universal, own.to(universal.dtype), self.own_share)
+
+
 class SecondUpsampler(_SeesImage):
     """A trained upsampler of the second generation: the universal one, and what adapter and head know of this backbone.
 
@@ -178,4 +203,6 @@ def make_upsampler(vit: ViTConfig | ForeignConfig, config: AdapterConfig) -> Any
         return GuidedUpsampler(vit.mean, vit.std)
     if config.generation == 2:
         return SecondUpsampler(vit.width, config, vit.mean, vit.std)
+    if config.own_share < 1:
+        return MixedUpsampler(vit.width, config, vit.mean, vit.std)
     return Upsampler(vit.width, config)

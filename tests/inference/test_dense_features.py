@@ -11,7 +11,7 @@ from brixel.inference.memory.limited_forward import MemoryLimitedForward
 MIB = 2**20
 
 
-@pytest.mark.parametrize("limit", [None, pytest.param(int(19.5 * MIB), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limit", [None, pytest.param(int(22.2 * MIB), marks=pytest.mark.slow)])
 def test_a_map_goes_to_a_file_as_it_is_made(tiny, waves, tmp_path, limit):
     whole = tiny.extract(waves, short_side_px="native")
     path = tmp_path / "map.npy"

@@ -119,7 +119,7 @@ def test_dead_tensors_reach_nothing(name: str, tmp_path: Path) -> None:
     for key, tensor in state.items():
         if is_dead(key) and tensor.is_floating_point():
             tensor.fill_(torch.nan)
-    state["adapter.level_embed"][1:] = torch.nan
+    state["adapter.level_embed"][1:] = 1e3
     image = load_file(GOLDEN / f"{name}.io.safetensors")["0.image"]
     with torch.no_grad():
         assert torch.equal(from_release(name, saved(state, tmp_path))(image), from_release(name)(image))

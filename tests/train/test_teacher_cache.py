@@ -222,7 +222,7 @@ PLANS = [  # moments at which the process is killed, one after the other
     lambda: setattr(os, "replace", countdown(1, replace, True)),  # before the header exists
     lambda: setattr(os, "replace", countdown(1, replace, False)),  # with nothing but a header
     lambda: setattr(os, "fsync", countdown(1, fsync, True)),  # in the first file of the first crop
-    lambda: setattr(os, "fsync", countdown(4, fsync, False)),  # crop 1 written, but not recorded
+    lambda: setattr(os, "fsync", countdown(6, fsync, False)),  # crop 1 written, but not recorded
     lambda: setattr(os, "replace", countdown(2, replace, True)),  # the record written, but not renamed
     lambda: setattr(os, "replace", countdown(1, replace, False)),  # crop 2 recorded
     lambda: setattr(cache, "_write", half_written),  # in the middle of crop 3

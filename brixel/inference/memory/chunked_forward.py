@@ -39,7 +39,7 @@ from brixel.model.head import (
     without_autocast,
 )
 from brixel.model.student import Student
-from brixel.model.upsampler import UPSCALE, GuidedUpsampler, SecondUpsampler, Upsampler
+from brixel.model.upsampler import UPSCALE, GuidedUpsampler, MixedUpsampler, SecondUpsampler, Upsampler
 
 _HEAD_REACH = 4  # rows of the dense map: three depthwise convolutions and a grouped one
 _PRIOR_REACH = 2  # rows at an eighth of the pixels: four convolutions and a pooling reach less far
@@ -85,7 +85,13 @@ def dense_map_in_chunks(student: Student, pixels: Tensor, out: Tensor, chunks: C
     maps = _backbone_maps(student, pixels, chunks)
     upsampler = student.upsampler
     if isinstance(upsampler, Upsampler):
-        _first_in_chunks(upsampler, pixels, maps, out, chunks.rows)
+        share = None
+        if isinstance(upsampler, MixedUpsampler):
+            last, share = maps[-1], upsampler.own_share
+            size_hw = (UPSCALE * last.shape[2], UPSCALE * last.shape[3])
+            universal_in_chunks(upsampler.universal, last, upsampler.guide(pixels), out, size_hw, chunks.rows)
+            del last
+        _first_in_chunks(upsampler, pixels, maps, out, chunks.rows, share)
         return
     size_hw = (student.scale * maps[-1].shape[2], student.scale * maps[-1].shape[3])
     if isinstance(upsampler, SecondUpsampler):
@@ -101,13 +107,15 @@ def dense_map_in_chunks(student: Student, pixels: Tensor, out: Tensor, chunks: C
             out[:, top:bottom] = _resized(last, (top, bottom), size_hw)[0, :, :, : out.shape[2]]
 
 
-def _first_in_chunks(upsampler: Upsampler, pixels: Tensor, maps: list[Tensor], out: Tensor, rows: Ranges) -> None:
-    """The first generation of trained upsamplers."""
+def _first_in_chunks(
+    upsampler: Upsampler, pixels: Tensor, maps: list[Tensor], out: Tensor, rows: Ranges, share: float | None
+) -> None:
+    """The first generation of trained upsamplers; ``share``: of its map, where ``out`` holds another already."""
     prior, queries, base = _adapter_in_chunks(upsampler.adapter, pixels, maps, rows)
     del pixels
     fused = _fuse(upsampler.head.fusion, prior, queries, rows)
     del queries
-    _write_rows(upsampler.head, fused, base, out, rows)
+    _write_rows(upsampler.head, fused, base, out, rows, share)
 
 
 def _second_in_chunks(
@@ -320,7 +328,7 @@ def _detail_rows(head: Head, fused: _Fused, rows: Ranges) -> Iterator[tuple[tupl
         yield (top, bottom), map_of(kept, (bottom - top, fine_hw[1]))
 
 
-def _write_rows(head: Head, fused: _Fused, base: Tensor, out: Tensor, rows: Ranges) -> None:
+def _write_rows(head: Head, fused: _Fused, base: Tensor, out: Tensor, rows: Ranges, share: float | None) -> None:
     """The head of the first generation after the fusion's norm."""
     height, width = base.shape[2:]
     fine_hw = (UPSCALE * height, UPSCALE * width)
@@ -332,8 +340,12 @@ def _write_rows(head: Head, fused: _Fused, base: Tensor, out: Tensor, rows: Rang
         upsampled = _resized(base, (top, bottom), fine_hw)
         part = tokens_of(details[:, :, : bottom - top]).to(base.dtype)
         dense = tokens_of(upsampled).add_(head.out.bias).baddbmm_(part, head.out.weight.mT[None])
-        out[:, top:bottom] = map_of(dense, (bottom - top, fine_hw[1]))[0, :, :, : out.shape[2]]
-        del upsampled, dense, details, part
+        made = map_of(dense, (bottom - top, fine_hw[1]))[0, :, :, : out.shape[2]].to(out.device, out.dtype)
+        if share is None:
+            out[:, top:bottom] = made
+        else:
+            out[:, top:bottom].lerp_(made, share)
+        del made, upsampled, dense, details, part
 
 
 def _resized(maps: Tensor, wanted: tuple[int, int], new_hw: tuple[int, int]) -> Tensor:

@@ -51,6 +51,13 @@ def test_chunks_of_a_released_model_equal_the_whole(released, grid_hw, rows):
     torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("grid_hw", "rows"), [((1, 1), 1), ((5, 7), 3), ((8, 3), 2)])
+def test_chunks_of_a_mixed_model_equal_the_whole(random_model, grid_hw, rows):
+    model = random_model("dinov2-vits14", blend=True, detour=True, own_share=0.3)
+    whole, chunked = whole_and_chunks(model, grid_hw, rows)
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("scale", [2, 4, 5])
 @pytest.mark.parametrize(("grid_hw", "rows"), [((1, 1), 1), ((5, 7), 3)])
 @pytest.mark.parametrize("fields", [{"kind": "bilinear"}, {"kind": "universal"}, {"generation": 2, "grids": (2, 4)}])
