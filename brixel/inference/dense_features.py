@@ -1,6 +1,7 @@
 """A student that takes images: any kind of them in, feature maps out, within a memory limit."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -18,11 +19,12 @@ from brixel.inference.memory.prediction import Job
 from brixel.inference.stream import FeatureStream, raise_errors
 from brixel.model.config import BILINEAR, AdapterConfig, BrixelConfig
 from brixel.model.student import Student
-from brixel.model.upsampler import AnyUpsampler, BilinearUpsampler
+from brixel.model.upsampler import AnyUpsampler, BilinearUpsampler, TrainedUpsampler, Upsampler
 from brixel.utils.devices import dtype_name
 from brixel.utils.fields import boolean, check_field, several, whole_number
 from brixel.utils.torch_defaults import plain_defaults
 
+_LOG = logging.getLogger("brixel")
 PathLike = str | os.PathLike[str]
 _SIZE = several(whole_number(1), "height and width in pixels, such as (480, 640)", count=2)
 
@@ -39,6 +41,7 @@ class DenseFeatures(Student):
     def __init__(self, backbone: Backbone, upsampler: AnyUpsampler, config: BrixelConfig) -> None:
         super().__init__(backbone, upsampler, config.adapter.blocks)
         self.config = config
+        self._is_checked = False  # whether the adapter is trained
 
     @property
     def stride_px(self) -> float:
@@ -84,6 +87,7 @@ class DenseFeatures(Student):
                 [image], scale=scale, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles, workers=0
             )
             return next(maps)
+        self._say_if_untrained()
         scaled = self.at_scale(scale)
         forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles)
         preprocessor, path = self.preparation(short_side_px), check_map_path(out)
@@ -167,6 +171,7 @@ class DenseFeatures(Student):
         Raises:
             BrixelError: An argument is out of range.
         """
+        self._say_if_untrained()
         scaled = self.at_scale(scale)
         forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles, batch=batch_size)
         stream = FeatureStream(forward, self.preparation(short_side_px), batch_size=batch_size, workers=workers)
@@ -272,6 +277,16 @@ class DenseFeatures(Student):
         adapter = AdapterConfig(self.blocks[-1:], residual_detour=False, short_side_px=side, kind=BILINEAR)
         alone = DenseFeatures(self.backbone, BilinearUpsampler(), dataclasses.replace(self.config, adapter=adapter))
         return alone.extract(image, scale=1, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles)
+
+    def _say_if_untrained(self) -> None:
+        """Warn once where the adapter adds nothing yet."""
+        upsampler = self.upsampler
+        if self._is_checked or not isinstance(upsampler, TrainedUpsampler):
+            return
+        self._is_checked = True
+        if not upsampler.head.out.weight.any():
+            base = "bilinear interpolation" if isinstance(upsampler, Upsampler) else "the universal upsampler"
+            _LOG.warning("the adapter is not trained yet: its maps are those of %s alone; train it, or load one", base)
 
     def _meta(self) -> Mapping[str, str]:
         """What makes the maps, kept in their files."""

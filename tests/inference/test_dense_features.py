@@ -52,3 +52,19 @@ def test_a_map_that_fails_leaves_the_file_before_it(tiny, waves, tmp_path, monke
         tiny.extract(waves, out=path)
     assert FeatureMap.load(path).image_hw == before.image_hw
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_an_adapter_that_is_not_trained_says_so_once(random_model, waves, caplog, generation):
+    second = {"generation": 2, "grids": (2,)} if generation == 2 else {}
+    model = random_model("dinov2-vits14", **second)
+    model.extract(waves)
+    assert not caplog.records
+    fresh = random_model("dinov2-vits14", **second)
+    torch.nn.init.zeros_(fresh.head.out.weight)
+    list(fresh.stream([waves, waves]))
+    fresh.extract(waves)
+    base = "bilinear interpolation" if generation == 1 else "the universal upsampler"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the adapter is not trained yet: its maps are those of {base} alone; train it, or load one"
+    ]
