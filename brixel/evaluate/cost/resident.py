@@ -21,7 +21,6 @@ from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.allocation_tracker import storage_bytes
 from brixel.utils.devices import describe_machine, dtype_name
 
-MODELS = ("brixel-tiny", "brixel-small", "dinov3-vits16")
 SHARES = (1.0, 0.6, 0.4)
 _HOST = torch.device("cpu")
 _WARM_UP_PATCHES = 10
