@@ -12,7 +12,8 @@ Colours = tuple[float, float, float]
 _LARGEST = 255.0  # of a pixel in an image file
 _TELL = "give mean=(...) and std=(...), for pixels in [0, 1]"
 # steps of an image processor that brixel's normalisation cannot express
-_OTHER_STEPS = ("do_flip_channel_order", "rescale_offset", "offset")
+_OTHER_STEPS = ("do_flip_channel_order", "do_convert_bgr", "do_grayscale", "rescale_offset", "offset")
+_OTHER_NAMES = ("mean", "std", "norm_mean", "norm_std", "pixel_mean", "pixel_std")  # of other libraries
 
 
 def unit_normalisation(mean: Any, std: Any, owner: str) -> tuple[Colours, Colours]:
@@ -45,11 +46,15 @@ def of_processor(stated: Mapping[str, Any], owner: str) -> tuple[Colours, Colour
     """
     normalises = _is_on(stated, "do_normalize", owner)
     mean, std = stated.get("image_mean"), stated.get("image_std")
-    if normalises and mean is None and std is None and "do_normalize" not in stated and "do_rescale" not in stated:
+    silent = {"image_mean", "image_std", "do_normalize", "do_rescale", *_OTHER_NAMES}
+    if normalises and mean is None and std is None and not silent & stated.keys():
         return None
     others = [name for name in _OTHER_STEPS if stated.get(name)]
     if others:
         raise BrixelError(f"{owner}{others[0]} is {stated[others[0]]!r}, which brixel does not do: {_TELL}")
+    odd = [name for name in _OTHER_NAMES if name in stated]
+    if odd and mean is None and std is None:
+        raise BrixelError(f"{owner}{odd[0]} is {stated[odd[0]]!r}; expected image_mean and image_std: {_TELL}")
     factor = 1.0
     if _is_on(stated, "do_rescale", owner):
         factor = check_field(f"{owner}rescale_factor", stated.get("rescale_factor", 1 / _LARGEST), number(above=0))

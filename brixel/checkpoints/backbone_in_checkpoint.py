@@ -6,11 +6,13 @@ precedes them all is its root, such as `teacher.backbone.`, whatever it is calle
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor
 
 from brixel.checkpoints.key_mapping import KeyMap, State
 from brixel.errors import CheckpointError
@@ -28,7 +30,9 @@ _AVERAGES = frozenset({"ema", "averaged", "average", "swa", "shadow", "momentum"
 _TEACHERS = frozenset({"teacher", "target"})
 _STUDENTS = frozenset({"student", "online", "encoder_q", "gram"})
 _PLAIN = 2  # the rank of a root without such words
-_OPTIMISERS = frozenset({"optimizer", "optimizers", "optim", "opt"})  # moments have the names of weights
+_OPTIMISERS = frozenset(
+    {"optimizer", "optimizers", "optim", "opt", "adam", "adamw", "sgd", "buffer", "buffers", "exp", "grad", "grads"}
+)  # moments have the names of weights
 _RECORDS = frozenset({"scheduler", "schedulers", "scaler", "callbacks", "loops", "rng", "sampler", "dataloader"})
 # words in the names of what belongs to no backbone: heads, other parts of bigger networks, losses
 _HEADS = frozenset(
@@ -98,7 +102,8 @@ def find_backbone_in(
 def _unwrapped(state: State) -> State:
     """The state without the parts of names that wrappers add, except where two names would become one."""
     plain = {name: _WRAPPERS.sub("", name) for name in state}
-    return {name if new != name and new in state else new: state[name] for name, new in plain.items()}
+    counts = Counter(plain.values())
+    return {name if counts[new] > 1 else new: state[name] for name, new in plain.items()}
 
 
 def _roots(state: State, key_maps: Sequence[KeyMap]) -> list[str]:
@@ -136,6 +141,14 @@ def _unchunked(state: State) -> State:
     }
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; of those that are not read, whether they may."""
+    plain = all(tensor.layout == torch.strided and not tensor.is_nested for tensor in (one, other))
+    if one is other or not plain or one.shape != other.shape or one.dtype != other.dtype:
+        return one is other
+    return (one.is_meta and other.is_meta) or (not one.is_meta and not other.is_meta and torch.equal(one, other))
+
+
 def _best(roots: Sequence[str], found: Mapping[str, tuple[KeyMap, State]], path: str) -> str:
     """The root of the backbone to take."""
     best = min(map(_rank, roots))
@@ -143,7 +156,7 @@ def _best(roots: Sequence[str], found: Mapping[str, tuple[KeyMap, State]], path:
     first = found[same[0]][1]
     for other in same[1:]:
         state = found[other][1]
-        if state.keys() != first.keys() or not all(torch.equal(state[name], first[name]) for name in first):
+        if state.keys() != first.keys() or not all(_same(state[name], first[name]) for name in first):
             raise CheckpointError(
                 f"{path} holds several backbones, at {', '.join(map(_place, same))}, and nothing says which one is "
                 "meant: save the tensors of that one to a file of their own"

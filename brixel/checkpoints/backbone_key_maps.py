@@ -15,7 +15,7 @@ def fold_bias_mask(state: State) -> State:
     """Multiply the biases of q, k, v by their mask. A mask that is absent or NaN (never filled in) means 1, 0, 1."""
     folded = dict(state)
     for key, bias in state.items():
-        if key.endswith(".attn.qkv.bias"):
+        if key.endswith(".attn.qkv.bias") and bias.ndim == 1:
             default = torch.ones_like(bias)
             third = len(bias) // 3
             default[third : 2 * third] = 0

@@ -56,7 +56,9 @@ def normalisation(folder: Path) -> dict[str, Colours]:
         found = of_processor(stated, "")
         if found is None:
             path, timm = folder / "config.json", pretrained_cfg(folder)
-            if timm.get("mean") is not None and timm.get("std") is not None:
+            if (timm.get("mean") is None) != (timm.get("std") is None):
+                raise BrixelError("pretrained_cfg states one of mean and std; expected both or neither")
+            if timm.get("mean") is not None:
                 found = unit_normalisation(timm["mean"], timm["std"], "pretrained_cfg.")
     except BrixelError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -75,7 +77,10 @@ def _processor(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 def pretrained_cfg(folder: Path) -> dict[str, Any]:
     """What timm's `config.json` in a folder states about its weights; empty where there is none."""
-    stated = read_json(folder / "config.json").get("pretrained_cfg") or {}
+    content = read_json(folder / "config.json")
+    if "architecture" in content and "pretrained_cfg" not in content:
+        return content  # as earlier versions of timm wrote it
+    stated = content.get("pretrained_cfg") or {}
     if not isinstance(stated, dict):
         raise CheckpointError(
             f"{folder / 'config.json'}: pretrained_cfg is a {type(stated).__name__}; expected a table, as timm has"
@@ -96,6 +101,12 @@ def timm_tag(folder: Path) -> str | None:
 
 def timm_image_hw(folder: Path) -> tuple[int, int] | None:
     """Height and width of the images that the weights in a timm folder were trained on, if it states them."""
+    arguments = read_json(folder / "config.json").get("model_args")
+    size = arguments.get("img_size") if isinstance(arguments, dict) else None
+    if type(size) is int:
+        return size, size
+    if isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size):
+        return size[0], size[1]
     size = pretrained_cfg(folder).get("input_size")
     if isinstance(size, list) and len(size) == 3 and all(type(side) is int for side in size):
         return size[1], size[2]

@@ -77,6 +77,10 @@ def load_backbone(
         config = _with_fields(config, {**_file_fields(path, state, key_map, config), **stated, **grid, **given})
         if name not in BUNDLED_BACKBONES:  # of these the table says all
             _say_what_is_assumed(path, key_map, config, given)
+    else:
+        config = _with_fields(config, given)
+        if config.positions == "rotary" and "rope_embed.periods" in state:
+            _rope_rounding(path, state, config)  # raises where the file's are others
 
     source = f"{path} ({key_map.name})"
     what = f"{source} does not fit {name or 'its configuration'}"
@@ -123,11 +127,11 @@ def _native_grid(path: Path, key_map: KeyMap, state: State, config: ViTConfig) -
     if count is None or config.positions != "learned" or count == math.prod(config.native_hw):
         return {}
     side = math.isqrt(count)
-    if side * side == count:
-        return {"native_grid": side}
     image_hw = timm_image_hw(path)
     if image_hw is not None and math.prod(px // config.patch_px for px in image_hw) == count:
         return {"native_grid": tuple(px // config.patch_px for px in image_hw)}
+    if side * side == count:
+        return {"native_grid": side}
     rows = next((rows for rows in range(side, 1, -1) if count % rows == 0), 1)
     raise CheckpointError(
         f"{path} ({key_map.name}) has learned positions for {count} patches, whose grid is not square: give it as "

@@ -29,6 +29,8 @@ def check_values(state: Mapping[str, Tensor], what: str, unfilled: Sequence[str]
 
 def _fault(tensor: Tensor, unfilled: bool) -> str | None:
     """What is wrong with a tensor, in words; None where nothing is."""
+    if tensor.is_nested:
+        return "nested"
     if tensor.is_quantized:
         return f"quantised, {_name(tensor)}"
     if type(tensor) not in (Tensor, nn.Parameter):

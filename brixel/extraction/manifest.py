@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
@@ -153,7 +153,7 @@ def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> l
         with checking_content(path, *_DAMAGED):
             header = next(records, None)
         if header is not None:
-            _check_header(path, header, settings)
+            settings = _check_header(path, header, settings)
         with checking_content(path, *_DAMAGED):
             written += [_parse(folder, path, number, record) for number, record in enumerate(records, 2)]
     return sorted(written, key=lambda file: file.listed_s)
@@ -189,14 +189,15 @@ def _record(written: WrittenFile) -> dict[str, Any]:
     return {**file, "pictures": images, "at": written.listed_s}
 
 
-def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str] | None) -> None:
+def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str] | None) -> Mapping[str, str]:
+    """The settings that a manifest states. Raises BrixelError where they are others than ``settings``."""
     version = header.get("format_version")
     if type(version) is int and version > FORMAT_VERSION:
         raise BrixelError(f"{path} has format {short_repr(version)}, this brixel reads {FORMAT_VERSION}; update brixel")
     with checking_content(path, *_DAMAGED):
         stored = check_table("line 1", header, _HEADER_RULES)["settings"]
     if settings is None:
-        return
+        return cast("Mapping[str, str]", stored)
     wrong = [
         f"{name}: {settings.get(name)}, not {stored.get(name)}"
         for name in stored | dict(settings)
@@ -207,6 +208,7 @@ def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str
             f"{path.parent} holds maps made with other settings ({'; '.join(wrong)}): give the settings of its first "
             "run, another output folder, or --overwrite"
         )
+    return settings
 
 
 def _remove_earlier_run(folder: Path, share: ProcessShare) -> None:

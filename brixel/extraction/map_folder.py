@@ -1,9 +1,9 @@
 """Reading a folder of maps, in files or in shards, and checking it against its manifests."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, DamagedFileError
 from brixel.extraction.manifest import SourceImage, WrittenFile, latest_by_image, manifest_paths, read_manifests
 from brixel.extraction.writers import SHARD_KEY, checksum
 from brixel.feature_maps.feature_map import FeatureMap
@@ -39,7 +39,11 @@ class MapFolder(Mapping[str, FeatureMap]):
         path = self.folder / written.file
         if written.file != f"{image}{path.suffix}":
             return _load_from_shard(path, image)
-        return FeatureMap.load(path)
+        found = FeatureMap.load(path)
+        stated = found.meta.get("picture", image)
+        if PurePath(stated).name != PurePath(image).name and image.isprintable():  # other names may be stored escaped
+            raise DamagedFileError(f"{path} is the map of {stated!r}, not of {image!r}: extract it again")
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -166,11 +166,14 @@ class Head(nn.Module):
 
     def forward(self, prior: Tensor, queries: Tensor, base: Tensor) -> Tensor:
         """``prior`` (B, S, 4h, 4w), ``queries`` (B, D, 2h, 2w), ``base`` (B, D, h, w) -> (B, D, 4h, 4w)."""
-        details = self.details(self.fusion(prior, queries)).to(base.dtype)  # autocast may have widened it
+        details = self.details(self.fusion(prior, queries))
 
         # bilinear interpolation keeps constants, so the bias is added to the small map
         base = self._upsampled(base + self.out.bias[:, None, None])  # B D 4h 4w
-        dense = tokens_of(base).baddbmm_(details, self.out.weight.mT.expand(details.shape[0], -1, -1))
+        weight = self.out.weight.to(base.dtype).mT.expand(
+            details.shape[0], -1, -1
+        )  # autocast may have widened the base
+        dense = tokens_of(base).baddbmm_(details.to(base.dtype), weight)
         return map_of(dense, (base.shape[2], base.shape[3]))
 
     def residual(self, prior: Tensor, queries: Tensor, size_hw: tuple[int, int]) -> Tensor:

@@ -85,6 +85,8 @@ def load_state(path: Path, config: TrainConfig, parts: Parts, *, processes: int)
         fields = check_table("the state", content, _STATE_RULES | dict.fromkeys(parts, _ANY))
         state = TrainingState(**check_table("progress", fields["progress"], _PROGRESS_RULES, vars(TrainingState())))
         saved = make_config(fields["config"])
+        if state.step > saved.steps:
+            raise BrixelError(f"it is at step {state.step} of {saved.steps}")
     if content["format_version"] == 1:
         state.best = None
     if config.steps > saved.steps:  # the run is extended

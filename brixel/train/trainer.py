@@ -86,6 +86,13 @@ def check_out(config: TrainConfig) -> None:
     """Raise BrixelError where a run cannot be written to the output folder: it is a file, or a folder of images."""
     out = Path(config.out)
     check_output_folder(out)
+    for folder in (*config.images, *config.val):
+        inside, given = out.resolve(), Path(folder).resolve()
+        if given.is_dir() and (inside == given or given in inside.parents) and not (out / STATE).exists():
+            raise BrixelError(
+                f"{out} lies in {folder}, which holds images to train on; give another folder as out, or what the run "
+                "draws would be among them"
+            )
     if (out / SETTINGS).exists() or not out.is_dir():
         return
     if images := [entry.name for entry in os.scandir(out) if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]:

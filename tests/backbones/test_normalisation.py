@@ -106,3 +106,18 @@ def test_what_states_nothing(stated: dict[str, Any]) -> None:
 def test_what_cannot_be_brought_to_unit_pixels_is_refused(stated: dict[str, Any], message: str) -> None:
     with pytest.raises(BrixelError, match=message):
         of_processor(stated, "P.")
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [{"mean": [0.5] * 3, "std": [0.5] * 3}, {"norm_mean": 0.5}, {"pixel_mean": [1, 2, 3], "do_normalize": True}],
+)
+def test_means_by_other_names_are_refused(stated):
+    with pytest.raises(BrixelError, match="expected image_mean and image_std"):
+        of_processor(stated, "")
+
+
+@pytest.mark.parametrize("step", ["do_grayscale", "do_convert_bgr"])
+def test_other_steps_of_processors_are_refused(step):
+    with pytest.raises(BrixelError, match=f"{step} is True, which brixel does not do"):
+        of_processor({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, step: True}, "")

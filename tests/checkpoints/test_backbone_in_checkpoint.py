@@ -16,7 +16,7 @@ from brixel.checkpoints.backbone_in_checkpoint import find_backbone_in
 from brixel.checkpoints.backbone_key_maps import KEY_MAPS
 from brixel.checkpoints.load_backbone import load_backbone
 from brixel.checkpoints.weight_files import read_tensors
-from brixel.errors import CheckpointError
+from brixel.errors import BrixelError, CheckpointError
 
 State = dict[str, Tensor]
 
@@ -233,3 +233,34 @@ def test_a_pickle_that_holds_itself(state: State, reference: ViT, tmp_path: Path
     content: dict[str, Any] = {"model": state}
     content["again"] = content
     assert_same_weights(load(content, tmp_path), reference)
+
+
+# ---- two names that become one, buffers of optimisers, odd tensors ----
+
+
+def test_wrappers_whose_names_become_one_are_two_backbones(state, other, tmp_path):
+    for content in ({"module": state, "_orig_mod": other}, {"_orig_mod": other, "module": state}):
+        with pytest.raises(CheckpointError, match="holds several backbones"):
+            find(content, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["momentum_buffer", "exp_avg", "grads", "adam"])
+def test_what_an_optimiser_keeps_is_no_average(state, other, tmp_path, name):
+    assert_same_tensors(find({"model": state, name: other}, tmp_path), state)
+
+
+def test_copies_of_one_backbone_with_tensors_that_are_not_read(state, tmp_path):
+    with_head = {**state, "head.mlp.0.weight": torch.zeros(3, 64)}
+    copied = {name: tensor.clone() for name, tensor in with_head.items()}
+    torch.save({"model": with_head, "copy": copied}, tmp_path / "some.pth")
+    unread = read_tensors(tmp_path / "some.pth", lambda name: "head" not in name)
+    assert_same_tensors(find_backbone_in(unread, KEY_MAPS, "some.pth").state, state)
+
+
+def test_fields_replace_those_of_a_whole_configuration(state, tmp_path):
+    torch.save(state, tmp_path / "w.pth")
+    halves = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    loaded = load_backbone(tmp_path / "w.pth", architecture=CONFIG, fields=halves)
+    assert (loaded.vit.mean, loaded.vit.std) == (halves["mean"], halves["std"])
+    with pytest.raises(BrixelError, match="a ViT has no setting 'nonsense'"):
+        load_backbone(tmp_path / "w.pth", architecture=CONFIG, fields={"nonsense": 1})

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from brixel import BrixelError, FeatureMap, MapFolder
@@ -120,3 +121,27 @@ def test_a_shard_that_is_something_else(tmp_path, metadata, message):
     (tmp_path / "maps-0-00000.safetensors").unlink()
     with pytest.raises(MissingFileError, match=r"maps-0-00000\.safetensors does not exist"):
         MapFolder(tmp_path)["a.png"]
+
+
+def test_the_map_of_another_image_is_refused(model, tmp_path):
+    """As after files were renamed by hand."""
+    for number in range(2):
+        Image.new("RGB", (40, 40), (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    extract_files(model, find_images([tmp_path]), tmp_path / "maps")
+    files = [tmp_path / "maps" / f"{number}.png.safetensors" for number in range(2)]
+    files[0].rename(tmp_path / "kept")
+    files[1].rename(files[0])
+    with pytest.raises(DamagedFileError, match="is the map of '1.png', not of '0.png'"):
+        MapFolder(tmp_path / "maps")["0.png"]
+
+
+def test_manifests_of_other_settings_are_not_mixed(model, tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    extract_files(model, find_images([tmp_path]), tmp_path / "maps")
+    first = tmp_path / "maps" / "manifest-0.jsonl"
+    header, *lines = first.read_text().splitlines()
+    changed = json.loads(header)
+    changed["settings"]["backbone"] = "another"
+    (tmp_path / "maps" / "manifest-1.jsonl").write_text("\n".join([json.dumps(changed), *lines]) + "\n")
+    with pytest.raises(BrixelError, match="maps made with other settings"):
+        MapFolder(tmp_path / "maps")

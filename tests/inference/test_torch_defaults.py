@@ -39,6 +39,8 @@ def models(random_model):
     bundled = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")
     return {
         "released": random_model("dinov2-vits14", detour=True).eval(),
+        "blended": random_model("dinov2-vits14", blend=True).eval(),
+        "mixed": random_model("dinov2-vits14", blend=True, own_share=0.5).eval(),
         "bundled": bundled,
         "universal": BrixelFeatures.from_backbone("brixel-tiny", device="cpu"),
     }
@@ -71,7 +73,7 @@ def test_maps_do_not_depend_on_the_surroundings(models, noise, kind, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "blended", "mixed"])
 def test_a_model_under_autocast_is_near_and_has_gradients(models, kind, dtype):
     model = models[kind]
     pixels = torch.randn(1, 3, 4 * model.patch_px, 5 * model.patch_px)

@@ -411,8 +411,12 @@ def test_a_run_can_be_extended(stopped):
 
 
 def test_a_folder_of_images_is_not_written_into(config):
-    with pytest.raises(BrixelError, match="holds images, such as .*give another folder as out"):
+    with pytest.raises(BrixelError, match="which holds images to train on; give another folder as out"):
         distill(changed(config, out=config.images[0]))
+    with pytest.raises(BrixelError, match="which holds images to train on"):
+        distill(changed(config, out=f"{config.images[0]}/run"))
+    with pytest.raises(BrixelError, match="holds images, such as .*, and no run"):
+        distill(changed(config, images=("elsewhere",), val=(), out=config.images[0]))
     assert not (Path(config.images[0]) / "train.toml").exists()
 
 

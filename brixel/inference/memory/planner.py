@@ -116,9 +116,10 @@ def _first_that_fits(
     ``at_once``: the pixels that a strategy computes at a time. The need grows with them no slower than in proportion,
     so the line between its ends is an upper bound of it, and a third prediction is enough.
     """
-    least, most = needed(strategies[-1]), needed(strategies[0])
+    least = needed(strategies[-1])
     if least > limit_bytes:
         return None
+    most = needed(strategies[0])
     if most <= limit_bytes:
         return strategies[0]
     low, high = at_once(strategies[-1]), at_once(strategies[0])

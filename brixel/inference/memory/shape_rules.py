@@ -58,6 +58,12 @@ def _elementwise(*operands: Any, **_: Any) -> Tensor:
     return _dense_like(like, dtype) if like.shape == shape else like.new_empty(shape, dtype=dtype)
 
 
+def _fractional(*operands: Any, **_: Any) -> Tensor:
+    """As :func:`_elementwise`, of operations whose results are fractions, of whole numbers too."""
+    made = _elementwise(*operands)
+    return made if made.is_floating_point() or made.is_complex() else made.new_empty(made.shape, dtype=torch.float32)
+
+
 def _dense_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A new tensor whose axes lie in memory in the order of those of ``x``, as the results of most kernels."""
     if x.is_contiguous():
@@ -110,21 +116,57 @@ def _upsample(x: Tensor, size_hw: list[int], *_: Any) -> Tensor:
     return _like_in_memory(x, [*x.shape[:2], *size_hw])
 
 
-def _convolution(x: Tensor, weight: Tensor, _: Any, stride: list[int], padding: list[int], *__: Any) -> Tensor:
-    sides = [
-        (side + 2 * pad - kernel) // step + 1
-        for side, kernel, step, pad in zip(x.shape[2:], weight.shape[2:], stride, padding, strict=True)
-    ]
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    *rest: Any,
+) -> Tensor:
+    if transposed:
+        made: Tensor = _ATEN.convolution.default(x, weight, bias, stride, padding, dilation, transposed, *rest)
+        return made
+    axes = zip(
+        x.shape[2:], weight.shape[2:], *(_per_axis(values, x) for values in (stride, padding, dilation)), strict=True
+    )
+    sides = [(side + 2 * pad - apart * (kernel - 1) - 1) // step + 1 for side, kernel, step, pad, apart in axes]
     return _like_in_memory(x, [x.shape[0], weight.shape[0], *sides])
 
 
-def _max_pool(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], *_: Any) -> tuple[Tensor, Tensor]:
-    sides = [(side + 2 * padding[0] - kernel[0]) // stride[0] + 1 for side in x.shape[2:]]
-    made = _like_in_memory(x, [*x.shape[:2], *sides])
-    return made, torch.empty_strided(made.shape, made.stride(), dtype=torch.int64, device=META)
+def _per_axis(values: list[int], x: Tensor) -> list[int]:
+    """One number for each axis of an image or a line; a single one stands for all."""
+    return list(values) * (x.ndim - 2) if len(values) == 1 else list(values)
+
+
+def _max_pool(
+    x: Tensor,
+    kernel: list[int],
+    stride: list[int] | tuple[()] = (),
+    padding: list[int] | tuple[int] = (0,),
+    dilation: list[int] | tuple[int] = (1,),
+    ceil_mode: bool = False,
+) -> tuple[Tensor, Tensor]:
+    if x.ndim != 4 or ceil_mode or any(apart != 1 for apart in dilation):
+        made: tuple[Tensor, Tensor] = _ATEN.max_pool2d_with_indices.default(
+            x, kernel, list(stride), list(padding), list(dilation), ceil_mode
+        )
+        return made
+    axes = zip(
+        x.shape[2:], *(_per_axis(list(values), x) for values in (kernel, stride or kernel, padding)), strict=True
+    )
+    pooled = _like_in_memory(
+        x, [*x.shape[:2], *((side + 2 * pad - size) // step + 1 for side, size, step, pad in axes)]
+    )
+    return pooled, torch.empty_strided(pooled.shape, pooled.stride(), dtype=torch.int64, device=META)
 
 
 def _cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
+    if len({(tensor.ndim, tensor.dtype) for tensor in tensors}) > 1:
+        made: Tensor = _ATEN.cat.default(tensors, dim)
+        return made
     shape = list(tensors[0].shape)
     shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
     return _like_in_memory(tensors[0], shape)
@@ -172,7 +214,7 @@ def _embedding_bag(table: Tensor, bags: Tensor, offsets: Tensor, *_: Any) -> tup
 def _reduce(x: Tensor, dims: list[int] | None = None, keepdim: bool = False, **options: Any) -> Tensor:
     reduced = range(x.ndim) if not dims else [dim % x.ndim for dim in dims]
     shape = [1 if dim in reduced else side for dim, side in enumerate(x.shape) if keepdim or dim not in reduced]
-    return x.new_empty(shape, dtype=options.get("dtype"))
+    return x.new_empty(shape, dtype=options.get("dtype") or (x.dtype if x.is_floating_point() else torch.int64))
 
 
 def _index(x: Tensor, indices: list[Tensor | None]) -> Tensor:
@@ -200,13 +242,14 @@ def _triu_indices(rows: int, columns: int, offset: int = 0, **_: Any) -> Tensor:
 
 _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
+        (getattr(_ATEN, name).default for name in ("sqrt", "rsqrt", "exp", "log", "sin", "cos", "log2")), _fractional
+    ),
+    _ATEN.div.Tensor: _fractional,
+    **dict.fromkeys(
         (
-            *(getattr(_ATEN, name).Tensor for name in ("add", "sub", "mul", "div")),
+            *(getattr(_ATEN, name).Tensor for name in ("add", "sub", "mul")),
             *(getattr(_ATEN, name).default for name in ("gelu", "silu", "relu", "clamp", "clamp_min", "clamp_max")),
-            *(
-                getattr(_ATEN, name).default
-                for name in ("floor", "sqrt", "rsqrt", "exp", "log", "sin", "cos", "abs", "log2")
-            ),
+            *(getattr(_ATEN, name).default for name in ("floor", "abs")),
             *(getattr(_ATEN, name).default for name in ("minimum", "maximum", "floor_divide", "neg", "addcmul")),
         ),
         _elementwise,
@@ -227,6 +270,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
         ),
         _in_place,
     ),
+    **dict.fromkeys((_ATEN.lerp_.Scalar, _ATEN.lerp_.Tensor), _in_place),
     _ATEN.native_layer_norm.default: _layer_norm,
     **dict.fromkeys((_ATEN.mm.default, _ATEN.bmm.default), _product),
     **dict.fromkeys((_ATEN.addmm.default, _ATEN.baddbmm.default), _sum_and_product),
