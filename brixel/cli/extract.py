@@ -67,6 +67,13 @@ def _extract(options: argparse.Namespace) -> int:
     options.save_dtype = None if options.save_dtype is None else DTYPES[options.save_dtype]
     if options.output.suffix in _ENDINGS and not options.output.is_dir():
         return _extract_one(options)
+    is_one = len(options.paths) == 1 and not options.paths[0].is_dir()
+    if is_one and options.output.suffix and not options.output.exists():
+        endings = " or ".join(_ENDINGS)
+        raise BrixelError(
+            f"{options.output} looks like the name of a file, and a map is a file that ends in {endings}; give such a "
+            "name, or that of a folder"
+        )
     check_output_folder(options.output)
     options.device = own_device(options.device)
     summary = extract_files(

@@ -204,3 +204,12 @@ def test_a_process_of_several_says_what_it_leaves_to_the_others(
     assert 0 < written < 6
     expected = f"process 0 of 2: {written} written, 0 already there, 0 failed; {6 - written} images belong to the other"
     assert capsys.readouterr().out.startswith(expected)
+
+
+def test_a_file_of_another_ending_is_not_made_a_folder(run, model_folder, image_path, tmp_path, capsys):
+    assert run("extract", image_path, "--model", model_folder, "-o", tmp_path / "one.txt") == 2
+    assert (
+        "looks like the name of a file, and a map is a file that ends in .safetensors or .npy"
+        in capsys.readouterr().err
+    )
+    assert not (tmp_path / "one.txt").exists()

@@ -200,7 +200,7 @@ def _voc_samples(inner: Path, listed: Path) -> list[Sample]:
             places = [path_below(inner, mask, listed) for mask in masks]
             mask = next((place for place in places if place.exists()), places[0])
             samples.append(Sample(path_below(inner, image, listed), mask))
-    return samples
+    return list(dict.fromkeys(samples))  # a line may stand there twice
 
 
 def _lines(path: Path) -> list[str]:
@@ -240,7 +240,7 @@ def ade20k(root: Path, split: str) -> ImageDataset:
     folder = {"train": "training", "val": "validation"}.get(split, split)
     images, masks = inner / "images" / folder, inner / "annotations" / folder
     need("a folder of ADE20K", where, images, masks)
-    samples = [Sample(image, masks / f"{image.stem}.png") for image in visible_files(images, "*.jpg")]
+    samples = [Sample(image, masks / f"{image.stem}.png") for image in _images_in(images)]
     check_samples(samples, "ADE20K", where)
     names = inner / "objectInfo150.txt"  # a table with a head; the name is the last column
     lines = _lines(names)[1:151] if names.exists() else []
@@ -311,13 +311,15 @@ def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:
     where = f"your own images in {folder / 'images'} and {folder / targets}/NAME{' or '.join(endings)}"
     need("a folder of the plain layout", where, folder / "images", folder / targets)
     samples = []
-    for image in visible_files(folder / "images", "*"):
-        if image.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
+    for image in _images_in(folder / "images"):
         found = [folder / targets / f"{image.stem}{ending}" for ending in endings]
         samples.append(Sample(image, next((path for path in found if path.exists()), found[0])))
     check_samples(samples, f"images in {folder / 'images'}", where)
     return samples
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return [path for path in visible_files(folder, "*") if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:

@@ -143,3 +143,20 @@ def test_targets_are_cut_as_images_are(image_hw):
     again = teacher_crop(square, settings, torch.Generator())
     assert square.shape == (3, side, side)
     assert torch.equal(again, expected)
+
+
+def test_no_ending_of_an_image_is_passed_over_and_no_line_counts_twice(tmp_path):
+    images, masks = tmp_path / "ade" / "images" / "validation", tmp_path / "ade" / "annotations" / "validation"
+    for folder in (images, masks):
+        folder.mkdir(parents=True)
+    for number, ending in enumerate(("jpg", "jpeg", "JPG", "png")):
+        Image.new("RGB", (8, 8)).save(images / f"{number}.{ending}")
+        Image.new("L", (8, 8), 1).save(masks / f"{number}.png")
+    assert len(read_labelled("ade20k", tmp_path / "ade", "val").samples) == 4
+    inner = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (inner / folder).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(inner / "JPEGImages" / "a.jpg")
+    Image.new("P", (8, 8)).save(inner / "SegmentationClass" / "a.png")
+    (inner / "ImageSets" / "Segmentation" / "val.txt").write_text("a\na\n")
+    assert len(read_labelled("voc2012", tmp_path, "val").samples) == 1
