@@ -33,17 +33,9 @@ from brixel.model.config import (
     BrixelConfig,
     default_blocks,
 )
-from brixel.model.upsampler import (
-    AnyUpsampler,
-    GuidedUpsampler,
-    MixedUpsampler,
-    SecondUpsampler,
-    Upsampler,
-    make_upsampler,
-)
+from brixel.model.upsampler import AnyUpsampler, Upsampler, WithUniversal, make_upsampler
 from brixel.utils.devices import choose_device, choose_dtype
-from brixel.utils.fields import boolean, check_field, number, one_of, optional
-from brixel.utils.fields import path as path_rule
+from brixel.utils.fields import boolean, check_field, number, one_of, optional, path_like
 
 PathLike = str | os.PathLike[str]
 FRESH = "fresh"
@@ -263,11 +255,9 @@ class BrixelFeatures(DenseFeatures):
             raise BrixelError("this model's adapter starts from the universal upsampler, or is no trained one")
         share = check_field("own_share", own_share, number(0, 1 + 1e-9))
         adapter = dataclasses.replace(config, own_share=min(share, 1.0))
-        upsampler = make_upsampler(self.config.backbone.vit, adapter)
+        upsampler = _new_upsampler(self.config.backbone, adapter, self.dtype).to(self.device)
         assert isinstance(upsampler, Upsampler)
         upsampler.adapter, upsampler.head = self.adapter, self.head
-        if isinstance(upsampler, MixedUpsampler):
-            upsampler.universal = load_universal(self.dtype).to(self.device)
         return BrixelFeatures(self.backbone, upsampler, dataclasses.replace(self.config, adapter=adapter))
 
     def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False, weights: str = FLOAT) -> None:
@@ -291,7 +281,7 @@ class BrixelFeatures(DenseFeatures):
         save(
             self,
             self.config,
-            check_field("folder", folder, path_rule()),
+            check_field("folder", folder, path_like()),
             include_backbone=include_backbone,
             weights=weights,
         )
@@ -358,7 +348,7 @@ def _adapter_config(
 def _new_upsampler(backbone: BackboneConfig, config: AdapterConfig, dtype: torch.dtype) -> AnyUpsampler:
     """An untrained upsampler, but with the package's weights where it is the universal one."""
     made = make_upsampler(backbone.vit, config).to(dtype)
-    if isinstance(made, GuidedUpsampler | SecondUpsampler):
+    if isinstance(made, WithUniversal):
         made.universal = load_universal(dtype)
     return made
 
@@ -369,7 +359,7 @@ def _blocks(blocks: Iterable[int] | None, vit: Backbone) -> tuple[int, ...]:
 
 
 def _access(token: str | bool | None, cache_dir: PathLike | None, local_files_only: bool) -> Access:
-    cache: Path | None = check_field("cache_dir", cache_dir, optional(path_rule()))
+    cache: Path | None = check_field("cache_dir", cache_dir, optional(path_like()))
     return Access(
         token,
         None if cache is None else cache.expanduser(),

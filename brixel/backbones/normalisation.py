@@ -46,8 +46,8 @@ def of_processor(stated: Mapping[str, Any], owner: str) -> tuple[Colours, Colour
     """
     normalises = _is_on(stated, "do_normalize", owner)
     mean, std = stated.get("image_mean"), stated.get("image_std")
-    silent = {"image_mean", "image_std", "do_normalize", "do_rescale", *_OTHER_NAMES}
-    if normalises and mean is None and std is None and not silent & stated.keys():
+    telling = {"image_mean", "image_std", "do_normalize", "do_rescale", *_OTHER_NAMES}
+    if normalises and mean is None and std is None and not telling & stated.keys():
         return None
     others = [name for name in _OTHER_STEPS if stated.get(name)]
     if others:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from brixel.errors import CheckpointError
+from brixel.utils.devices import dtype_name
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,7 +33,7 @@ def _fault(tensor: Tensor, unfilled: bool) -> str | None:
     if tensor.is_nested:
         return "nested"
     if tensor.is_quantized:
-        return f"quantised, {_name(tensor)}"
+        return f"quantised, {dtype_name(tensor.dtype)}"
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"a {type(tensor).__name__}"
     if tensor.layout != torch.strided:
@@ -40,11 +41,7 @@ def _fault(tensor: Tensor, unfilled: bool) -> str | None:
     if tensor.is_meta:
         return "without numbers, on the meta device"
     if tensor.dtype not in _DTYPES:
-        return _name(tensor)
+        return dtype_name(tensor.dtype)
     if not unfilled and tensor.numel() and not torch.stack(tensor.detach().aminmax()).isfinite().all():
         return "NaN or infinite"  # NaN is the extreme of any tensor that holds one
     return None
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

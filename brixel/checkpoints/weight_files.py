@@ -22,7 +22,7 @@ from brixel.checkpoints.tensor_values import check_values
 from brixel.checkpoints.weight_kinds import Kind, is_weight_file, kind_of
 from brixel.errors import CheckpointError, DamagedFileError, MissingFileError
 from brixel.utils.atomic_files import atomic_path
-from brixel.utils.out_of_memory import is_out_of_memory
+from brixel.utils.out_of_memory import raise_if_out_of_memory
 from brixel.utils.safetensors_files import open_safetensors
 from brixel.utils.structured_files import check_regular, read_json
 from brixel.utils.torch_files import load_data
@@ -136,8 +136,7 @@ def _read_pickled(path: Path) -> Mapping[Any, Any]:
             "If you trust the file: torch.save the state_dict in torch.load(file, weights_only=False), and give that"
         ) from error
     except Exception as error:  # damage causes many kinds of errors: IndexError, struct.error, BadZipFile, ...
-        if is_out_of_memory(error):
-            raise MemoryError(f"{path} does not fit in memory ({error})") from error
+        raise_if_out_of_memory(error, path)
         raise DamagedFileError(f"{path} is damaged or no PyTorch weight file ({error})") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds {type(content).__name__}; expected a dict of tensors by name")

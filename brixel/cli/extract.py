@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ def _extract(options: argparse.Namespace) -> int:
     options.save_dtype = None if options.save_dtype is None else DTYPES[options.save_dtype]
     if options.output.suffix in _ENDINGS and not options.output.is_dir():
         return _extract_one(options)
-    is_one = len(options.paths) == 1 and not options.paths[0].is_dir()
-    if is_one and options.output.suffix and not options.output.exists():
+    if _is_one_image(options.paths) and options.output.suffix and not options.output.exists():
         endings = " or ".join(_ENDINGS)
         raise BrixelError(
             f"{options.output} looks like the name of a file, and a map is a file that ends in {endings}; give such a "
@@ -95,7 +95,7 @@ def _extract(options: argparse.Namespace) -> int:
 def _extract_one(options: argparse.Namespace) -> int:
     """The map of one image as the file that was named."""
     path = options.output
-    if len(options.paths) != 1 or options.paths[0].is_dir():
+    if not _is_one_image(options.paths):
         raise BrixelError(f"{path} is the name of one map; for several images give a folder, such as {path.stem}")
     if options.shard_size is not None or options.format not in (None, path.suffix[1:]):
         raise BrixelError(f"{path} is the name of one map: --format and --shard-size go with a folder")
@@ -106,6 +106,10 @@ def _extract_one(options: argparse.Namespace) -> int:
     convert(feature_map, options.save_dtype, picture=options.paths[0].name).save(path)
     print_json({"written": 1, "file": str(path)}) if options.json else print(path)
     return 0
+
+
+def _is_one_image(paths: Sequence[Path]) -> bool:
+    return len(paths) == 1 and not paths[0].is_dir()
 
 
 def _sentence(summary: ExtractionSummary, share: ProcessShare) -> str:

@@ -10,7 +10,6 @@ from brixel.errors import BrixelError
 from brixel.train.config import PRESETS, fields, make_config, read_settings
 from brixel.train.dry_run import plan
 from brixel.train.trainer import distill
-from brixel.utils.atomic_files import check_output_folder
 
 _REQUIRED = {"backbone": "--backbone", "images": "--images", "out": "--output"}
 _FOLDERS = {"out", "cache_dir"}
@@ -60,7 +59,6 @@ def _train(options: argparse.Namespace) -> int:
     if missing:
         raise BrixelError(f"missing {', '.join(missing)}; example: {options.parser.example}")
     config = make_config(settings, preset=options.preset)
-    check_output_folder(Path(config.out))
     if options.dry_run:
         print_table(plan(config))
     else:

@@ -8,8 +8,7 @@ from brixel.extraction.manifest import SourceImage, WrittenFile, latest_by_image
 from brixel.extraction.writers import SHARD_KEY, checksum
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.storage import GEOMETRY_RULES
-from brixel.utils.fields import check_field, check_table
-from brixel.utils.fields import path as path_rule
+from brixel.utils.fields import check_field, check_table, path_like
 from brixel.utils.safetensors_files import open_safetensors
 from brixel.utils.structured_files import check_regular, checking_content, parse_json
 
@@ -31,7 +30,7 @@ class MapFolder(Mapping[str, FeatureMap]):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder: Path = check_field("folder", folder, path_rule())
+        self.folder: Path = check_field("folder", folder, path_like())
         self._files = {name: file for name, (_, file) in _read_entries(self.folder).items()}
 
     def __getitem__(self, image: str) -> FeatureMap:

@@ -25,8 +25,7 @@ from brixel.errors import BrixelError
 from brixel.feature_maps.pca import PcaBasis
 from brixel.feature_maps.storage import as_array, damaged, load_map, save_map
 from brixel.utils.devices import DTYPES, dtype_name
-from brixel.utils.fields import check_field, short_repr
-from brixel.utils.fields import path as path_rule
+from brixel.utils.fields import check_field, path_like, short_repr
 from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.tensor_kinds import not_plain
 from brixel.utils.torch_defaults import plain_defaults
@@ -239,7 +238,7 @@ class FeatureMap:
             BrixelError: Another suffix, or a missing folder.
         """
         geometry = {"image_hw": self.image_hw, "stride": self.stride, "meta": dict(self.meta)}
-        save_map(check_field("path", path, path_rule()), self.features, geometry)
+        save_map(check_field("path", path, path_like()), self.features, geometry)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureMap:
@@ -259,7 +258,7 @@ class FeatureMap:
             DamagedFileError: The file is damaged or not a feature map.
             BrixelError: It is of a newer format, or its description is missing.
         """
-        source = check_field("path", path, path_rule())
+        source = check_field("path", path, path_like())
         features, fields = load_map(source)
         try:
             return cls(features, **fields)

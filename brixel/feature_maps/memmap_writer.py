@@ -13,13 +13,12 @@ from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.storage import check_writable, write_sidecar
 from brixel.utils.atomic_files import atomic_path
 from brixel.utils.devices import dtype_name
-from brixel.utils.fields import check_field
-from brixel.utils.fields import path as path_rule
+from brixel.utils.fields import check_field, path_like
 
 
 def check_map_path(path: str | os.PathLike[str]) -> Path:
     """The path of a map that is written while it is computed. Raises BrixelError where that cannot be."""
-    target: Path = check_field("out", path, path_rule())
+    target: Path = check_field("out", path, path_like())
     if target.suffix != ".npy":
         raise BrixelError(f"{target} ends in {target.suffix!r}; a map is written while it is computed only as .npy")
     check_writable(target)

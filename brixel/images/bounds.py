@@ -21,21 +21,7 @@ MAX_SEGMENTS = 100_000
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")  # none that stands inside a scan: stuffed bytes and restarts
 _CHUNK_BYTES = 1 << 20
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
-_SIZES = (
-    0xC0,
-    0xC1,
-    0xC2,
-    0xC3,
-    0xC5,
-    0xC6,
-    0xC7,
-    0xC9,
-    0xCA,
-    0xCB,
-    0xCD,
-    0xCE,
-    0xCF,
-)  # segments with the image's size
+_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # segments with the image's size
 
 
 # ---- JPEG

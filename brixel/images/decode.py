@@ -36,6 +36,16 @@ def open_image_file(path: str) -> Iterator[Image.Image]:
         yield image
 
 
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation, of 1 to 8."""
+    try:
+        with quiet_decoding():
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # unreadable EXIF data is ignored, as viewers do
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
 def jpeg_hw(image: Image.Image) -> tuple[int, int] | None:
     """Upright height and width of a JPEG that is not decoded yet; None for other formats.
 
@@ -43,7 +53,7 @@ def jpeg_hw(image: Image.Image) -> tuple[int, int] | None:
     """
     if not isinstance(image, JpegImageFile):
         return None
-    return image.size if _orientation(image) in SIDEWAYS else image.size[::-1]
+    return image.size if exif_orientation(image) in SIDEWAYS else image.size[::-1]
 
 
 def reduce_jpeg(image: Image.Image, wanted_hw: tuple[int, int]) -> None:
@@ -52,7 +62,7 @@ def reduce_jpeg(image: Image.Image, wanted_hw: tuple[int, int]) -> None:
     Sides are rounded up at the right and at the bottom. An image that will be turned is reduced only by divisors of its
     sides.
     """
-    orientation = _orientation(image)
+    orientation = exif_orientation(image)
     wanted_wh = wanted_hw if orientation in SIDEWAYS else wanted_hw[::-1]
     most = min(side_px // (_OVERSAMPLING * wanted_px) for side_px, wanted_px in zip(image.size, wanted_wh, strict=True))
     for reduction in reversed(REDUCTIONS):
@@ -69,7 +79,7 @@ def from_pil(image: Image.Image, name: str) -> Tensor:
         check_samples(image, name)
         if not are_stored(image):
             image.load()
-        return to_rgb_tensor(image, _orientation(image), name)
+        return to_rgb_tensor(image, exif_orientation(image), name)
 
 
 def _open_file(path: str) -> BinaryIO:
@@ -103,13 +113,3 @@ def _pillow_errors(name: str) -> Iterator[None]:
             f"{name}: cannot be decoded ({error or type(error).__name__}); the file is damaged, cut short or "
             "closed: fetch or open it again"
         ) from error
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, of 1 to 8."""
-    try:
-        with quiet_decoding():
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # unreadable EXIF data is ignored, as viewers do
-        return 1
-    return orientation if orientation in range(1, 9) else 1

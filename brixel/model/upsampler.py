@@ -184,6 +184,7 @@ class SecondUpsampler(_SeesImage):
 
 
 TrainedUpsampler = Upsampler | SecondUpsampler
+WithUniversal = GuidedUpsampler | MixedUpsampler | SecondUpsampler
 
 
 def _check_width(width: int) -> None:

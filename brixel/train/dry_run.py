@@ -12,7 +12,7 @@ from brixel.train.distributed import DistributedContext, distributed_context
 from brixel.train.fit_blend import micro_batches_to_fit
 from brixel.train.loader import crop_datasets
 from brixel.train.setup import describe_crops, describe_loss
-from brixel.train.trainer import Trainer
+from brixel.train.trainer import Trainer, check_out
 from brixel.utils.memory import peak_bytes
 
 _MEASURED_STEPS = 3
@@ -24,6 +24,7 @@ def plan(config: TrainConfig) -> dict[str, str]:
     Raises:
         BrixelError: The run itself would stop at its start.
     """
+    check_out(config)
     with distributed_context(config.device) as context, torch.random.fork_rng():
         return _plan(Trainer(config, context), config, context)
 

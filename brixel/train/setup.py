@@ -7,7 +7,7 @@ import torch
 from brixel.brixel_features import BrixelFeatures
 from brixel.images.crops import check_teacher_px
 from brixel.model.adapter import Extractor
-from brixel.model.upsampler import UPSCALE, MixedUpsampler, SecondUpsampler, make_upsampler
+from brixel.model.upsampler import UPSCALE, SecondUpsampler, WithUniversal, make_upsampler
 from brixel.train.config import TrainConfig
 
 _TEACHER_PATCHES = 64  # along the side of the teacher's crop by default: 1024 px at patch 16
@@ -28,7 +28,7 @@ def prepare_model(config: TrainConfig, model: BrixelFeatures | None) -> BrixelFe
         grids = tuple(side_px // model.patch_px for side_px in sides_px)
         adapter = dataclasses.replace(adapter, grids=grids)
         model.upsampler.gain = model.upsampler.gain.on_grids(grids)
-    if isinstance(model.upsampler, SecondUpsampler | MixedUpsampler):
+    if isinstance(model.upsampler, WithUniversal):
         model.upsampler.universal.requires_grad_(config.train_universal)
     model.config = dataclasses.replace(model.config, adapter=adapter)
     if model.adapter.blend is not None:

@@ -151,7 +151,7 @@ def text(*, empty: bool = False) -> Rule:
     return Rule("a text" if empty else "a text that is not empty", convert)
 
 
-def path() -> Rule:
+def path_like() -> Rule:
     """A path, as text that is not empty or as an object that stands for one; it becomes a ``pathlib.Path``."""
 
     def convert(value: Any) -> Path:

@@ -21,6 +21,7 @@ _UNITS |= {f"{prefix}{ib}": 1024**power for power, prefix in enumerate(_PREFIXES
 _MALLOC_MMAP_THRESHOLD = -3  # of mallopt, in glibc's malloc.h
 _MAPPED_FROM = 256 * 2**10  # bytes
 _CGROUP = Path("/sys/fs/cgroup")
+_STATUS = Path("/proc/self/status")
 
 
 def parse_bytes(amount: int | float | str) -> int:
@@ -66,8 +67,7 @@ def _free_host_bytes() -> int | None:
 
 def _available() -> int | None:
     try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(re.findall(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)[0]) * 1024
+        return _bytes_in(Path("/proc/meminfo"), "MemAvailable")
     except (OSError, IndexError):
         try:  # on other systems than Linux
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -110,10 +110,19 @@ def peak_bytes(device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
-    status = Path("/proc/self/status")
-    if status.exists():  # on Linux getrusage includes the peak of the parent process
-        return int(re.findall(r"^VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"), re.MULTILINE)[0]) * 1024
+    if _STATUS.exists():  # on Linux getrusage includes the peak of the parent process
+        return status_bytes("VmHWM")
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def status_bytes(field: str) -> int:
+    """Bytes that Linux reports of this process, such as "VmRSS": what is resident."""
+    return _bytes_in(_STATUS, field)
+
+
+def _bytes_in(path: Path, field: str) -> int:
+    """Bytes in a field of a file below /proc. Raises IndexError where it has none."""
+    return int(re.findall(rf"^{field}:\s+(\d+) kB", path.read_text(encoding="ascii"), re.MULTILINE)[0]) * 1024

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from brixel.errors import DamagedFileError
-from brixel.utils.out_of_memory import is_out_of_memory
+from brixel.utils.out_of_memory import raise_if_out_of_memory
 from brixel.utils.structured_files import check_regular
 
 _MAGIC = b"\x93NUMPY"
@@ -52,6 +52,5 @@ def open_npy(path: Path) -> "np.memmap[Any, np.dtype[Any]]":
     try:
         return np.memmap(path, dtype, "c", offset, shape, "F" if found["fortran"] == "True" else "C")
     except OSError as error:
-        if is_out_of_memory(error):
-            raise MemoryError(f"{path} does not fit in memory ({error})") from error
+        raise_if_out_of_memory(error, path)
         raise

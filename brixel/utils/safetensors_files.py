@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from brixel.errors import DamagedFileError
-from brixel.utils.out_of_memory import is_out_of_memory
+from brixel.utils.out_of_memory import raise_if_out_of_memory
 from brixel.utils.structured_files import check_regular
 
 
@@ -30,6 +30,5 @@ def open_safetensors(path: Path) -> Iterator[Any]:
             f"{path} is damaged or no safetensors file ({error}); fetch or write it again"
         ) from error
     except (OSError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise MemoryError(f"{path} does not fit in memory ({error})") from error
+        raise_if_out_of_memory(error, path)
         raise

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from brixel.errors import DamagedFileError
-from brixel.utils.out_of_memory import is_out_of_memory
+from brixel.utils.out_of_memory import raise_if_out_of_memory
 from brixel.utils.structured_files import check_regular
 
 
@@ -37,8 +37,7 @@ def load_torch(path: Path, *, verify: bool) -> Any:
             f"{path} is damaged, or holds other objects than numbers and their containers"
         ) from error
     except Exception as error:  # damage causes many kinds of errors: IndexError, struct.error, BadZipFile, ...
-        if is_out_of_memory(error):
-            raise MemoryError(f"{path} does not fit in memory ({error})") from error
+        raise_if_out_of_memory(error, path)
         raise DamagedFileError(
             f"{path} is damaged or no file of torch.save ({error or type(error).__name__})"
         ) from error

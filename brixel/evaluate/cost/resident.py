@@ -3,7 +3,6 @@
 import gc
 import itertools
 import multiprocessing
-import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,12 +19,13 @@ from brixel.evaluate.report import Report
 from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.allocation_tracker import storage_bytes
 from brixel.utils.devices import describe_machine, dtype_name
+from brixel.utils.memory import status_bytes
 
 SHARES = (1.0, 0.6, 0.4)
 _HOST = torch.device("cpu")
 _WARM_UP_PATCHES = 10
 _AMPLE = 2**60
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 def resident_table(names: Sequence[str], image_px: Sequence[int], dtype: torch.dtype) -> Report:
@@ -97,9 +97,9 @@ def _measure(name: str, side_px: int, share: float, dtype: torch.dtype, threads:
     image = np.random.default_rng(0).integers(0, 256, (*image_hw, 3), dtype=np.uint8)
     gc.collect()
     _CLEAR.write_text("5", encoding="ascii")  # the peak starts anew
-    resident, files = _status("VmRSS"), _status("RssFile")
+    resident, files = status_bytes("VmRSS"), status_bytes("RssFile")
     model.extract(image, short_side_px=NATIVE, memory_limit=limit)
-    growth = _status("VmHWM") - resident - (_status("RssFile") - files)
+    growth = status_bytes("VmHWM") - resident - (status_bytes("RssFile") - files)
     return {
         **row,
         "strategy": plan.strategy,
@@ -107,8 +107,3 @@ def _measure(name: str, side_px: int, share: float, dtype: torch.dtype, threads:
         "resident_bytes": weights + growth,
         "share": (weights + growth) / limit,
     }
-
-
-def _status(field: str) -> int:
-    """Bytes that the system says of this process."""
-    return int(re.findall(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(encoding="ascii"), re.MULTILINE)[0]) * 1024

@@ -16,8 +16,7 @@ from brixel.evaluate.datasets.labelled import ImageDataset, Sample, check_sample
 from brixel.evaluate.datasets.normals_from_depth import normals_from_depth
 from brixel.evaluate.datasets.target_files import read_colours, read_floats, read_numbers
 from brixel.utils.contained_paths import path_below
-from brixel.utils.fields import check_field, check_names, json_table, number, several, text, whole_number
-from brixel.utils.fields import path as path_rule
+from brixel.utils.fields import check_field, check_names, json_table, number, path_like, several, text, whole_number
 from brixel.utils.structured_files import read_json_value
 
 _SIZE = several(whole_number(1, 2**31), "height and width in pixels", count=2)
@@ -146,7 +145,7 @@ def read_measured(kind: str, layout: str, root: str | Path, split: str) -> Image
     """
     layouts = DEPTH_LAYOUTS if kind == "depth" else NORMALS_LAYOUTS
     check_names([layout], layouts, f"unknown layout for {kind}:")
-    return layouts[layout](check_field("root", root, path_rule()), check_field("split", split, text(empty=True)))
+    return layouts[layout](check_field("root", root, path_like()), check_field("split", split, text(empty=True)))
 
 
 def read_depth(path: Path) -> Tensor:

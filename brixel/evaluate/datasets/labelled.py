@@ -18,8 +18,7 @@ from brixel.evaluate.datasets.target_files import check_aspect, read_numbers, re
 from brixel.evaluate.metrics import IGNORE
 from brixel.images.find_images import IMAGE_SUFFIXES, is_hidden
 from brixel.utils.contained_paths import path_below
-from brixel.utils.fields import check_field, check_names, short_repr, text
-from brixel.utils.fields import path as path_rule
+from brixel.utils.fields import check_field, check_names, path_like, short_repr, text
 from brixel.utils.structured_files import read_bounded, read_json_value
 
 NONE = 255
@@ -303,7 +302,7 @@ def read_labelled(layout: str, root: str | Path, split: str) -> ImageDataset:
         BrixelError: The layout is unknown, or files are missing.
     """
     check_names([layout], LAYOUTS, "unknown layout")
-    return LAYOUTS[layout](check_field("root", root, path_rule()), check_field("split", split, text(empty=True)))
+    return LAYOUTS[layout](check_field("root", root, path_like()), check_field("split", split, text(empty=True)))
 
 
 def paired(folder: Path, targets: str, endings: Sequence[str]) -> list[Sample]:

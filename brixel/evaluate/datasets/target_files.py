@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
 from brixel.errors import BrixelError, ImageError
-from brixel.images.decode import jpeg_hw, open_image_file
+from brixel.images.decode import exif_orientation, jpeg_hw, open_image_file
 from brixel.utils.npy_files import open_npy
 from brixel.utils.structured_files import checking_content
 
@@ -95,21 +95,13 @@ def _warn_once(folder: str, name: str, orientation: int) -> None:
 def _upright(path: Path) -> tuple[tuple[int, int], int]:
     """Upright height and width of an image, and its EXIF orientation."""
     with open_image_file(str(path)) as image:
-        upright_hw, orientation = jpeg_hw(image), _orientation(image)
+        upright_hw, orientation = jpeg_hw(image), exif_orientation(image)
         if upright_hw is None:  # other formats have to be decoded; Pillow itself turns some of them
             _load(image, path)
-            left = _orientation(image)
+            left = exif_orientation(image)
             upright_hw = image.size if left >= 5 else image.size[::-1]
             orientation = orientation if left == 1 else left
     return upright_hw, orientation
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # unreadable EXIF data is ignored, as when the image is read
-        return 1
-    return found if found in range(1, 9) else 1
 
 
 def _same_aspect(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:
@@ -124,7 +116,7 @@ def _decoded(path: Path) -> Iterator[Image.Image]:
         _load(image, path)
         if image.format in ("JPEG", "MPO"):
             raise ImageError(f"{path} is a JPEG, whose compression changes the numbers in it; export it as PNG")
-        if (orientation := _orientation(image)) != 1:
+        if (orientation := exif_orientation(image)) != 1:
             raise ImageError(
                 f"{path} has the EXIF orientation {orientation}, which programs apply or do not; export it without, as "
                 "it lies on the image"

@@ -22,7 +22,7 @@ from brixel.inference.memory.shape_rules import META, AttentionWithoutData, run_
 from brixel.inference.memory.strategies import Strategy, new_outputs, patch_grid_of
 from brixel.model.student import Student
 from brixel.model.universal import CELLS, STEM_CHANNELS
-from brixel.model.upsampler import TrainedUpsampler
+from brixel.model.upsampler import TrainedUpsampler, WithUniversal
 
 HOST = torch.device("cpu")
 HALF_INT = 2**31 - 1
@@ -163,7 +163,7 @@ def bound_bytes(student: Student, job: Job) -> int:
     elements = (2 * scale**2 + 60) * channels
     if isinstance(student.upsampler, TrainedUpsampler):
         elements += 8 * _INDICES_PER_PATCH + 4 * _STEM_PER_PIXEL * patch_px**2  # points; the stem
-    if hasattr(student.upsampler, "universal"):
+    if isinstance(student.upsampler, WithUniversal):
         elements += 2 * (CELLS + 1) * channels + _PER_WINDOW + _PER_OUTPUT_CELL * scale**2 + 8 * patch_px**2
     patches = max(4, height * width)  # what does not depend on the size is less than three of them
     return 8 * job.batch * patches * elements
@@ -184,6 +184,6 @@ def is_countable(student: Student, batch: int, job: Job) -> bool:
     per_patch = scale**2 * channels
     if isinstance(student.upsampler, TrainedUpsampler):
         per_patch = max(per_patch, _INDICES_PER_PATCH, _STEM_PER_PIXEL * patch_px**2)
-    if hasattr(student.upsampler, "universal"):
+    if isinstance(student.upsampler, WithUniversal):
         per_patch = max(per_patch, (CELLS + 1) * channels, 4 * STEM_CHANNELS * scale**2)
     return batch * height * width * per_patch <= HALF_INT
