@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--drop-path", type=float, default=0.3)
+    parser.add_argument("--l1", type=float, default=1.0, help="weight of the L1 loss beside the cosine loss")
+    parser.add_argument("--train-universal", action="store_true", help="train the universal upsampler along")
     parser.add_argument(
         "--gain", type=float, default=1.0, help="factor on the learned gains, chosen on held-out images"
     )
@@ -78,6 +80,8 @@ def main() -> None:
         fit=options.fit,
         lr=options.lr,
         drop_path=options.drop_path,
+        l1=options.l1,
+        train_universal=options.train_universal,
         val_every=100,
         workers=0,
         device="cpu",
