@@ -5,7 +5,6 @@ Facts: `docs/backbones.md`. Shapes: N = prefix tokens + h*w patches, E = channel
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
@@ -48,31 +47,39 @@ def interpolate_positions(
     """Interpolate learned positions (1, D, h0, w0) to another grid: (1, D, h, w); the same values on their own grid.
 
     ``mode`` is "bicubic" or "bilinear". ``scale_offset`` is added to h and w before the scale is formed: 0.1 in the
-    first DINOv2 release, else 0.
+    first DINOv2 release, else 0. The rules are those of ``torch.nn.functional.interpolate``, as a matrix per axis: its
+    scale is a number and its antialiasing an attribute, which fix the sizes of exported graphs or are ignored there.
     """
-    if not scale_offset:
-        return F.interpolate(positions, grid_hw, mode=mode, antialias=antialias, align_corners=False)
-    assert (antialias, mode) == (False, "bicubic"), "no known checkpoint combines an offset with these"
-    # F.interpolate takes the scale as a number, and comparing sizes is a branch: either would fix an exported graph
     native_hw = (positions.shape[2], positions.shape[3])
     counts = [torch.full((), cells, dtype=torch.float64, device="cpu") for cells in grid_hw]
-    resized = (counts[0] != native_hw[0]) | (counts[1] != native_hw[1])
+    resized = (counts[0] != native_hw[0]) | (counts[1] != native_hw[1])  # a branch would fix an exported graph
     rows, columns = (
-        _cubic_weights(cells, native, native / (count + resized * scale_offset)).float().to(positions)
+        _weights(cells, native, native / (count + resized * scale_offset), mode, antialias).to(positions)
         for cells, count, native in zip(grid_hw, counts, native_hw, strict=True)
     )
     return rows @ positions @ columns.mT
 
 
-def _cubic_weights(cells: int, native: int, step: Tensor) -> Tensor:
-    """Weights (cells, native) of bicubic interpolation (a = -0.75) along one axis, with the edge repeated.
+def _weights(cells: int, native: int, step: Tensor, mode: str, antialias: bool) -> Tensor:
+    """Weights (cells, native) of interpolation along one axis, with the edge repeated.
 
-    ``step`` is the distance between new cells, in native cells.
+    ``step`` is the distance between new cells, in native cells. Antialiasing widens the kernel to it where it is above
+    1, and leaves out what lies beyond the edge.
     """
     source = (torch.arange(cells, dtype=torch.float64, device="cpu") + 0.5) * step - 0.5
+    if antialias:
+        distances = (source[:, None] - torch.arange(native, device="cpu")).abs() / step.clamp_min(1)
+        kernel = _cubic(distances, -0.5) if mode == "bicubic" else (1 - distances).clamp_min(0)
+        return kernel / kernel.sum(1, keepdim=True)
     taps = source.floor()[:, None] + torch.arange(-1, 3, device="cpu")  # cells 4
-    x = (source[:, None] - taps).abs()
-    near = (1.25 * x - 2.25) * x * x + 1
-    far = ((-0.75 * x + 3.75) * x - 6) * x + 3
+    distances = (source[:, None] - taps).abs()
+    kernel = _cubic(distances, -0.75) if mode == "bicubic" else (1 - distances).clamp_min(0)
     weights = torch.zeros(cells, native, dtype=torch.float64, device="cpu")
-    return weights.scatter_add(1, taps.long().clamp(0, native - 1), torch.where(x <= 1, near, far))
+    return weights.scatter_add(1, taps.long().clamp(0, native - 1), kernel)
+
+
+def _cubic(distances: Tensor, a: float) -> Tensor:
+    """The kernel of bicubic interpolation (Keys 1981); torch's parameter a is -0.75, and -0.5 with antialiasing."""
+    near = ((a + 2) * distances - (a + 3)) * distances * distances + 1
+    far = ((a * distances - 5 * a) * distances + 8 * a) * distances - 4 * a
+    return torch.where(distances <= 1, near, torch.where(distances < 2, far, 0.0))

@@ -2,7 +2,9 @@
 
 The sampling of Deformable DETR (arXiv 2010.04159) for one level. Points are read by bilinear interpolation, zero
 outside the grid, cell centres at +0.5 (`align_corners=False`). The points of one query and head, four corners for every
-point, are one bag of weighted rows of a table; `torch.nn.functional.embedding_bag` sums it without storing the samples.
+point, are one bag of weighted rows of a table. There are two ways to sum the bags, with equal results:
+`torch.nn.functional.embedding_bag`, which stores no samples and is the fastest as it is; and gathering the rows, which
+torch.compile turns into one loop, faster than the former, and which exported programs can do in one operation.
 
 Shapes: B batch, h x w feature grid, N queries, A heads, P points per head, C channels per head.
 """
@@ -51,8 +53,19 @@ def read_table(table: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     bags = (rows[..., None] + steps).flatten(3).flatten(0, 2)  # B*N*A P*4
     # under autocast values and weights may differ in dtype, which embedding_bag does not take
     corner_weights = _corner_weights(fractions.to(weights.dtype), weights).to(table.dtype)  # B*N*A P*4
-    sums = F.embedding_bag(bags, table, per_sample_weights=corner_weights, mode="sum")  # B*N*A C
-    return sums.view(batch, -1, heads * channels)
+    sum_bags = gathered_sums if torch.compiler.is_compiling() else embedding_bag_sums  # compiling: also exporting
+    return sum_bags(table, bags, corner_weights).view(batch, -1, heads * channels)
+
+
+def embedding_bag_sums(table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of the rows (cells, C) that ``bags`` (n, k) names: (n, C)."""
+    return F.embedding_bag(bags, table, per_sample_weights=weights, mode="sum")
+
+
+def gathered_sums(table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """What :func:`embedding_bag_sums` computes, by operations that compilers and exported formats know."""
+    rows = table.index_select(0, bags.flatten()).view(*bags.shape, -1)  # n k C
+    return (weights[:, None] @ rows)[:, 0]
 
 
 def _first_corners(points: Tensor, grid_hw: tuple[int, int], heads: int) -> tuple[Tensor, Tensor]:

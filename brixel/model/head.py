@@ -190,6 +190,29 @@ class Head(nn.Module):
 
     def _upsampled(self, base: Tensor) -> Tensor:
         height, width = base.shape[2:]
+        if self.residual_detour and torch.compiler.is_compiling():  # a size of height // 2 may be 1: a graph of its own
+            rows, columns = (_detour_weights(cells).to(base) for cells in (height, width))
+            return rows @ base @ columns.mT
         if self.residual_detour:
-            base = resize(base, (torch.sym_max(1, height // 2), torch.sym_max(1, width // 2)))
+            base = resize(base, (max(1, height // 2), max(1, width // 2)))
         return resize(base, (4 * height, 4 * width))
+
+
+def _detour_weights(cells: int) -> Tensor:
+    """Weights (4 cells, cells) of bilinear resizing to half the cells, and from these to four times, along an axis."""
+    count = torch.full((), cells, dtype=torch.float64, device="cpu")
+    half = (count / 2).floor().clamp_min(1)
+    fine = torch.arange(4 * cells, dtype=torch.float64, device="cpu")
+    halves, half_weights = _two_taps(fine, half / (4 * count), half)  # 4 cells, 2
+    taps, weights = _two_taps(halves, count / half, count)  # 4 cells, 2, 2
+    weights = (weights * half_weights[..., None]).flatten(1)
+    return weights.new_zeros(4 * cells, cells).scatter_add(1, taps.flatten(1).long(), weights)
+
+
+def _two_taps(targets: Tensor, step: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """The two source cells, of so many, that bilinear interpolation reads for each target, and their weights: (.., 2)."""
+    source = (targets + 0.5) * step - 0.5
+    left = source.floor()
+    right_weight = source - left
+    taps = torch.stack([left, left + 1], -1)
+    return taps.clamp_min(0).minimum(cells - 1), torch.stack([1 - right_weight, right_weight], -1)

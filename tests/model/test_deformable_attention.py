@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brixel.model.deformable_attention import sample_points
+from brixel.model.deformable_attention import embedding_bag_sums, gathered_sums, sample_points
 
 CASES = {  # name: (batch, grid_hw, queries, heads, points, channels per head)
     "square": (1, (4, 4), 6, 2, 3, 8),
@@ -149,6 +149,22 @@ def test_gradients_equal_those_of_grid_sample() -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_both_ways_of_summing_bags_agree_with_their_gradients(dtype: torch.dtype) -> None:
+    table = torch.randn(40, 12, generator=generator()).to(dtype)
+    bags = torch.randint(40, (30, 16), generator=generator(), dtype=torch.int32)
+    weights = torch.randn(30, 16, generator=generator()).softmax(-1).to(dtype)
+    direction = torch.randn(30, 12, generator=generator(1)).to(dtype)
+    bound = 8 * torch.finfo(dtype).eps
+    results = []
+    for sums_of in (embedding_bag_sums, gathered_sums):
+        inputs = [table.clone().requires_grad_(), weights.clone().requires_grad_()]
+        sums = sums_of(inputs[0], bags, inputs[1])
+        results.append([sums, *torch.autograd.grad(sums, inputs, direction)])
+    for bag, gathered in zip(*results, strict=True):
+        torch.testing.assert_close(bag, gathered, rtol=bound, atol=bound * float(bag.detach().abs().max()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_near_float32(dtype: torch.dtype) -> None:
     """Within one rounding of the largest value, for weights that sum to one, as attention's do."""
@@ -172,7 +188,9 @@ def test_export_with_dynamic_sizes_equals_eager() -> None:
     sizes = {"values": {0: batch, 1: height, 2: width}, "points": {0: batch, 1: queries}}
     sizes["weights"] = sizes["points"]
     example = random_sampling(2, (3, 5), 6, 2, 4, 12)
-    exported = torch.export.export(Sampler(), example, dynamic_shapes=sizes).module()
+    program = torch.export.export(Sampler(), example, dynamic_shapes=sizes)
+    assert "embedding_bag" not in str(program.graph)  # a loop per bag in ONNX
+    exported = program.module()
     for batch_, grid_hw, count in ((2, (3, 5), 6), (1, (7, 2), 9), (3, (1, 1), 4)):
         sampling = random_sampling(batch_, grid_hw, count, 2, 4, 12)
         torch.testing.assert_close(exported(*sampling), sample_points(*sampling), rtol=0, atol=1e-12)

@@ -241,6 +241,14 @@ def test_fresh_head_with_detour_goes_down_then_up(grid_hw: tuple[int, int]) -> N
     assert torch.equal(head(*maps), bilinear(down, (4 * grid_hw[0], 4 * grid_hw[1])))
 
 
+@pytest.mark.parametrize("grid_hw", [*GRIDS, (1, 2), (3, 2), (5, 9)])
+def test_the_detour_of_exported_graphs_is_the_same(grid_hw: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    head, maps = Head(WIDTH, residual_detour=True).double(), random_maps(grid_hw)
+    expected = head(*maps)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(head(*maps), expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("detour", [False, True])
 def test_bias_is_added_to_every_cell(detour: bool) -> None:
     head = Head(WIDTH, residual_detour=detour).double()
