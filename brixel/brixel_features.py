@@ -20,6 +20,7 @@ from brixel.checkpoints.release_adapters import check_width, choose_release, our
 from brixel.checkpoints.saved_backbone import match_module, move_module, read_backbone, resolve_backbone, wrap_module
 from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
 from brixel.errors import BrixelError
+from brixel.export.export import Export, export_model
 from brixel.images.find_images import SCENE
 from brixel.images.load import ImageInput
 from brixel.inference.comparison_panel import comparison_panel
@@ -259,6 +260,58 @@ class BrixelFeatures(DenseFeatures):
         assert isinstance(upsampler, Upsampler)
         upsampler.adapter, upsampler.head = self.adapter, self.head
         return BrixelFeatures(self.backbone, upsampler, dataclasses.replace(self.config, adapter=adapter))
+
+    def export(
+        self,
+        path: PathLike,
+        *,
+        format: str | None = None,
+        dynamic: bool = True,
+        image_hw: tuple[int, int] | None = None,
+        batch: int = 1,
+        scale: int | None = None,
+        dtype: str | torch.dtype | None = None,
+        opset: int = 18,
+        verify: bool = True,
+    ) -> Export:
+        """Write the model as one file for other engines, from normalised pixels to the dense map.
+
+        The file holds the backbone's weights: its licence must allow passing it on. It is run and compared with the
+        model before it gets its name. `docs/export.md` says how to use it.
+
+        Args:
+            path: The file. One that exists is replaced.
+            format: "onnx" (needs the extra "onnx") or "torch", a program of `torch.export`; by the ending of ``path``
+                where None, `.onnx` or `.pt2`.
+            dynamic: Whether the number of images, height and width are free, from two patches a side; otherwise the
+                file takes one size.
+            image_hw: Height and width in pixels of that size; where None, a square of the adapter's short side.
+            batch: Number of images of that size.
+            scale: Cells of the map per patch, on each axis; 4 where None.
+            dtype: Of weights, input and output: "float32", the default; "float16"; for "torch" also "bfloat16".
+                Positions, moments and the universal upsampler's weights are computed in float32 in any case.
+            opset: Version of the operators of ONNX, 18 to 23.
+            verify: Whether the file is run and compared.
+
+        Returns:
+            The path, the facts in the file's metadata, and in them the comparison; as text the comparison's table.
+
+        Raises:
+            BrixelError: An argument is wrong, the model cannot be traced, a package is missing, or the file differs
+                from the model by more than `brixel/export/parity.py` allows; then no file is left.
+        """
+        scaled = self.at_scale(scale)
+        return export_model(
+            scaled,
+            path,
+            format=format,
+            dynamic=dynamic,
+            image_hw=image_hw,
+            batch=batch,
+            dtype=dtype,
+            opset=opset,
+            verify=verify,
+        )
 
     def save_pretrained(self, folder: PathLike, *, include_backbone: bool = False, weights: str = FLOAT) -> None:
         """Write the model into a folder, which is created if it does not exist.

@@ -19,6 +19,7 @@ LAYERS = (
     "images",
     "checkpoints",
     "inference",
+    "export",
     "brixel_features",
     "extraction",
     "evaluate",

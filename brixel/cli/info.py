@@ -1,4 +1,4 @@
-"""`brixel info` and `brixel models`: facts about a saved model and about the known ones. No weights are read."""
+"""`brixel info` and `brixel models`: facts about a saved or exported model and about the known ones; no weights."""
 
 import argparse
 import difflib
@@ -19,14 +19,16 @@ from brixel.checkpoints.release_adapters import RELEASED
 from brixel.checkpoints.weight_files import shapes_of
 from brixel.cli.options import MODEL_HELP, add_flag, command, print_json, print_table
 from brixel.errors import BrixelError
+from brixel.export.formats import is_exported, read_facts
+from brixel.export.parity import as_table
 from brixel.model.upsampler import UPSCALE, make_upsampler
 
 
 def add(commands: Any) -> None:
     """Add the commands."""
-    text = "print the facts of a saved model"
+    text = "print the facts of a saved or an exported model"
     parser = command(commands, "info", _info, text, "brixel info brixel-small")
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=f"{MODEL_HELP}, or a file that `brixel export` wrote")
     add_flag(parser, "--json")
 
     text = "list the models that are known by name"
@@ -131,6 +133,9 @@ def _check_name(name: str) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
+    path = Path(options.model)
+    if is_exported(path) and not path.is_dir():
+        return _exported_info(path, as_json=options.json)
     _check_name(options.model)
     facts = model_facts(options.model)
     if options.json:
@@ -140,6 +145,21 @@ def _info(options: argparse.Namespace) -> int:
     needed = {"adapter_weights"} if facts["backbone_module"] else {"adapter_weights", "backbone_weights"}
     facts |= {name: "missing" for name in needed if not facts[name]}
     print_table({name: value for name, value in facts.items() if value not in (None, [])} | training)
+    return 0
+
+
+def _exported_info(path: Path, *, as_json: bool) -> int:
+    facts = read_facts(path)
+    if as_json:
+        print_json(facts)
+        return 0
+    parity = facts.pop("parity")
+    for name in ("input", "output"):
+        value = facts[name]
+        facts[name] = f"{value['name']}, {value['dtype']}, {' x '.join(map(str, value['shape']))}"
+    facts["commits"] = [f"{name}@{commit}" for name, commit in facts["commits"].items()]
+    print_table({name: value for name, value in facts.items() if value not in (None, [])})
+    print(as_table(parity) if parity else "not compared with the model when it was written")
     return 0
 
 

@@ -226,11 +226,16 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
     add_flag(parser, "--dtype", default="auto", usual="auto, bfloat16 on CUDA devices that have it, else float32")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The model; :func:`load` loads it."""
+def add_model_names(parser: argparse.ArgumentParser) -> None:
+    """The model; :func:`load` loads it, for options that also have a device and a dtype."""
     add_flag(parser, "--model", usual="brixel-small; with --backbone alone, the universal upsampler")
     add_flag(parser, "--backbone", usual="that of --model")
     add_flag(parser, "--architecture")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model, its device and dtype; :func:`load` loads it."""
+    add_model_names(parser)
     add_device_options(parser)
 
 

@@ -210,7 +210,7 @@ def _detour_weights(cells: int) -> Tensor:
 
 
 def _two_taps(targets: Tensor, step: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-    """The two source cells, of so many, that bilinear interpolation reads for each target, and their weights: (.., 2)."""
+    """The two of ``cells`` that bilinear interpolation reads for each target, and their weights: (..., 2)."""
     source = (targets + 0.5) * step - 0.5
     left = source.floor()
     right_weight = source - left

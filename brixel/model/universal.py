@@ -130,8 +130,8 @@ def window_cells(table: Tensor, grid: OutputGrid) -> Tensor:
 
 
 def weighted_sums(cells: Tensor, weights: Tensor, grid: OutputGrid) -> Tensor:
-    """Sum cells (B, h, w, 26, D) with weights (B, H, W, 26): (B, D, H, W), channels last in memory."""
-    return grid.from_slots(grid.to_slots(weights.to(cells.dtype)) @ cells).permute(0, 3, 1, 2)
+    """Sum cells (B, h, w, 26, D) with weights (B, h, w, S, 26): (B, D, H, W), channels last in memory."""
+    return grid.from_slots(weights.to(cells.dtype) @ cells).permute(0, 3, 1, 2)
 
 
 def mean_length(table: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class UniversalUpsampler(nn.Module):
         return weighted_sums(cells, weights, grid)
 
     def weights(self, gram: Tensor, typical: Tensor, guide: Tensor, grid: OutputGrid) -> Tensor:
-        """The weights of the cells of a window in every output cell: (B, H, W, 26), float32.
+        """The weights of the cells of a window in every output cell: (B, h, w, S, 26), float32.
 
         ``gram``: their :func:`inner_products`. The mean feature, which is subtracted from all other cells, has the
         weight 1.
@@ -256,8 +256,11 @@ class UniversalUpsampler(nn.Module):
         return self.alike(likeness(gram, typical).to(self.alike.weight.dtype))
 
     def keys(self, x: Tensor, low: Tensor, grid: OutputGrid) -> Tensor:
-        """Keys of low-resolution cells from the trunk's output (B, H, W, C) and ``low`` (B, h, w, C'): (B, h, w, c)."""
-        return self.key(grid.to_slots(x).mean(3)) + self.low_key(low)
+        """Keys of low-resolution cells from the trunk's output (B, H, W, C) and ``low`` (B, h, w, C'): (B, h*w, c).
+
+        torch.compile cannot index a sum of flattened maps (pytorch/pytorch#187337), so they are flat before.
+        """
+        return self.key(grid.to_slots(x).mean(3).flatten(1, 2)) + self.low_key(low.flatten(1, 2))
 
     def pooled(self, stem: Tensor, grid: OutputGrid) -> Tensor:
         """The mean of the stem (B, H, W, C) over the output cells of every low-resolution cell: (B, h, w, C')."""
@@ -272,14 +275,15 @@ class UniversalUpsampler(nn.Module):
         return y[:, None] + x + y2[:, None] * x2
 
     def weights_of(self, x: Tensor, keys: Tensor, gram: Tensor, grid: OutputGrid) -> Tensor:
-        """The weights, from the trunk's output (B, H, W, C), all keys (B, h, w, c) and inner products: (B, H, W, 26).
+        """The weights, from the trunk's output (B, H, W, C), all keys (B, h*w, c) and inner products.
 
-        ``x`` and ``gram`` are those of the grid's rows.
+        ``x`` and ``gram`` are those of the grid's rows. Returns (B, h, w, S, 26).
         """
-        bilinear = grid.bilinear_weights()
+        bilinear = grid.to_slots(grid.bilinear_weights()[None])
+        x = grid.to_slots(x)
         logits, signed = self.change(x).float().split(CELLS + 1, -1)
         attention = 10 * self.attention * self._attention(x, keys, grid)
-        similarity = 10 * self.similarity * _similarity(bilinear, gram, grid)
+        similarity = 10 * self.similarity * _similarity(bilinear, gram)
         logits = logits + F.pad(attention + similarity, (0, 1))
         start = (bilinear + _FLOOR).log()
         moved = (start + logits).softmax(-1) - start.softmax(-1)
@@ -287,21 +291,20 @@ class UniversalUpsampler(nn.Module):
         return torch.cat([weights[..., :-1], torch.ones_like(weights[..., -1:])], -1)
 
     def _attention(self, x: Tensor, keys: Tensor, grid: OutputGrid) -> Tensor:
-        """Inner products of queries in output cells with keys of the cells of their windows: (B, H, W, 25)."""
-        keys = keys.flatten(1, 2)  # B N c
+        """Inner products of queries in output cells with keys of their windows' cells: (B, h, w, S, C) to 25 each."""
         index = grid.window_index()
         keys = keys.index_select(1, index.flatten()).unflatten(1, index.shape)  # B h w 25 c
-        return grid.from_slots(grid.to_slots(self.query(x)) @ keys.mT).float()
+        return (self.query(x) @ keys.mT).float()
 
 
-def _similarity(bilinear: Tensor, gram: Tensor, grid: OutputGrid) -> Tensor:
-    """Cosines of the interpolated feature in output cells, less the mean, to the 25 cells: (B, H, W, 25)."""
-    between = grid.to_slots(bilinear[None])[..., :-1]  # 1 h w S 25
+def _similarity(bilinear: Tensor, gram: Tensor) -> Tensor:
+    """Cosines of the interpolated feature in output cells, less the mean, to the 25 cells: (B, h, w, S, 25)."""
+    between = bilinear[..., :-1]  # 1 h w S 25
     products = gram[..., :-1, :-1]
     dot = between @ products  # B h w S 25
     square = (dot * between).sum(-1, keepdim=True)
     length = products.diagonal(dim1=-2, dim2=-1)[..., None, :]
-    return grid.from_slots(dot * (square * length).clamp_min(1e-12).rsqrt())
+    return dot * (square * length).clamp_min(1e-12).rsqrt()
 
 
 def resize_guide(guide: Tensor, size_hw: tuple[int, int]) -> Tensor:

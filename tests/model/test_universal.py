@@ -76,7 +76,7 @@ def test_weighted_sums_equal_loops(grid, size):
     features, _ = inputs(grid, size, width=5, batch=1)
     layout = OutputGrid(grid, size, features.device)
     weights = torch.randn(1, *size, CELLS + 1)
-    found = weighted_sums(window_cells(cell_table(features), layout), weights, layout)[0]
+    found = weighted_sums(window_cells(cell_table(features), layout), layout.to_slots(weights), layout)[0]
     mean = features[0].mean((1, 2))
     half = WINDOW // 2
     for y in range(size[0]):

@@ -69,9 +69,7 @@ def test_figures_are_means_over_the_sizes_and_choose_the_best_model(trained):
 
 
 @pytest.mark.slow
-def test_a_given_model_comes_back_with_the_facts_of_its_best_validation(
-    backbone_folder, images, tmp_path, monkeypatch
-):
+def test_a_given_model_comes_back_with_the_facts_of_its_best_validation(backbone_folder, images, tmp_path, monkeypatch):
     scores = iter((0.3, 0.4, 0.2, 0.1))  # the second is the best
     monkeypatch.setattr(Validator, "_figures", lambda self: figures(self) | {"centred_cosine": next(scores)})
     config = run_of(backbone_folder, images, tmp_path / "out", steps=4, val_every=1)

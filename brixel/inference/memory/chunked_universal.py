@@ -72,10 +72,11 @@ def universal_in_chunks(
         x = universal.trunk(x + resized.permute(0, 2, 3, 1))
         return x[:, top - start : bottom - start]
 
-    keys = low.new_empty(1, *grid_hw, ATTENTION_CHANNELS)
+    height, width = grid_hw
+    keys = low.new_empty(1, height * width, ATTENTION_CHANNELS)
     for start, stop in rows:
         grid = OutputGrid(grid_hw, size_hw, table.device, (start, stop))
-        keys[:, start:stop] = universal.keys(trunk_rows(grid), low[:, start:stop], grid)
+        keys[:, start * width : stop * width] = universal.keys(trunk_rows(grid), low[:, start:stop], grid)
     for chunk in rows:
         grid = OutputGrid(grid_hw, size_hw, table.device, chunk)
         top, bottom = grid.output_rows
