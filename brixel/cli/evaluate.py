@@ -26,6 +26,7 @@ from brixel.cli.options import (
 )
 from brixel.errors import BrixelError, printable
 from brixel.evaluate import cost, panel_of, read_suite, run_suite, sources_of, throughput
+from brixel.evaluate.cost.engines import ENGINES, engines
 from brixel.evaluate.cost.memory import ARCHITECTURES, SIDES, limit_table, memory_table
 from brixel.evaluate.cost.resident import resident_table
 from brixel.evaluate.cost.throughput import draw_images
@@ -64,6 +65,7 @@ def add(commands: Any) -> None:
     for kind, (text, layouts) in _TASKS.items():
         _add_task(kinds, kind, text, tuple(layouts))
     _add_cost(kinds)
+    _add_engines(kinds)
     _add_throughput(kinds)
     _add_memory(kinds)
     _add_panel(kinds)
@@ -107,6 +109,18 @@ def _add_cost(kinds: Any) -> None:
     add_flag(one, "--rounds", type=whole, default=10, note="0 to only count")
     add_flag(one, "--threads")
     add_device_options(one)
+
+
+def _add_engines(kinds: Any) -> None:
+    text = "time and memory in eager torch, torch.compile, ONNX Runtime and OpenVINO on the CPU, and their differences"
+    one = _add_report(kinds, "engines", _engines, text)
+    text = f"{TINY}, brixel-small, and architectures, with random weights"
+    add_flag(one, "--models", nargs="+", default=(TINY,), metavar="NAME", help=text)
+    add_flag(one, "--image-px", default=(256,), note="of the student's image")
+    add_flag(one, "--batch-size", nargs="+", default=(1,))
+    add_flag(one, "--engines", nargs="+", default=ENGINES, metavar="ENGINE", help="engines to compare")
+    add_flag(one, "--rounds", default=7)
+    add_flag(one, "--threads")
 
 
 def _add_throughput(kinds: Any) -> None:
@@ -185,6 +199,11 @@ def _cost(options: argparse.Namespace) -> Report:
         plots_available()  # a warning is of use before the work
     settings = given(options, "rounds", "threads", "device", "dtype")
     return cost(options.architectures, options.image_px, batch_sizes=options.batch_size, **settings)
+
+
+def _engines(options: argparse.Namespace) -> Report:
+    settings = given(options, "rounds", "threads")
+    return engines(options.models, options.image_px, batch_sizes=options.batch_size, kinds=options.engines, **settings)
 
 
 def _throughput(options: argparse.Namespace) -> Report:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from brixel.brixel_features import BrixelFeatures
 from brixel.cli.options import (
     add_flag,
     add_map_options,
@@ -51,6 +52,8 @@ def add(commands: Any) -> None:
     )
     add_flag(parser, "--batch-size", default=1)
     add_flag(parser, "--workers", default=2)
+    text = "compile the model with torch.compile first: a minute or more, for faster maps; not with --memory-limit"
+    parser.add_argument("--compile", action="store_true", help=text)
     add_flag(parser, "--overwrite", note="every map is computed again")
     text = "compute nothing: compare the files in FOLDER with its manifest, and the images at PATH with their maps"
     parser.add_argument("--verify", action="store_true", help=text)
@@ -62,6 +65,8 @@ def add(commands: Any) -> None:
 def _extract(options: argparse.Namespace) -> int:
     if options.verify:
         return _verify(options)
+    if options.compile and options.memory_limit is not None:
+        raise BrixelError("--compile does not go with --memory-limit: what compiled code allocates is not known before")
     if not options.paths:
         raise BrixelError("no PATH: give images, or folders of images; only --verify needs none")
     images = find_images(options.paths)
@@ -77,7 +82,7 @@ def _extract(options: argparse.Namespace) -> int:
     check_output_folder(options.output)
     options.device = own_device(options.device)
     summary = extract_files(
-        load(options),
+        _model(options),
         images,
         options.output,
         ending=_ENDINGS[0] if options.format is None else f".{options.format}",
@@ -102,10 +107,17 @@ def _extract_one(options: argparse.Namespace) -> int:
     check_writable(path)
     if path.exists() and not options.overwrite:
         raise BrixelError(f"{path} exists: give another name, or --overwrite")
-    feature_map = load(options).extract(options.paths[0], **given(options, *_OF_MAPS))
+    feature_map = _model(options).extract(options.paths[0], **given(options, *_OF_MAPS))
     convert(feature_map, options.save_dtype, picture=options.paths[0].name).save(path)
     print_json({"written": 1, "file": str(path)}) if options.json else print(path)
     return 0
+
+
+def _model(options: argparse.Namespace) -> BrixelFeatures:
+    model = load(options)
+    if options.compile:
+        model.compile()
+    return model
 
 
 def _is_one_image(paths: Sequence[Path]) -> bool:

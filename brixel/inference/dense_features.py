@@ -1,9 +1,11 @@
 """A student that takes images: any kind of them in, feature maps out, within a memory limit."""
 
+import copy
 import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self, cast
 
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from brixel.feature_maps.memmap_writer import check_map_path, make_map_file
 from brixel.images.load import ImageInput
 from brixel.images.patch_grid import plan_patch_grid
 from brixel.images.preprocess import ImagePlacement, Preprocessor
+from brixel.inference.compiled import CompiledCall
 from brixel.inference.memory.limited_forward import MemoryLimitedForward
 from brixel.inference.memory.planner import Plan, Planner
 from brixel.inference.memory.prediction import Job
@@ -42,6 +45,44 @@ class DenseFeatures(Student):
         super().__init__(backbone, upsampler, config.adapter.blocks)
         self.config = config
         self._is_checked = False  # whether the adapter is trained
+
+    def compile(self, **options: Any) -> None:
+        """Compile the model with `torch.compile`, in place, for images of any size.
+
+        From then on calls of the model, :meth:`extract` and :meth:`stream` run the compiled model: the first call takes
+        a minute or more, and so does the first of several images; how long is logged. Where the compiler fails, for
+        instance since there is no C++ compiler, the model runs as it is, with a warning. With a ``memory_limit`` it
+        also runs as it is: what compiled code allocates is not known before.
+
+        Args:
+            **options: Arguments of ``torch.compile``; ``dynamic`` is True unless given.
+        """
+        super().compile(**{"dynamic": True, **options})
+        compiled = self._compiled_call_impl
+        assert compiled is not None
+        self._compiled_call_impl = CompiledCall(compiled, self._call_impl)
+        self._compile_options = options
+        self._scaled: dict[int, Self] = {}
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`compile` was called."""
+        return self._compiled_call_impl is not None
+
+    def at_scale(self, scale: int | None) -> Self:
+        """As :meth:`Student.at_scale`; of a compiled model, a compiled one."""
+        if not self.is_compiled or scale not in self._scaled:
+            scaled = super().at_scale(scale)
+            if not self.is_compiled or scaled is self:
+                return scaled
+            scaled.compile(**self._compile_options)
+            self._scaled[scaled.scale] = scaled
+        return self._scaled[cast("int", scale)]
+
+    def _to_run(self, scale: int | None, memory_limit: int | str | None) -> Self:
+        """The model at a scale, as it is where memory is limited."""
+        scaled = self.at_scale(scale)
+        return copy.copy(scaled) if memory_limit is not None else scaled  # a copy is not compiled
 
     @property
     def stride_px(self) -> float:
@@ -88,7 +129,7 @@ class DenseFeatures(Student):
             )
             return next(maps)
         self._say_if_untrained()
-        scaled = self.at_scale(scale)
+        scaled = self._to_run(scale, memory_limit)
         forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles)
         preprocessor, path = self.preparation(short_side_px), check_map_path(out)
         pixels, placement = preprocessor(image, lambda padded_hw: forward.check(padded_hw, to_file=True))
@@ -172,7 +213,7 @@ class DenseFeatures(Student):
             BrixelError: An argument is out of range.
         """
         self._say_if_untrained()
-        scaled = self.at_scale(scale)
+        scaled = self._to_run(scale, memory_limit)
         forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles, batch=batch_size)
         stream = FeatureStream(forward, self.preparation(short_side_px), batch_size=batch_size, workers=workers)
         return stream.maps_or_errors(images)

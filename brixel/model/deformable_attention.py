@@ -23,7 +23,8 @@ def sample_points(values: Tensor, points: Tensor, weights: Tensor) -> Tensor:
     ``values`` (B, h, w, A, C), ``points`` (B, N, A, P, 2), ``weights`` (B, N, A, P) -> (B, N, A * C). Points are
     float32 or wider, x before y, in cells: the centre of the first cell is 0.5, the grid ends at w and h.
     """
-    return read_table(pad_table(values), points, weights)
+    x, y = points.unbind(-1)
+    return read_table(pad_table(values), x, y, weights)
 
 
 def pad_table(values: Tensor) -> Tensor:
@@ -42,19 +43,46 @@ def inner_rows(table: Tensor, start: int, stop: int) -> Tensor:
     return table[:, start + _BEFORE : stop + _BEFORE, _BEFORE:-_AFTER]
 
 
-def read_table(table: Tensor, points: Tensor, weights: Tensor) -> Tensor:
-    """:func:`sample_points` on a table from :func:`pad_table`, for all queries or some of them."""
+def read_table(table: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """:func:`sample_points` on a table from :func:`pad_table`, for all queries or some of them.
+
+    ``x``, ``y`` and ``weights`` are (B, N, A, P).
+    """
     batch, heads, channels = table.shape[0], table.shape[3], table.shape[4]
-    height, width = table.shape[1] - _BEFORE - _AFTER, table.shape[2] - _BEFORE - _AFTER
+    table_rows, table_columns = table.shape[1], table.shape[2]
     table = table.reshape(-1, channels)
-    rows, fractions = _first_corners(points, (height, width), heads)  # B N A P, B N A P 2
-    row_cells = width + _BEFORE + _AFTER
-    steps = torch.tensor([0, 1, row_cells, row_cells + 1], dtype=rows.dtype, device=rows.device) * heads
-    bags = (rows[..., None] + steps).flatten(3).flatten(0, 2)  # B*N*A P*4
+    x, left = _split(x, table_columns)
+    y, top = _split(y, table_rows)
+    firsts = torch.add(left, top, alpha=table_columns) * heads + _first_rows(batch, heads, table_rows, table_columns, x)
+    below = table_columns * heads
+    bags = torch.cat([firsts, firsts + heads, firsts + below, firsts + (below + heads)], -1).flatten(0, 2)
     # under autocast values and weights may differ in dtype, which embedding_bag does not take
-    corner_weights = _corner_weights(fractions.to(weights.dtype), weights).to(table.dtype)  # B*N*A P*4
+    corner_weights = _corner_weights(x.to(weights.dtype), y.to(weights.dtype), weights).to(table.dtype)
     sum_bags = gathered_sums if torch.compiler.is_compiling() else embedding_bag_sums  # compiling: also exporting
     return sum_bags(table, bags, corner_weights).view(batch, -1, heads * channels)
+
+
+def _split(places: Tensor, table_cells: int) -> tuple[Tensor, Tensor]:
+    """Places on an axis as the distance from the cell centre before them, and the number of that cell, from -2."""
+    # farther out all corners are zero anyway
+    places = (places - 0.5).clamp(-_BEFORE, table_cells - _BEFORE - _AFTER)
+    cells = places.floor()
+    return places - cells, cells.to(torch.int32)
+
+
+def _first_rows(batch: int, heads: int, table_rows: int, table_columns: int, like: Tensor) -> Tensor:
+    """The table's row of the first cell of every image's grid and head: (B, 1, A, 1)."""
+    images = torch.arange(batch, dtype=torch.int32, device=like.device)[:, None, None, None]
+    head = torch.arange(heads, dtype=torch.int32, device=like.device)[:, None]
+    return (images * table_rows + _BEFORE) * (table_columns * heads) + _BEFORE * heads + head
+
+
+def _corner_weights(right: Tensor, below: Tensor, weights: Tensor) -> Tensor:
+    """Bilinear weights of the four corners times the weight of the point: (B, N, A, P) -> (B*N*A, 4*P)."""
+    lower = weights * below
+    upper = weights - lower
+    upper_right, lower_right = upper * right, lower * right
+    return torch.cat([upper - upper_right, upper_right, lower - lower_right, lower_right], -1).flatten(0, 2)
 
 
 def embedding_bag_sums(table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
@@ -66,27 +94,3 @@ def gathered_sums(table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
     """What :func:`embedding_bag_sums` computes, by operations that compilers and exported formats know."""
     rows = table.index_select(0, bags.flatten()).view(*bags.shape, -1)  # n k C
     return (weights[:, None] @ rows)[:, 0]
-
-
-def _first_corners(points: Tensor, grid_hw: tuple[int, int], heads: int) -> tuple[Tensor, Tensor]:
-    """The table row of the corner above and left of every point, and the point's distance from it in cells."""
-    height, width = grid_hw
-    x = (points[..., 0] - 0.5).clamp(-_BEFORE, width)  # farther out all corners are zero anyway
-    y = (points[..., 1] - 0.5).clamp(-_BEFORE, height)
-    left, top = x.floor(), y.floor()
-    row_cells, column_cells = width + _BEFORE + _AFTER, height + _BEFORE + _AFTER
-    cells = (top.to(torch.int32) + _BEFORE) * row_cells + left.to(torch.int32) + _BEFORE  # B N A P
-    images = torch.arange(points.shape[0], dtype=torch.int32, device=points.device)[:, None, None, None]
-    head = torch.arange(heads, dtype=torch.int32, device=points.device)[:, None]
-    rows = (cells + images * (row_cells * column_cells)) * heads + head
-    return rows, torch.stack([x - left, y - top], dim=-1)
-
-
-def _corner_weights(fractions: Tensor, weights: Tensor) -> Tensor:
-    """Bilinear weights of the four corners times the weight of the point: (B, N, A, P) -> (B*N*A, P*4)."""
-    right, below = fractions.unbind(-1)
-    lower = weights * below
-    upper = weights - lower
-    upper_right, lower_right = upper * right, lower * right
-    corners = [upper - upper_right, upper_right, lower - lower_right, lower_right]
-    return torch.stack(corners, dim=-1).flatten(3).flatten(0, 2)
