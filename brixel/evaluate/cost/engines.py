@@ -1,6 +1,7 @@
 """Time, memory and numbers of models in eager torch, torch.compile, ONNX Runtime and OpenVINO, on the CPU."""
 
 import itertools
+import logging
 import multiprocessing
 import statistics
 import tempfile
@@ -144,7 +145,11 @@ def _export(student: Student, kinds: Sequence[str], stem: Path) -> dict[str, Pat
         quantization = import_extra("onnxruntime.quantization", extra="onnx", purpose="int8 weights")
         path = stem.with_name(f"{stem.name}-int8.onnx")
         settings = {"weight_type": quantization.QuantType.QInt8, "op_types_to_quantize": ["MatMul"]}
-        quantization.quantize_dynamic(str(files[ONNX_INT8]), str(path), **settings)
+        logging.disable(logging.WARNING)  # it advises a preprocessing for convolutions
+        try:
+            quantization.quantize_dynamic(str(files[ONNX_INT8]), str(path), **settings)
+        finally:
+            logging.disable(logging.NOTSET)
         files[ONNX_INT8] = path
     return files
 
