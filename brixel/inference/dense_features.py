@@ -55,12 +55,9 @@ class DenseFeatures(Student):
         also runs as it is: what compiled code allocates is not known before.
 
         Args:
-            **options: Arguments of ``torch.compile``; ``dynamic`` is True unless given.
+            **options: Arguments of ``torch.compile``.
         """
-        super().compile(**{"dynamic": True, **options})
-        compiled = self._compiled_call_impl
-        assert compiled is not None
-        self._compiled_call_impl = CompiledCall(compiled, self._call_impl)
+        self._compiled_call_impl = CompiledCall(self, options)
         self._compile_options = options
         self._scaled: dict[int, Self] = {}
 

@@ -248,7 +248,8 @@ class UniversalUpsampler(nn.Module):
 
         Without the norm the image would be faint beside the rest at the start, and training much slower.
         """
-        seen: Tensor = self.stem_norm(self.stem(guide).permute(0, 2, 3, 1))
+        first, activation, second = self.stem
+        seen: Tensor = self.stem_norm(_halved(second, activation(_halved(first, guide))).permute(0, 2, 3, 1))
         return seen
 
     def alike_map(self, gram: Tensor, typical: Tensor) -> Tensor:
@@ -305,6 +306,19 @@ def _similarity(bilinear: Tensor, gram: Tensor) -> Tensor:
     square = (dot * between).sum(-1, keepdim=True)
     length = products.diagonal(dim1=-2, dim2=-1)[..., None, :]
     return dot * (square * length).clamp_min(1e-12).rsqrt()
+
+
+def _halved(conv: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of stride 2 on even sides, padded on all of them: (B, C, 2H, 2W) -> (B, C', H, W).
+
+    Its last row and column of padding are never read. Compilers get it without them: they can halve 2H, and cannot
+    simplify (2H - 1) // 2 + 1.
+    """
+    if torch.compiler.is_compiling():
+        assert isinstance(conv, nn.Conv2d)
+        return F.conv2d(F.pad(x, (1, 0, 1, 0)), conv.weight, conv.bias, conv.stride)
+    halved: Tensor = conv(x)
+    return halved
 
 
 def resize_guide(guide: Tensor, size_hw: tuple[int, int]) -> Tensor:

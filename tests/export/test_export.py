@@ -241,12 +241,14 @@ def test_a_module_of_someone_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_and_the_example_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_and_the_example_without_torch(
+    backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The example's map equals extract()'s within 2e-4 of the largest value: Pillow and torch resize alike."""
-    model = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu", dtype="float32")
+    model = BrixelFeatures.from_backbone(backbone_folder, device="cpu", dtype="float32")
     path = tmp_path / "tiny.onnx"
-    assert main(["export", "--model", "brixel-tiny", "-o", str(path)]) == 0
-    assert "256 x 256" in capsys.readouterr().out
+    assert main(["export", "--backbone", str(backbone_folder), "-o", str(path)]) == 0
+    assert "224 x 224" in capsys.readouterr().out
     image = tmp_path / "photo.png"
     Image.open(ROOT / "brixel" / "assets" / "scene.jpg").resize((401, 283)).save(image)
     blocked = "import sys, runpy\nfor name in ('torch', 'brixel'): sys.modules[name] = None\n"

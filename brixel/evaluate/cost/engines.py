@@ -6,14 +6,13 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from brixel.backbones.registry import BUNDLED_BACKBONES, known_backbone
 from brixel.brixel_features import BrixelFeatures
@@ -21,6 +20,7 @@ from brixel.evaluate.cost.timing import random_model, torch_threads
 from brixel.evaluate.report import Report
 from brixel.export.formats import FORMATS, Run
 from brixel.export.tracing import InputSize, example, plain_copy, trace, traced_size
+from brixel.inference.compiled import CompiledCall
 from brixel.model.student import Student
 from brixel.model.upsampler import BilinearUpsampler
 from brixel.utils.devices import describe_machine
@@ -104,7 +104,7 @@ def engines(
         recipe = f"Random noise; {rounds} rounds in turn; {', '.join(_versions(wanted))}; {describe_machine(_CPU)}."
     note = (
         "Eager float32 is what the others are compared with. Files have dynamic sizes. onnxruntime-int8: weights of "
-        "products in 8 bits, by its quantize_dynamic. OpenVINO computes in float32 only where told so, as here."
+        "products in 8 bits, by its quantize_dynamic. A row of dashes: the compiler failed. OpenVINO computes in float32 only where told so, as here."
     )
     return Report("engines", "Engines", _COLUMNS, rows, recipe, (note,))
 
@@ -162,10 +162,7 @@ def _call(kind: str, part: _Part) -> Run:
     if kind == EAGER_BF16:
         student = plain_copy(student, torch.bfloat16)
         return lambda pixels: student(pixels.bfloat16()).float()
-    if kind == COMPILED:
-        compiled: Callable[[Tensor], Tensor] = torch.compile(student, dynamic=True)
-        return compiled
-    return student
+    return CompiledCall(student, {}) if kind == COMPILED else student
 
 
 def _load_file(kind: str, path: Path) -> Run:
@@ -199,8 +196,11 @@ def _measure(calls: dict[tuple[str, str], Run], size: InputSize, rounds: int) ->
                     seconds[key].append(time.perf_counter() - start)
                 elif key not in difference:
                     difference[key] = (features - expected[key[0]]).abs().max().item()
+    failed = [key for key, call in calls.items() if isinstance(call, CompiledCall) and call.has_failed]
     return [
-        {
+        {"part": part, "engine": kind}
+        if (part, kind) in failed
+        else {
             "part": part,
             "engine": kind,
             "ms": statistics.median(own) * 1e3,
