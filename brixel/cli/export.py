@@ -6,7 +6,6 @@ from typing import Any
 
 from brixel.cli.options import add_flag, add_model_names, add_output, command, given, height_by_width, load, print_json
 from brixel.export.formats import FORMATS
-from brixel.utils.devices import dtype_name
 
 
 def add(commands: Any) -> None:
@@ -26,20 +25,19 @@ def add(commands: Any) -> None:
         help=text,
         usual="a square, as the adapter was trained",
     )
-    add_flag(parser, "--batch-size", default=1, help="with --static: images in a batch")
+    add_flag(parser, "--batch-size", default=1, note="with --static")
     add_flag(parser, "--scale", usual="4; trained adapters of the first generation have no other")
     text = "version of the operators of ONNX, 18 to 23"
     add_flag(parser, "--opset", type=int, metavar="N", help=text, default=18)
     parser.add_argument("--no-verify", action="store_true", help="do not run the file to compare it with the model")
     add_flag(parser, "--json")
-    names = sorted({dtype_name(dtype) for kind in FORMATS.values() for dtype in kind.dtypes})
-    text = "dtype of weights, input and output; bfloat16 for torch alone"
-    add_flag(parser, "--dtype", choices=names, help=text, default="float32")
+    add_flag(parser, "--dtype", default="auto", note="also of input and output", usual="auto, float32")
     add_model_names(parser)
 
 
 def _export(options: argparse.Namespace) -> int:
-    dtype, options.dtype, options.device = options.dtype, "float32", "cpu"
+    dtype = None if options.dtype == "auto" else options.dtype
+    options.dtype, options.device = "float32", "cpu"
     written = load(options).export(
         Path(options.output),
         dynamic=not options.static,

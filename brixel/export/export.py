@@ -65,6 +65,8 @@ def export_model(
     check_field("opset", opset, _OPSETS)
     check_field("verify", verify, boolean())
     check_writable(target)
+    if target.exists() and target.suffix != kind.ending:
+        raise BrixelError(f"{target} exists and does not end in {kind.ending}; name a new file, or *{kind.ending}")
     if check_field("dynamic", dynamic, boolean()):
         if image_hw is not None or batch != 1:
             raise BrixelError("image_hw and batch are of a file for one size; give dynamic=False as well")

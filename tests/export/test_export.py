@@ -294,6 +294,14 @@ def test_bad_arguments(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_photograph_is_not_replaced(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"a photograph")
+    with pytest.raises(BrixelError, match=r"photo.jpg exists and does not end in .onnx; name a new file"):
+        model_of("SigLIP 2, bilinear").export(photo, format="onnx")
+    assert photo.read_bytes() == b"a photograph"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:

@@ -104,7 +104,8 @@ def engines(
         recipe = f"Random noise; {rounds} rounds in turn; {', '.join(_versions(wanted))}; {describe_machine(_CPU)}."
     note = (
         "Eager float32 is what the others are compared with. Files have dynamic sizes. onnxruntime-int8: weights of "
-        "products in 8 bits, by its quantize_dynamic. A row of dashes: the compiler failed. OpenVINO computes in float32 only where told so, as here."
+        "products in 8 bits, by its quantize_dynamic. OpenVINO computes in float32 only where told so, as here. A "
+        "row of dashes: the compiler failed."
     )
     return Report("engines", "Engines", _COLUMNS, rows, recipe, (note,))
 

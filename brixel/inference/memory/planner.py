@@ -239,13 +239,19 @@ class Planner:
         """How a job will be computed, as data."""
         strategy, on_host = self.choose(job)
         device = HOST if on_host else self.device
+        try:
+            peak_bytes = needed_bytes(self.student, strategy, job, device)
+        except Exception as error:
+            if isinstance(self.student.backbone, ViT):
+                raise
+            raise self._unpredictable(error) from error
         return Plan(
             strategy=strategy.name,
             device=str(device),
             dtype=dtype_name(self.student.dtype),
             padded_hw=job.padded_hw,
             batch=job.batch,
-            peak_bytes=needed_bytes(self.student, strategy, job, device),
+            peak_bytes=peak_bytes,
             limit_bytes=self._free(HOST) if on_host else self.limit_bytes,
             **strategy.plan_fields(job.grid_hw(self.student), self.student.patch_px),
         )
@@ -276,11 +282,16 @@ class Planner:
                 raise
             # another backbone may not run on tensors without data
             if self._is_limit_given:
-                raise BrixelError(
-                    f"the memory that {type(self.student.backbone).__name__} needs cannot be predicted "
-                    f"({type(error).__name__}: {error}); leave out memory_limit"
-                ) from error
+                raise self._unpredictable(error) from error
             return Choice(Whole(job.batch), False)
+
+    def _unpredictable(self, error: Exception) -> BrixelError:
+        """The error for a backbone that does not run on tensors without data."""
+        name, kind = type(self.student.backbone).__name__, type(error).__name__
+        return BrixelError(
+            f"the memory that {name} needs cannot be predicted ({kind}: {error}); leave out memory_limit: without one, "
+            "extract() runs the model whole"
+        )
 
     def _choose_on_host(self, job: Job) -> Choice:
         return Choice(choose_strategy(self.student, job, self._free(HOST), self._tiles, HOST), True)

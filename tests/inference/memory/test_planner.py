@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from brixel import BrixelError, MemoryLimitError
+from brixel import BrixelError, BrixelFeatures, MemoryLimitError
 from brixel.evaluate.cost.timing import random_student
 from brixel.inference.memory import planner as planner_module
 from brixel.inference.memory import prediction as prediction_module
@@ -242,6 +242,23 @@ def test_a_limit_below_the_weights_fits_nothing(tiny, monkeypatch):
     stub_predictions(monkeypatch, tiny)
     with pytest.raises(MemoryLimitError, match="no image fits"):
         tiny.plan((16, 16), memory_limit="1MiB", short_side_px="native")
+
+
+@pytest.mark.parametrize("limit", [None, "1GiB"])
+def test_a_backbone_whose_memory_cannot_be_predicted_is_named(limit):
+    class Reading(torch.nn.Module):
+        """A backbone that looks at values, which tensors without data do not have."""
+
+        width, patch_px, depth, mean, std = 32, 8, 1, (0.5,) * 3, (0.5,) * 3
+
+        def block_maps(self, pixels, blocks):
+            cells = torch.nn.functional.avg_pool2d(pixels, 8).mean(1, keepdim=True)
+            return [cells.expand(-1, 32, -1, -1) / float(cells.abs().max() + 1)]
+
+    model = BrixelFeatures.from_backbone(Reading(), adapter="bilinear", device="cpu")
+    with pytest.raises(BrixelError, match="the memory that Reading needs cannot be predicted"):
+        model.plan((64, 64), memory_limit=limit)
+    assert model.extract(torch.rand(3, 64, 64), short_side_px="native").features.shape == (32, 32, 32)
 
 
 def test_arguments_are_checked(tiny):
