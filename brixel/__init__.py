@@ -20,6 +20,7 @@ from brixel.errors import (
 )
 from brixel.extraction.map_folder import MapFolder
 from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.matching import Matches
 from brixel.feature_maps.pca import PcaBasis
 from brixel.inference.upsample import upsample
 
@@ -33,6 +34,7 @@ __all__ = [
     "ImageError",
     "KnownBackbone",
     "MapFolder",
+    "Matches",
     "MemoryLimitError",
     "PcaBasis",
     "UploadError",

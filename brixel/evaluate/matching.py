@@ -1,7 +1,8 @@
 """Matching: points of an image found in a warp of it by nearest features; the warp gives the truth.
 
 The second view is the image's centre crop under a homography that lies inside it, so that nothing is blank. A point
-of the first view is found in the second at the centre of the cell with the most similar feature (cosine).
+of the first view is found in the second at the centre of the cell with the most similar feature (cosine), and refined:
+where between cells a parabola through the similarities is highest, as ``FeatureMap.match`` does.
 
 Shapes: D channels, h x w cells, P points; coordinates (x, y) as shares of a view's side, 0 to 1.
 """
@@ -20,6 +21,7 @@ from brixel.evaluate.feature_cache import centre_crop
 from brixel.evaluate.feature_sources import BASE, FeatureSource, features_by_name
 from brixel.evaluate.metrics import pck
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
+from brixel.feature_maps.matching import nearest, refined, unit_cells
 from brixel.utils.devices import describe_machine
 from brixel.utils.progress import progress_bar
 
@@ -63,13 +65,18 @@ def _read(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def match_distances(first: Tensor, second: Tensor, homography: Tensor, points: Tensor) -> Tensor:
-    """Distance of each match from the true position: maps (D, h, w), points (P, 2) of the second view -> (P,)."""
-    queries = F.normalize(_read(first, transform_points(points, homography)), dim=0)  # D P
-    cells = F.normalize(second.flatten(1), dim=0)  # D h*w
-    best = (queries.T @ cells).argmax(1)
+    """Distance of each match from the true position, at the cell's centre and refined: (2, P).
+
+    Maps (D, h, w), points (P, 2) of the second view.
+    """
+    queries = unit_cells(_read(first, transform_points(points, homography))[..., None])  # P D
+    cells = unit_cells(second)
+    best = nearest(queries, cells)[1]
     height, width = second.shape[1:]
-    found = torch.stack([(best % width + 0.5) / width, (best // width + 0.5) / height], 1)
-    return (found - points).norm(dim=1)
+    centres = torch.stack([best // width, best % width], 1).double()
+    places = torch.stack([centres, refined(queries, cells, best, (height, width))])  # 2 P yx
+    found = ((places + 0.5) / places.new_tensor([height, width])).flip(-1).to(points)
+    return (found - points).norm(dim=-1)
 
 
 def matching(
@@ -100,6 +107,7 @@ def matching(
     columns = {
         **SOURCE_COLUMNS,
         **{f"pck_{limit:g}": (f"PCK at {limit:.0%}", ".1%") for limit in THRESHOLDS},
+        **{f"refined_{limit:g}": (f"refined, at {limit:.0%}", ".1%") for limit in THRESHOLDS[:2]},
         "gain_0.05": ("at 5 %, over bilinear, 95 %", "+.1%"),
         "median": ("median error, of the side", ".1%"),
     }
@@ -111,7 +119,10 @@ def matching(
 
 
 def _at_size(sources: Sequence[FeatureSource], images: Sequence[Path], side: int, seed: int) -> dict[str, Tensor]:
-    """Distances of all points by source, (images, WARPS * POINTS); the same warps and points for all."""
+    """Distances of all points by source, (images, 2, WARPS * POINTS), as :func:`match_distances`.
+
+    All sources have the same warps and points.
+    """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, list[Tensor]] = {source.name: [] for source in sources}
     for image in progress_bar(images, f"images, {side} px"):
@@ -121,19 +132,21 @@ def _at_size(sources: Sequence[FeatureSource], images: Sequence[Path], side: int
         views = torch.stack([crop, *(warp_image(crop, warp) for warp in warps)])
         for name, maps in features_by_name(sources, views).items():
             triples = zip(maps[1:], warps, points, strict=True)
-            found[name].append(torch.cat([match_distances(maps[0], *triple) for triple in triples]))
+            found[name].append(torch.cat([match_distances(maps[0], *triple) for triple in triples], 1))
     return {name: torch.stack(distances) for name, distances in found.items()}
 
 
 def _row(model: str, side: int, source: FeatureSource, found: dict[str, Tensor]) -> dict[str, Any]:
     limits = torch.tensor(THRESHOLDS)
-    by_image = {name: torch.stack([pck(row, limits) for row in rows]) for name, rows in found.items()}
+    by_image = {name: torch.stack([pck(row, limits) for row in rows[:, 0]]) for name, rows in found.items()}
+    refined_pck = torch.stack([pck(row, limits) for row in found[source.name][:, 1]]).mean(0)
     own, base = by_image[source.name], by_image.get(BASE)  # images, thresholds
     row = source.row(model, side)
     for index, limit in enumerate(THRESHOLDS):
         row[f"pck_{limit:g}"] = float(own[:, index].mean())
         row[f"pck_{limit:g}_interval"] = interval(own[:, index])
+        row[f"refined_{limit:g}"] = float(refined_pck[index])
         if base is not None and source.name != BASE:
             row[f"gain_{limit:g}"] = interval(own[:, index] - base[:, index])
-    row["median"] = float(found[source.name].median())
+    row["median"] = float(found[source.name][:, 0].median())
     return row

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
+from brixel.feature_maps.matching import Matches, nearest, refined, unit_cells
 from brixel.feature_maps.pca import PcaBasis
 from brixel.feature_maps.storage import as_array, damaged, load_map, save_map
 from brixel.utils.devices import DTYPES, dtype_name
-from brixel.utils.fields import check_field, path_like, short_repr
+from brixel.utils.fields import boolean, check_field, path_like, short_repr
 from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.tensor_kinds import not_plain
 from brixel.utils.torch_defaults import plain_defaults
@@ -186,26 +187,95 @@ class FeatureMap:
         return FeatureMap(resized, self.image_hw, stride, self.meta)
 
     @plain_defaults()
-    def similarity(self, point_yx: Tensor | npt.ArrayLike) -> Tensor:
-        """Compute the cosine similarity of every cell to the features at one point.
+    def similarity(self, to: Tensor | npt.ArrayLike, *, of: FeatureMap | None = None) -> Tensor:
+        """Compute the cosine similarity of every cell to the features at one point, or to a vector.
 
         Args:
-            point_yx: (y, x) in pixels of the image.
+            to: A point (y, x) in pixels of the image, or a vector (D,) of features.
+            of: Another map, such as that of another image, whose point ``to`` is.
 
         Returns:
             Similarities (Hf, Wf), float32 in [-1, 1]; 0 where either vector is zero.
 
         Raises:
-            BrixelError: Another shape, or a point that is outside the image or NaN.
+            BrixelError: Another shape, a point that is outside its image or NaN, or maps of different D.
         """
-        point = _to_float64(point_yx)
-        if point.shape != (2,):
-            raise BrixelError(f"the point has shape {point.shape}; expected (2,), its y and x in pixels")
+        source = self if of is None else self._comparable(of)
+        given = _to_float64(to)
         features = self.features.to(_wide(self.features.dtype))
-        target = torch.nn.functional.normalize(self.at(point[None])[0].to(features.dtype), dim=0)
+        if given.shape == (2,):
+            vector = source.at(given[None])[0]
+        elif given.shape == (self.embed_dim,) and of is None:
+            vector = torch.from_numpy(given)
+        else:
+            raise BrixelError(
+                f"similarity to an array of shape {given.shape}; expected (2,), the y and x of a point in pixels"
+                + (f", or ({self.embed_dim},), a vector of features" if of is None else "")
+            )
+        target = torch.nn.functional.normalize(vector.to(features), dim=0)
         lengths = torch.linalg.vector_norm(features, dim=0).clamp_min(1e-12)  # (Hf, Wf)
         cosines: Tensor = torch.tensordot(target, features, dims=1) / lengths
         return cosines.clamp(-1, 1).float()
+
+    @plain_defaults()
+    def match(
+        self,
+        other: FeatureMap,
+        points_yx: Tensor | npt.ArrayLike | None = None,
+        *,
+        mutual: bool = False,
+        refine: bool = True,
+    ) -> Matches:
+        """Find points of this image in another one, by the similarity of their features.
+
+        Args:
+            other: The map of the other image, from the same model; of any size.
+            points_yx: (N, 2), rows of (y, x) in pixels of this image; the centres of all cells inside it where None.
+            mutual: Whether only those matches are kept that the way back leads to the same point.
+            refine: Whether matches may lie between the centres of cells, where a parabola through the similarities of
+                the best cell and its neighbours is highest.
+
+        Returns:
+            The matches, in the order of the points, on the CPU.
+
+        Raises:
+            BrixelError: Another shape, a point that is outside the image or NaN, or maps of different D.
+        """
+        other = self._comparable(other)
+        mutual, refine = check_field("mutual", mutual, boolean()), check_field("refine", refine, boolean())
+        points = self._centres() if points_yx is None else _to_float64(points_yx)
+        queries = unit_cells(self.at(points).T[..., None]).to(other.features.device)  # N D
+        theirs = unit_cells(other.features).to(queries.dtype)
+        scores, found = nearest(queries, theirs)
+        width = other.grid_hw[1]
+        places = torch.stack([found // width, found % width], 1).double()
+        if refine:
+            places = refined(queries, theirs, found, other.grid_hw)
+        back = nearest(theirs[found], unit_cells(self.features).to(theirs))[1].cpu()
+        returned = torch.stack([back // self.grid_hw[1], back % self.grid_hw[1]], 1)
+        source = torch.from_numpy(points)
+        away = (source / torch.tensor(self.stride) - 0.5 - returned).abs()  # in cells
+        positions = ((places.cpu() + 0.5) * torch.tensor(other.stride, dtype=torch.float64)).clamp_min(0)
+        inside = positions.minimum(torch.tensor(other.image_hw, dtype=torch.float64))
+        matches = Matches(source, inside, scores.float().cpu(), (away < 1 - 1e-9).all(1))
+        return matches[matches.mutual] if mutual else matches
+
+    def _comparable(self, other: FeatureMap) -> FeatureMap:
+        if not isinstance(other, FeatureMap):
+            raise BrixelError(f"the other map is a {type(other).__name__}; expected a FeatureMap")
+        if other.embed_dim != self.embed_dim:
+            raise BrixelError(
+                f"the maps have {self.embed_dim} and {other.embed_dim} channels; expected maps of one model"
+            )
+        return other
+
+    def _centres(self) -> npt.NDArray[np.float64]:
+        """The centres of all cells, row by row; of a cell that extends beyond the image, the edge: (N, 2)."""
+        y, x = (
+            np.minimum((np.arange(cells) + 0.5) * stride, side)
+            for cells, stride, side in zip(self.grid_hw, self.stride, self.image_hw, strict=True)
+        )
+        return np.stack(np.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2)
 
     def pca(self, basis: PcaBasis | None = None) -> npt.NDArray[np.uint8]:
         """Colour the cells by three principal components.

@@ -42,7 +42,9 @@ def test_features_that_tell_the_place_find_every_point_within_half_a_cell(ramp):
     first, second = (coordinates(each[None])[0] for each in (ramp, warp_image(ramp, homography)))
     points = 0.1 + 0.8 * torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
     found = match_distances(first, second, homography, points)
-    assert found.max() < 1.5 * 2**0.5 / 2 / 32  # half a diagonal, and the curvature of the bilinear reading
+    assert found[0].max() < 1.5 * 2**0.5 / 2 / 32  # half a diagonal, and the curvature of the bilinear reading
+    assert found[1].max() < 0.5 / 32  # refined
+    assert found[1].mean() < 0.3 * found[0].mean()
 
 
 def test_constant_features_find_nothing(ramp, tmp_path):

@@ -383,7 +383,7 @@ def test_similarity_of_zero_vectors_is_zero() -> None:
 
 
 def test_similarity_needs_one_point_in_the_image() -> None:
-    with pytest.raises(BrixelError, match=r"the point has shape \(1, 2\); expected \(2,\), its y and x"):
+    with pytest.raises(BrixelError, match=r"array of shape \(1, 2\); expected \(2,\), the y and x of a point"):
         random_map().similarity([(1, 1)])
     with pytest.raises(BrixelError, match=r"point 0 is \(44.0, 1.0\), outside the image"):
         random_map().similarity((44, 1))
