@@ -52,7 +52,7 @@ def add(commands: Any) -> None:
     )
     add_flag(parser, "--batch-size", default=1)
     add_flag(parser, "--workers", default=2)
-    text = "compile the model with torch.compile first: a minute or more, for faster maps; not with --memory-limit"
+    text = "compile the model with torch.compile first, for a minute or more; on GPUs; not with --memory-limit"
     parser.add_argument("--compile", action="store_true", help=text)
     add_flag(parser, "--overwrite", note="every map is computed again")
     text = "compute nothing: compare the files in FOLDER with its manifest, and the images at PATH with their maps"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from brixel.errors import BrixelError, one_line
@@ -33,6 +34,7 @@ class CompiledCall:
         def forward(patches: Tensor) -> Any:
             return eager(patches.flatten(4, 5).flatten(2, 3))
 
+        rearrange(torch.zeros(1), "a -> a")  # einops' first tensor changes its state, for which all is compiled anew
         self._eager = eager
         self._patch_px = student.patch_px
         self._compiled: Callable[[Tensor], Any] | None = torch.compile(forward, **options)

@@ -52,7 +52,8 @@ class DenseFeatures(Student):
         From then on calls of the model, :meth:`extract` and :meth:`stream` run the compiled model: the first call takes
         a minute or more, and so does the first of several images; how long is logged. Where the compiler fails, for
         instance since there is no C++ compiler, the model runs as it is, with a warning. With a ``memory_limit`` it
-        also runs as it is: what compiled code allocates is not known before.
+        also runs as it is: what compiled code allocates is not known before. On CPUs compiled models were slower
+        (`docs/results/engines.md`).
 
         Args:
             **options: Arguments of ``torch.compile``.

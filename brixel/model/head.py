@@ -192,7 +192,7 @@ class Head(nn.Module):
         height, width = base.shape[2:]
         if self.residual_detour and torch.compiler.is_compiling():  # a size of height // 2 may be 1: a graph of its own
             rows, columns = (_detour_weights(cells).to(base) for cells in (height, width))
-            return rows @ base @ columns.mT
+            return (rows @ base @ columns.mT).contiguous(memory_format=torch.channels_last)
         if self.residual_detour:
             base = resize(base, (max(1, height // 2), max(1, width // 2)))
         return resize(base, (4 * height, 4 * width))
