@@ -134,7 +134,9 @@ class TorchFormat(FileFormat):
     dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
     def convert(self, program: ExportedProgram, opset: int) -> Any:
-        """The program as it is."""
+        """The program, without the traces of our calls, which name paths of this machine."""
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)
         return program
 
     def write(self, content: Any, facts: Mapping[str, Any], path: Path) -> None:

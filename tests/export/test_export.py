@@ -133,6 +133,7 @@ assert "brixel" not in sys.modules
 torch.save({name: program(pixels) for name, pixels in torch.load("pixels.pt").items()}, "features.pt")
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, cwd=tmp_path, timeout=300)
+    assert str(ROOT).encode() not in path.read_bytes()
     found = torch.load(tmp_path / "features.pt")
     with torch.no_grad():
         for size, given in pixels.items():
