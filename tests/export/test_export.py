@@ -323,6 +323,7 @@ def test_missing_packages_are_named(missing: str, tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_traced_says_so(tmp_path: Path) -> None:
     class Odd(ViT):
         def block_maps(self, pixels, blocks):

@@ -92,6 +92,7 @@ def test_a_compiler_that_fails_is_said_once(model, image_path, caplog):
     assert "no compiler here" in message
 
 
+@pytest.mark.slow
 def test_bad_input_is_no_failure_of_the_compiler(model, image_path, caplog):
     model.compile(backend=broken)
     with pytest.raises(BrixelError, match="H and W positive multiples"):
@@ -100,6 +101,7 @@ def test_bad_input_is_no_failure_of_the_compiler(model, image_path, caplog):
         model("photo.jpg")
 
 
+@pytest.mark.slow
 def test_copies_are_saved_and_planned_as_they_are(model, tmp_path):
     before = model.plan((56, 56))
     model.compile(backend=broken)
