@@ -1,6 +1,7 @@
 """The file formats: each writes a traced program with its facts, reads the facts back, and runs the file on the CPU."""
 
 import contextlib
+import itertools
 import logging
 import zipfile
 from abc import ABC, abstractmethod
@@ -135,7 +136,8 @@ class TorchFormat(FileFormat):
 
     def convert(self, program: ExportedProgram, opset: int) -> Any:
         """The program, without the traces of our calls, which name paths of this machine."""
-        for node in program.graph.nodes:
+        graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+        for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
             node.meta.pop("stack_trace", None)
         return program
 

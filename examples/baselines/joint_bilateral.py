@@ -36,7 +36,7 @@ class JointBilateral(nn.Module):
         logits = -places / (2 * self.spatial**2) - grid.from_slots(colours) / (2 * self.colour**2)
         weights = torch.cat([logits.softmax(-1), torch.ones_like(logits[..., :1])], -1)
         assert weights.shape[-1] == CELLS + 1
-        return weighted_sums(window_cells(cell_table(features), grid), weights, grid)
+        return weighted_sums(window_cells(cell_table(features), grid), grid.to_slots(weights), grid)
 
 
 def _at(guide: Tensor, size_hw: tuple[int, int]) -> Tensor:

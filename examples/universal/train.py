@@ -119,7 +119,7 @@ def loss_of(model: UniversalUpsampler, batch: Batch) -> Tensor:
     table = cell_table(batch.features)
     cells = window_cells(table, grid)
     gram = inner_products(cells)
-    weights = grid.to_slots(model.weights(gram, mean_length(table), batch.guide, grid))  # B h w S 26
+    weights = model.weights(gram, mean_length(table), batch.guide, grid)  # B h w S 26
     teacher = grid.to_slots(batch.teacher.permute(0, 2, 3, 1))  # B h w S D
     cosine, _, _ = _cosine(weights, cells, teacher)
     from_mean = torch.cat([cells[..., :-1, :], cells[..., -1:, :] - batch.mean], -2)
