@@ -17,6 +17,7 @@ from brixel.export.formats import FORMATS
 from brixel.export.parity import as_record, as_table, check_parity, compare, sizes_to_compare
 from brixel.export.tracing import BATCH, HEIGHT, WIDTH, InputSize, plain_copy, trace, traced_size
 from brixel.feature_maps.storage import check_writable
+from brixel.images.patch_grid import whole_patches
 from brixel.inference.dense_features import DenseFeatures
 from brixel.utils.devices import DTYPES, dtype_name
 from brixel.utils.fields import boolean, check_field, one_of, optional, path_like, several, whole_number
@@ -125,7 +126,7 @@ def _dtype(dtype: str | torch.dtype | None, format: str) -> torch.dtype:
 def _fixed_size(model: DenseFeatures, image_hw: tuple[int, int] | None, batch: int) -> InputSize:
     """The size of a file for one size; by default a square of the size that the adapter was trained on."""
     patch_px = model.patch_px
-    side = max(1, round(model.config.adapter.short_side_px / patch_px)) * patch_px
+    side = whole_patches(model.config.adapter.short_side_px, patch_px)
     height, width = check_field("image_hw", image_hw, _SIZE) or (side, side)
     if height % patch_px or width % patch_px:
         raise BrixelError(f"image_hw is {height} x {width} px; expected multiples of the patch, {patch_px} px")

@@ -89,5 +89,10 @@ def _resized(image_hw: tuple[int, int], short_side_px: int | str) -> tuple[int, 
     return (short_side_px, long_side_px) if height_px <= width_px else (long_side_px, short_side_px)
 
 
+def whole_patches(side_px: int, patch_px: int) -> int:
+    """The multiple of the patch, in pixels, that is nearest to a side, at least one patch."""
+    return max(1, round(side_px / patch_px)) * patch_px
+
+
 def _ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)

@@ -170,9 +170,8 @@ class Head(nn.Module):
 
         # bilinear interpolation keeps constants, so the bias is added to the small map
         base = self._upsampled(base + self.out.bias[:, None, None])  # B D 4h 4w
-        weight = self.out.weight.to(base.dtype).mT.expand(
-            details.shape[0], -1, -1
-        )  # autocast may have widened the base
+        # autocast may have widened the base
+        weight = self.out.weight.to(base.dtype).mT.expand(details.shape[0], -1, -1)
         dense = tokens_of(base).baddbmm_(details.to(base.dtype), weight)
         return map_of(dense, (base.shape[2], base.shape[3]))
 

@@ -20,6 +20,7 @@ from brixel.evaluate.cost.timing import random_model, torch_threads
 from brixel.evaluate.report import Report
 from brixel.export.formats import FORMATS, Run
 from brixel.export.tracing import InputSize, example, plain_copy, trace, traced_size
+from brixel.images.patch_grid import whole_patches
 from brixel.inference.compiled import CompiledCall
 from brixel.model.student import Student
 from brixel.model.upsampler import BilinearUpsampler
@@ -88,19 +89,18 @@ def engines(
         for name in names:
             parts = _parts(name, wanted, Path(folder))
             calls = {(part, kind): _call(kind, content) for part, content in parts.items() for kind in wanted}
-            patch_px = parts[STUDENT].student.patch_px
-            sides = [max(1, round(wanted_px / patch_px)) * patch_px for wanted_px in image_px]
-            for side, batch in itertools.product(sides, batch_sizes):
-                size = InputSize(batch, side, side)
-                rows += [
-                    {"model": name, "image_px": side, "batch": batch, **row} for row in _measure(calls, size, rounds)
-                ]
-            for row in rows:
-                if row["model"] == name and row["batch"] == 1:
+            sides = [whole_patches(wanted_px, parts[STUDENT].student.patch_px) for wanted_px in image_px]
+            measured = [
+                {"model": name, "image_px": side, "batch": batch, **row}
+                for side, batch in itertools.product(sides, batch_sizes)
+                for row in _measure(calls, InputSize(batch, side, side), rounds)
+            ]
+            for row in measured:  # after all timings
+                if row["batch"] == 1:
                     row["peak_mib"] = _peak_mib(name, row["part"], row["engine"], row["image_px"], parts)
-            for row in rows:
-                if row["model"] == name and row["engine"] in parts[row["part"]].files:
-                    row["file_mb"] = parts[row["part"]].files[row["engine"]].stat().st_size / 1e6
+                if file := parts[row["part"]].files.get(row["engine"]):
+                    row["file_mb"] = file.stat().st_size / 1e6
+            rows += measured
         recipe = f"Random noise; {rounds} rounds in turn; {', '.join(_versions(wanted))}; {describe_machine(_CPU)}."
     note = (
         "Eager float32 is what the others are compared with. Files have dynamic sizes. onnxruntime-int8: weights of "

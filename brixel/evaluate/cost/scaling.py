@@ -26,6 +26,7 @@ from brixel.evaluate.cost.timing import (
     variants,
 )
 from brixel.evaluate.report import Report
+from brixel.images.patch_grid import whole_patches
 from brixel.model.universal import UniversalUpsampler
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import choose_device, choose_dtype, describe_machine, dtype_name
@@ -104,7 +105,7 @@ def _count(name: str, image_px: Sequence[int]) -> list[dict[str, Any]]:
     parameters = {BACKBONE: backbone, LARGE: backbone, UNIVERSAL: backbone + added, STUDENT: backbone + upsampler}
     patch_px = student.patch_px
     rows = []
-    for side in (max(1, round(wanted / patch_px)) * patch_px for wanted in image_px):
+    for side in (whole_patches(wanted, patch_px) for wanted in image_px):
         for variant, call in variants(student, side).items():
             if variant == LARGE and (UPSCALE * side) ** 2 > _LARGEST:
                 continue

@@ -21,6 +21,7 @@ from brixel.backbones.vit import ViT
 from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.fingerprint import fingerprint
 from brixel.errors import BrixelError
+from brixel.images.patch_grid import whole_patches
 from brixel.model.config import AdapterConfig, BackboneConfig, BrixelConfig, default_blocks
 from brixel.model.student import Student
 from brixel.model.upsampler import UPSCALE, GuidedUpsampler, Upsampler
@@ -57,7 +58,7 @@ def check_side(architecture: str, image_px: int) -> None:
     """Raise BrixelError for an unknown architecture, or for a side that is not a multiple of its patch size."""
     patch_px = known_backbone(architecture).vit.patch_px
     if image_px % patch_px:
-        near = max(1, round(image_px / patch_px)) * patch_px
+        near = whole_patches(image_px, patch_px)
         raise BrixelError(
             f"{architecture} takes multiples of {patch_px} px, and a side is {image_px} px; such as {near}"
         )
