@@ -20,11 +20,11 @@ from brixel.checkpoints.release_adapters import check_width, choose_release, our
 from brixel.checkpoints.saved_backbone import match_module, move_module, read_backbone, resolve_backbone, wrap_module
 from brixel.checkpoints.weight_files import load_into, read_tensors, shapes_of
 from brixel.errors import BrixelError
-from brixel.export.export import Export, export_model
 from brixel.images.find_images import SCENE
 from brixel.images.load import ImageInput
 from brixel.inference.comparison_panel import comparison_panel
 from brixel.inference.dense_features import DenseFeatures
+from brixel.inference.export.export import Export, export_model
 from brixel.model.config import (
     BILINEAR,
     TRAINED,
@@ -298,7 +298,7 @@ class BrixelFeatures(DenseFeatures):
 
         Raises:
             BrixelError: An argument is wrong, the model cannot be traced, a package is missing, or the file differs
-                from the model by more than `brixel/export/parity.py` allows; then no file is left.
+                from the model by more than `brixel/inference/export/parity.py` allows; then no file is left.
         """
         scaled = self.at_scale(scale)
         return export_model(

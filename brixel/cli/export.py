@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel.cli.options import add_flag, add_model_names, add_output, command, given, height_by_width, load, print_json
-from brixel.export.formats import FORMATS
+from brixel.inference.export.formats import FORMATS
 
 
 def add(commands: Any) -> None:

@@ -19,8 +19,8 @@ from brixel.checkpoints.release_adapters import RELEASED
 from brixel.checkpoints.weight_files import shapes_of
 from brixel.cli.options import MODEL_HELP, add_flag, command, print_json, print_table
 from brixel.errors import BrixelError
-from brixel.export.formats import is_exported, read_facts
-from brixel.export.parity import as_table
+from brixel.inference.export.formats import is_exported, read_facts
+from brixel.inference.export.parity import as_table
 from brixel.model.upsampler import UPSCALE, make_upsampler
 
 

@@ -18,10 +18,10 @@ from brixel.backbones.registry import BUNDLED_BACKBONES, known_backbone
 from brixel.brixel_features import BrixelFeatures
 from brixel.evaluate.cost.timing import random_model, torch_threads
 from brixel.evaluate.report import Report
-from brixel.export.formats import FORMATS, Run
-from brixel.export.tracing import InputSize, example, plain_copy, trace, traced_size
 from brixel.images.patch_grid import whole_patches
 from brixel.inference.compiled import CompiledCall
+from brixel.inference.export.formats import FORMATS, Run
+from brixel.inference.export.tracing import InputSize, example, plain_copy, trace, traced_size
 from brixel.model.student import Student
 from brixel.model.upsampler import BilinearUpsampler
 from brixel.utils.devices import describe_machine

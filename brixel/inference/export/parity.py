@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.export.tracing import InputSize, example
+from brixel.inference.export.tracing import InputSize, example
 from brixel.utils.markdown import markdown_table
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}

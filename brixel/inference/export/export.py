@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from brixel.errors import BrixelError
-from brixel.export.facts import facts_of
-from brixel.export.formats import FORMATS
-from brixel.export.parity import as_record, as_table, check_parity, compare, sizes_to_compare
-from brixel.export.tracing import BATCH, HEIGHT, WIDTH, InputSize, plain_copy, trace, traced_size
 from brixel.feature_maps.storage import check_writable
 from brixel.images.patch_grid import whole_patches
 from brixel.inference.dense_features import DenseFeatures
+from brixel.inference.export.facts import facts_of
+from brixel.inference.export.formats import FORMATS
+from brixel.inference.export.parity import as_record, as_table, check_parity, compare, sizes_to_compare
+from brixel.inference.export.tracing import BATCH, HEIGHT, WIDTH, InputSize, plain_copy, trace, traced_size
 from brixel.utils.devices import DTYPES, dtype_name
 from brixel.utils.fields import boolean, check_field, one_of, optional, path_like, several, whole_number
 from brixel.utils.torch_defaults import plain_defaults

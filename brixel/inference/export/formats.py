@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from brixel.errors import BrixelError, DamagedFileError
-from brixel.export.facts import INPUT, KEY, OUTPUT, as_text, parse_facts
-from brixel.export.tracing import quiet
+from brixel.inference.export.facts import INPUT, KEY, OUTPUT, as_text, parse_facts
+from brixel.inference.export.tracing import quiet
 from brixel.utils.extras import import_extra
 from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.structured_files import check_regular

@@ -20,11 +20,11 @@ from brixel import BrixelError, BrixelFeatures
 from brixel.backbones.vit import ViT
 from brixel.backbones.vit_config import ViTConfig
 from brixel.cli.app import main
-from brixel.export import export as exporting
-from brixel.export.facts import KEY
-from brixel.export.formats import FORMATS, read_facts
-from brixel.export.parity import BOUNDS, check_parity, compare
-from brixel.export.tracing import InputSize
+from brixel.inference.export import export as exporting
+from brixel.inference.export.facts import KEY
+from brixel.inference.export.formats import FORMATS, read_facts
+from brixel.inference.export.parity import BOUNDS, check_parity, compare
+from brixel.inference.export.tracing import InputSize
 from brixel.model.config import BILINEAR, UNIVERSAL, AdapterConfig, BackboneConfig, BrixelConfig
 from brixel.model.upsampler import WithUniversal, make_upsampler
 
@@ -215,7 +215,7 @@ def test_a_file_that_differs_is_not_left(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_weights_beside_the_file_where_it_would_be_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from brixel.export import formats
+    from brixel.inference.export import formats
 
     monkeypatch.setattr(formats, "_LARGEST_IN_ONE", 1000)
     model = model_of("SigLIP 2, bilinear")
