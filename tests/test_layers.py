@@ -20,6 +20,7 @@ LAYERS = (
     "checkpoints",
     "inference",
     "brixel_features",
+    "data",
     "extraction",
     "evaluate",
     "train",

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
+from brixel.feature_maps.clustering import cluster_cells
 from brixel.feature_maps.matching import Matches, nearest, refined, unit_cells
 from brixel.feature_maps.pca import PcaBasis
 from brixel.feature_maps.storage import as_array, damaged, load_map, save_map
 from brixel.utils.devices import DTYPES, dtype_name
-from brixel.utils.fields import boolean, check_field, path_like, short_repr
+from brixel.utils.fields import boolean, check_field, path_like, short_repr, whole_number
 from brixel.utils.out_of_memory import is_out_of_memory
 from brixel.utils.tensor_kinds import not_plain
 from brixel.utils.torch_defaults import plain_defaults
@@ -276,6 +277,23 @@ class FeatureMap:
             for cells, stride, side in zip(self.grid_hw, self.stride, self.image_hw, strict=True)
         )
         return np.stack(np.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2)
+
+    def cluster(self, k: int, *, seed: int = 0) -> Tensor:
+        """Group the cells by k-means on the directions of their features; needs scikit-learn (extra `cluster`).
+
+        Args:
+            k: Number of clusters.
+            seed: Of the first centres; the same seed gives the same clusters.
+
+        Returns:
+            The clusters of the cells (Hf, Wf), int64 on the CPU: 0 is the one with the most cells.
+
+        Raises:
+            BrixelError: There are fewer cells than ``k``, features are not finite, or scikit-learn is missing.
+        """
+        return cluster_cells(
+            self.features, check_field("k", k, whole_number(1)), check_field("seed", seed, whole_number(0, 2**32))
+        )
 
     def pca(self, basis: PcaBasis | None = None) -> npt.NDArray[np.uint8]:
         """Colour the cells by three principal components.

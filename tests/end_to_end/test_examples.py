@@ -5,7 +5,9 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 from PIL import Image
 
@@ -77,3 +79,38 @@ def test_the_linear_probe_stays_under_sixty_lines_and_runs_on_own_masks(tmp_path
     assert "| brixel-tiny | 16 | student | 1.0000 |" in printed
     assert "| brixel-tiny | 64 | colours | 1.0000 |" in printed
     assert len((EXAMPLES / "linear_probe.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+@pytest.fixture
+def drawn_masks(tmp_path):
+    """Pictures of two sizes with a disk on noise, and the disks' masks."""
+    numbers = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / "drawn" / folder).mkdir(parents=True)
+    for index, (height, width) in enumerate([(60, 90), (90, 60), (60, 90)]):
+        y, x = np.mgrid[:height, :width]
+        disk = (y - numbers.uniform(20, 40)) ** 2 + (x - numbers.uniform(20, 40)) ** 2 < 15**2
+        colours = np.where(disk[..., None], (220, 40, 40), numbers.integers(0, 120, (height, width, 3)))
+        Image.fromarray(colours.astype(np.uint8)).save(tmp_path / "drawn" / "images" / f"{index}.png")
+        Image.fromarray(disk.astype(np.uint8)).save(tmp_path / "drawn" / "masks" / f"{index}.png")
+    return tmp_path / "drawn"
+
+
+@pytest.mark.slow
+def test_a_decoder_learns(run, drawn_masks, tmp_path):
+    printed = run("train_decoder.py", drawn_masks, "--model", "brixel-tiny", "--epochs", 10)
+    losses = [float(line.split()[-1]) for line in printed.splitlines()]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] / 2
+    assert set(torch.load(tmp_path / "decoder.pt")) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+@pytest.mark.slow
+def test_the_main_object_is_cut_out(run, drawn_masks, tmp_path):
+    run("foreground.py", drawn_masks / "images" / "0.png")
+    with Image.open(tmp_path / "foreground.png") as image:
+        assert image.size == (270, 60)
+        cut = (np.asarray(image)[:, 90:180] != 255).any(-1)
+    with Image.open(drawn_masks / "masks" / "0.png") as mask:
+        disk = np.asarray(mask) > 0
+    assert (cut & disk).sum() / (cut | disk).sum() > 0.7
