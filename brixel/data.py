@@ -5,13 +5,14 @@
 >>> loader = DataLoader(ImageDataset(paths, model, masks), batch_size=8, shuffle=True, collate_fn=collate)
 >>> for batches in loader:  # one batch for every size among eight images
 ...     for batch in batches:
-...         features = model(batch.pixels.to(model.device, model.dtype))
+...         batch = batch.to(model.device)
+...         features = model(batch.pixels.to(model.dtype))
 
 Shapes: B images of a batch, K channels, h x w patches of a padded image, H x W its pixels.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,10 +68,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.placements)
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
+        """The batch with its pixels, and the targets that are tensors, on a device. Lightning calls this as well."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
     def pin_memory(self) -> "Batch":
         """The batch in pinned memory: `DataLoader(..., pin_memory=True)` calls this."""
-        targets = (target.pin_memory() if isinstance(target, Tensor) else target for target in self.targets)
-        return dataclasses.replace(self, pixels=self.pixels.pin_memory(), targets=tuple(targets))
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, moved: Callable[[Tensor], Tensor]) -> "Batch":
+        targets = tuple(moved(target) if isinstance(target, Tensor) else target for target in self.targets)
+        return dataclasses.replace(self, pixels=moved(self.pixels), targets=targets)
 
     def at_image_size(self, values: Tensor) -> list[Tensor]:
         """Resize a dense output to the images as they were given, such as the logits of a decoder to the masks.

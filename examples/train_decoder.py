@@ -4,7 +4,6 @@ DATA/images holds images of any sizes, DATA/masks a PNG of the same stem for eac
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +31,12 @@ optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
 for epoch in range(options.epochs):
     for batches in DataLoader(ImageDataset(images, model, masks), batch_size=4, shuffle=True, collate_fn=collate):
         for batch in batches:  # one for every size among four images
+            batch = batch.to(model.device)
             with torch.no_grad():
-                features = model(batch.pixels.to(model.device, model.dtype)).float()
+                features = model(batch.pixels.to(model.dtype)).float()
             logits = batch.at_image_size(decoder(features))  # (K, height, width) for each image
-            targets = [mask[None].to(model.device) for mask in batch.targets]
-            losses = map(partial(cross_entropy, ignore_index=255), (logit[None] for logit in logits), targets)
-            loss = sum(losses) / len(targets)
+            pairs = zip(logits, batch.targets, strict=True)
+            loss = sum(cross_entropy(logit[None], mask[None], ignore_index=255) for logit, mask in pairs) / len(batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

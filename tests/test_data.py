@@ -62,6 +62,15 @@ def test_values_at_image_size_are_those_of_resize_and_let_gradients_through(mode
     assert not values.grad[..., width:].any()
 
 
+def test_pixels_and_tensors_among_the_targets_move(model, images):
+    (batch,) = collate([ImageDataset(images, model, [np.ones(2), "b", None, 4])[index] for index in (0, 2, 3)])
+    moved = batch.to("meta")
+    assert {moved.pixels.device.type, moved.targets[0].device.type} == {"meta"}
+    assert moved.targets[1:] == (None, 4)
+    assert moved.placements == batch.placements
+    assert batch.pixels.device.type == "cpu"
+
+
 def test_another_shape_is_refused(model, images):
     (batch,) = collate([ImageDataset(images, model)[0]])
     with pytest.raises(BrixelError, match=r"values have shape \(2, 5, 4, 4\); expected \(1, K, 4h, 4w\)"):
