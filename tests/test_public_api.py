@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+from public_api import MODULES, PATH, public_api
 
 NAMES = {
     "brixel": (
@@ -24,8 +25,13 @@ def test_names_of_version_0_1_are_imported_from_where_they_were(module):
         assert hasattr(importlib.import_module(module), name), name
 
 
-def test_dir_shows_the_public_names_and_no_modules():
-    for module in ("brixel", "brixel.data", "brixel.train", "brixel.evaluate", "brixel.extraction", "brixel.backbones"):
-        found = importlib.import_module(module)
-        assert dir(found) == sorted(found.__all__), module
-    assert set(dir(importlib.import_module("brixel"))) == {*NAMES["brixel"], "Matches", "upsample"}
+@pytest.mark.parametrize("module", MODULES)
+def test_dir_shows_the_public_names_and_no_modules(module):
+    found = importlib.import_module(module)
+    assert dir(found) == sorted(found.__all__)
+
+
+def test_the_public_api_is_the_one_in_the_docs():
+    assert public_api().splitlines() == PATH.read_text(encoding="utf-8").splitlines(), (
+        "the public API has changed: if that is meant, run python tests/public_api.py and note it in CHANGELOG.md"
+    )
