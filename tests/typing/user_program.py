@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import assert_type
 
 import numpy as np
 import torch
-from typing_extensions import assert_type
 
 import brixel
 from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder, Matches, PcaBasis
