@@ -68,7 +68,7 @@ class PcaBasis:
             raise BrixelError("no feature maps to fit a basis to; give at least one tensor (D, H, W), in a list")
         for position, feature_map in enumerate(features):
             _check(feature_map, f"feature map {position}", features[0].shape[0], "the first map")
-        cells = _sample_cells(features)  # (D, K)
+        cells = sample_cells(features)  # (D, K)
         mean = cells.mean(dim=1)
         components = _leading_directions(cells, mean)
         mean, components = mean.float(), components.float()
@@ -105,7 +105,7 @@ def _check(features: Tensor, name: str, embed_dim: int, other: str) -> None:
         raise BrixelError(f"{name} holds values that are not finite; mend or leave out those cells first")
 
 
-def _sample_cells(features: Sequence[Tensor]) -> Tensor:
+def sample_cells(features: Sequence[Tensor]) -> Tensor:
     """Cells of all maps as columns (D, K), float64 on the CPU; the same cells on every call."""
     counts = [feature_map.shape[1] * feature_map.shape[2] for feature_map in features]
     chosen = torch.arange(sum(counts), device="cpu")
