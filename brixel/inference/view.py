@@ -53,7 +53,9 @@ def view(
         check_page_path(target)
     kinds = _by_kind(maps)
     given = [None] * len(kinds) if images is None else image_list(images, len(kinds))
-    titles = check_field("names", names, _NAMES) or [_name(image, number) for number, image in enumerate(given, 1)]
+    titles = check_field("names", names, _NAMES)
+    if titles is None:
+        titles = [_name(image, number) for number, image in enumerate(given, 1)]
     if len(titles) != len(kinds):
         raise BrixelError(f"{len(titles)} names for {len(kinds)} images; expected one for each")
     page = build_page(

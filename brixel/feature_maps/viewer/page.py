@@ -28,6 +28,7 @@ from torch import Tensor
 from brixel.errors import BrixelError, printable
 from brixel.feature_maps.viewer.codes import EncodedMaps, MapCodes, encode
 from brixel.utils.atomic_files import check_output_file, write_text
+from brixel.utils.fields import check_field, path_like
 
 ENDINGS = (".html", ".htm")
 MAX_CELLS = 2**16  # of a map in a page: 256 x 256 and the like; a page compares all of them many times a second
@@ -106,8 +107,9 @@ class ViewPage:
         Raises:
             BrixelError: Another suffix, or a missing folder.
         """
-        check_page_path(Path(path))
-        write_text(path, self.html)
+        target = check_field("path", path, path_like())
+        check_page_path(target)
+        write_text(target, self.html)
 
     def _repr_html_(self) -> str:
         """The page in a frame that neither sees the notebook nor is seen by it."""
