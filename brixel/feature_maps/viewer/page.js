@@ -461,6 +461,7 @@ function chooseKind(kind) {
   const count = tiles.filter(isShown).length;
   const columns = kind === ALL ? data.kinds.length : count > 6 ? 4 : count === 4 ? 2 : Math.min(count, 3);
   gallery.style.setProperty("--columns", columns);
+  gallery.style.setProperty("--few-columns", Math.min(columns, 2)); // where the window is not wide
   gallery.style.setProperty("--tallest", count <= columns ? "74vh" : "36vh"); // one row, or two, in a window
   state.pointer = null;
   schedule();

@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -96,7 +96,10 @@ class ViewPage:
         html: The page.
     """
 
-    html: str = field(repr=False)
+    html: str
+
+    def __repr__(self) -> str:
+        return f"ViewPage({len(self.html) / 1e6:.1f} MB)"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the page to a file, completely or not at all; an earlier file is replaced.

@@ -122,7 +122,7 @@ def test_notebooks_get_a_frame():
     frame = page._repr_html_()
     assert frame.startswith('<iframe sandbox="allow-scripts" ')
     assert frame.count('"') == 6  # three attributes: no text of the page ends one
-    assert repr(page) == "ViewPage()"
+    assert repr(page) == "ViewPage(0.0 MB)"
 
 
 def test_the_same_maps_make_the_same_page():
