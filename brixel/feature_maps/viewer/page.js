@@ -175,7 +175,6 @@ function element(parent, name, properties = {}) {
 
 const two = value => value.toFixed(2);
 const placeText = point => `y ${point.y.toFixed(1)}, x ${point.x.toFixed(1)}`;
-const gridText = tile => data.images[tile.image].maps[tile.kind].grid.join(" × ");
 
 function makeTile(image, kind) {
   const { name, height, width, source, maps } = data.images[image];
