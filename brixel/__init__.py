@@ -23,6 +23,7 @@ from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.matching import Matches
 from brixel.feature_maps.pca import PcaBasis
 from brixel.inference.upsample import upsample
+from brixel.inference.view import view
 
 __version__ = version("brixel")
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "list_models",
     "upsample",
+    "view",
 ]
 
 

@@ -70,6 +70,12 @@ CALLS = {
     "upsample, size": lambda tiny, _, value: (
         brixel.upsample(FEATURES, IMAGE, size=value) if value is not None else fail()
     ),
+    "to_html": lambda _, found, value: found.to_html(value),
+    "to_html, image": lambda _, found, value: found.to_html("view.html", value) if value is not None else fail(),
+    "view": lambda tiny, _, value: brixel.view(value),
+    "view, path": lambda _, found, value: brixel.view(found, value) if value is not None else fail(),
+    "view, images": lambda _, found, value: brixel.view(found, images=value) if value is not None else fail(),
+    "view, names": lambda _, found, value: brixel.view(found, names=value) if value is not None else fail(),
     "distill": lambda tiny, _, value: distill(value),
     "TrainConfig": lambda tiny, _, value: TrainConfig(backbone=value, images=value, out=value),
     "the model": lambda tiny, _, value: tiny(value),
@@ -77,6 +83,7 @@ CALLS = {
 ALLOWED = {  # what these values mean there
     ("similarity", "a tensor"),
     ("stream", "an empty text"),
+    ("view, names", "a list"),
 }
 
 

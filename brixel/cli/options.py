@@ -3,10 +3,12 @@
 import argparse
 import difflib
 import json
+import logging
+import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -14,11 +16,15 @@ from typing import Any, NoReturn, get_args
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError, did_you_mean, one_line, printable
 from brixel.evaluate.feature_sources import SOURCES
+from brixel.images.find_images import SCENE, find_images
 from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.planner import TileMode
 from brixel.utils.memory import format_bytes, parse_bytes
 
 MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] on the Hub, brixel-small or brixel-tiny"
+
+_MAX_SHOWN = 8  # images of a folder
+_LOG = logging.getLogger("brixel")
 
 _MOVED = {  # of version 0.1
     **{"benchmark": "evaluate cost", "throughput": "evaluate throughput"},
@@ -180,6 +186,10 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "--image-px": {"nargs": "+", "type": positive, "metavar": "PX", "help": "sides of the square images in pixels"},
     "--rounds": {"type": positive, "metavar": "N", "help": "timed rounds"},
     "--threads": {"type": positive, "metavar": "N", "help": "threads of torch; default: its own choice"},
+    "--teacher": {
+        "action": "store_true",
+        "help": "also the backbone's map of the image at four times the size",
+    },
     "--overwrite": {"action": "store_true", "help": "write over what is there"},
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
 }
@@ -212,6 +222,12 @@ def add_flag(
 def add_output(parser: argparse.ArgumentParser, **settings: Any) -> None:
     """What a command writes."""
     add_flag(parser, "--output", "-o", **settings)
+
+
+def add_shown_images(parser: argparse.ArgumentParser) -> None:
+    """The images to be looked at; :func:`shown_images` lists them."""
+    text = f"images, and folders, of which the first {_MAX_SHOWN} are shown; default: a scene that brixel contains"
+    parser.add_argument("images", nargs="*", metavar="PATH", help=text)
 
 
 def add_panel_output(parser: argparse.ArgumentParser) -> None:
@@ -264,6 +280,24 @@ class _Deprecated(argparse.Action):
         # Python's default filters show this category for the module "__main__" alone
         warnings.warn_explicit(text, DeprecationWarning, "brixel", 0, module="__main__")
         setattr(namespace, self.dest, values)
+
+
+# ------------------------------------------------------------------------------------------------ images
+
+
+def shown_images(paths: Sequence[str]) -> list[str | Path]:
+    """The images at some paths, the first of a folder; the bundled scene where there are no paths."""
+    images: list[str | Path] = []
+    for path in paths or [str(SCENE)]:
+        images += _in_folder(Path(path)) if os.path.isdir(path) else [path]
+    return images
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    found = [path for path, _ in find_images([folder])]
+    if len(found) > _MAX_SHOWN:
+        _LOG.warning("%s: the first %d of %d images are shown", folder, _MAX_SHOWN, len(found))
+    return found[:_MAX_SHOWN]
 
 
 # ------------------------------------------------------------------------------------------------ the model

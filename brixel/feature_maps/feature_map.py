@@ -9,23 +9,30 @@ beyond the edge, but does not lie completely outside.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import html
+import math
 import operator
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from brixel.errors import BrixelError
 from brixel.feature_maps.clustering import cluster_cells
 from brixel.feature_maps.matching import Matches, nearest, refined, unit_cells
 from brixel.feature_maps.pca import PcaBasis
+from brixel.feature_maps.picture import png_picture
 from brixel.feature_maps.storage import as_array, damaged, load_map, save_map
+from brixel.feature_maps.viewer.page import MAX_CELLS, ViewedImage, ViewedMap, build_page, check_page_path
 from brixel.utils.devices import DTYPES, dtype_name
 from brixel.utils.fields import boolean, check_field, path_like, short_repr, whole_number
 from brixel.utils.out_of_memory import is_out_of_memory
@@ -328,6 +335,41 @@ class FeatureMap:
         geometry = {"image_hw": self.image_hw, "stride": self.stride, "meta": dict(self.meta)}
         save_map(check_field("path", path, path_like()), self.features, geometry)
 
+    def to_html(self, path: str | os.PathLike[str], image: Image.Image | npt.NDArray[np.uint8] | None = None) -> None:
+        """Write a page in which one points at the map and sees what is similar, completely or not at all.
+
+        The page is one file without a server or a network (`docs/viewer.md`). For image files, several maps, or maps
+        of several kinds side by side see :func:`brixel.view`.
+
+        Args:
+            path: The file, ``*.html``; an earlier file is replaced.
+            image: The map's image, to be seen below it: a PIL image, or an array (H, W, 3), uint8. The colours of
+                :meth:`pca` where None.
+
+        Raises:
+            BrixelError: Another suffix, a missing folder, another kind of image or one of other proportions, or
+                features that are not finite.
+        """
+        target = check_field("path", path, path_like())
+        check_page_path(target)
+        name = Path(getattr(image, "filename", "") or "image").name
+        build_page([ViewedImage(name, {"features": viewed_map(self)}, _picture(image))]).save(target)
+
+    def _repr_html_(self) -> str | None:
+        """For notebooks: the picture of :meth:`_repr_png_` above what ``repr`` says."""
+        if (png := self._repr_png_()) is None:
+            return None
+        source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+        text = html.escape(repr(self))
+        return f'<figure style="margin: 0"><img src="{source}" alt=""><figcaption>{text}</figcaption></figure>'
+
+    def _repr_png_(self) -> bytes | None:
+        """For notebooks: the map in its own PCA colours; None where there are none, so that ``repr`` is shown."""
+        try:
+            return png_picture(self.features, self.image_hw, self.stride)
+        except BrixelError:
+            return None
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FeatureMap:
         """Read a map that :meth:`save` wrote.
@@ -352,6 +394,31 @@ class FeatureMap:
             return cls(features, **fields)
         except BrixelError as error:
             raise damaged(source, error) from error
+
+
+def viewed_map(feature_map: FeatureMap) -> ViewedMap:
+    """A map as the viewer takes it: resized where it has too many cells."""
+    grid_hw = feature_map.grid_hw
+    zoom = math.sqrt(MAX_CELLS / math.prod(grid_hw))
+    if zoom >= 1:
+        return ViewedMap(feature_map.features, feature_map.image_hw, feature_map.stride)
+    height, width = (min(MAX_CELLS, max(1, int(side * zoom))) for side in grid_hw)
+    resized = feature_map.resize((height, width))
+    return ViewedMap(resized.features, resized.image_hw, resized.stride, full_grid_hw=grid_hw)
+
+
+def _picture(image: object) -> Image.Image | None:
+    if image is None:
+        return None
+    if isinstance(image, Image.Image):
+        return ImageOps.exif_transpose(image).convert("RGB")
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return Image.fromarray(np.ascontiguousarray(image))
+    found = f"an array {image.shape} of {image.dtype}" if isinstance(image, np.ndarray) else short_repr(image)
+    raise BrixelError(
+        f"image is {found}; expected a PIL image or an array (H, W, 3) of uint8; for a file or another kind of image "
+        "call brixel.view(feature_map, path, images=image)"
+    )
 
 
 def _check_features(features: object) -> None:

@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont
 from brixel.errors import BrixelError
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.pca import PcaBasis
-from brixel.utils.atomic_files import atomic_path, check_folder
+from brixel.utils.atomic_files import atomic_path, check_output_file
 
 HEIGHT_PX = 384  # of a tile, approximately; a tile is at most four times as wide
 MARGIN_PX = 12
@@ -40,9 +40,14 @@ def image_tile(rgb: npt.NDArray[np.generic], size_hw: tuple[int, int], title: st
         size_hw: The tile's height and width in pixels, without its label.
         title: The label.
     """
-    colours = rgb if rgb.dtype == np.uint8 else (rgb * 255).round().astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
+    image = pil_image(rgb)
     return _labelled(np.asarray(image.resize((size_hw[1], size_hw[0]), Image.Resampling.LANCZOS)), title)
+
+
+def pil_image(rgb: npt.NDArray[np.generic]) -> Image.Image:
+    """An image (3, H, W), uint8 or floats in [0, 1], as a PIL image."""
+    colours = rgb if rgb.dtype == np.uint8 else (rgb * 255).round().astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
 
 
 def map_tiles(maps: Mapping[str, FeatureMap], size_hw: tuple[int, int]) -> list[Image.Image]:
@@ -91,11 +96,7 @@ def check_panel_path(path: Path, images: Sequence[str | Path] = (), *, overwrite
     """
     if any(path.resolve() == Path(image).resolve() for image in images):
         raise BrixelError(f"{path} is itself an image to be shown; give another name for the panel")
-    check_folder(path)
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise BrixelError(f"{path}: expected a name that ends in .png, .jpg or .webp")
-    if path.is_dir():
-        raise BrixelError(f"{path} is a folder; expected the name of an image to write")
+    check_output_file(path, (".png", ".jpg", ".jpeg", ".webp"), "an image")
     if not overwrite and path.exists() and not _is_ours(path):
         raise BrixelError(f"{path} exists, and brixel has not drawn it; give another name, or --overwrite")
 

@@ -4,7 +4,7 @@ Shapes: H, W height and width in pixels. Colours are interpreted as sRGB; ICC pr
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from brixel.errors import ImageError, printable
+from brixel.errors import BrixelError, ImageError, printable
 from brixel.images.decode import from_pil, jpeg_hw, open_image_file, reduce_jpeg
 from brixel.images.from_arrays import from_array, from_tensor
+from brixel.utils.fields import short_repr
 
 ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
 """What `load_image` reads."""
@@ -40,6 +41,19 @@ def load_image(image: ImageInput) -> Tensor:
     """
     with open_image(image) as source:
         return source.read(source.image_hw)
+
+
+def image_list(image: ImageInput | Sequence[ImageInput], count: int) -> list[ImageInput]:
+    """One image, or several, as a list of ``count``; else BrixelError: there must be one for each feature map."""
+    single = isinstance(image, str | os.PathLike | Image.Image) or (
+        isinstance(image, Tensor | np.ndarray) and image.ndim < 4
+    )
+    if not single and (isinstance(image, Mapping) or not isinstance(image, Iterable)):
+        raise BrixelError(f"image is {short_repr(image)}; expected an image, or a list of one for each feature map")
+    images: list[ImageInput] = [image] if single else list(image)  # type: ignore[arg-type, list-item]
+    if len(images) != count:
+        raise BrixelError(f"{len(images)} images for {count} feature maps; expected one image for each, as a list")
+    return images
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The panel of `brixel show`: the image, the backbone's map upsampled bilinearly, the dense map; one PCA basis."""
+"""The maps that are compared by `brixel show` and `brixel view`, and the panel of `brixel show`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,17 +42,59 @@ def comparison_panel(
     rows = []
     for image in images:
         rgb = load_image(image)
-        dense = model.extract(rgb, scale=scale, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles)
-        limits: dict[str, Any] = {"memory_limit": memory_limit, "tiles": tiles}
-        backbone = model.extract_backbone(rgb, short_side_px=short_side_px, **limits)
-        maps = {"backbone, bilinear": backbone.resize(dense.grid_hw), "brixel": dense}
-        if teacher:
-            teacher_px = _teacher_px(dense, model.at_scale(scale).scale)
-            maps["teacher"] = model.extract_backbone(rgb, short_side_px=teacher_px, **limits)
+        maps = comparison_maps(
+            model,
+            rgb,
+            scale=scale,
+            short_side_px=short_side_px,
+            teacher=teacher,
+            memory_limit=memory_limit,
+            tiles=tiles,
+        )
+        dense = maps["brixel"]
+        upsampled = {"backbone, bilinear": maps.pop("backbone").resize(dense.grid_hw), **maps}
         size_hw = tile_size(dense)
         title = "image {} x {}".format(*dense.image_hw)
-        rows.append([image_tile(rgb.numpy(), size_hw, title), *map_tiles(maps, size_hw)])
+        rows.append([image_tile(rgb.numpy(), size_hw, title), *map_tiles(upsampled, size_hw)])
     return build_panel(rows)
+
+
+def comparison_maps(
+    model: DenseFeatures,
+    image: ImageInput,
+    *,
+    scale: int | None = None,
+    short_side_px: int | str | None = None,
+    teacher: bool = False,
+    memory_limit: int | str | None = None,
+    tiles: str = "auto",
+) -> dict[str, FeatureMap]:
+    """Compute the backbone's own map of an image and the dense map, and the teacher's where asked for.
+
+    Args:
+        model: The model.
+        image: An image of any kind.
+        scale: As for :func:`comparison_panel`, as all other arguments.
+        short_side_px: The short side in pixels after resizing.
+        teacher: Whether the teacher's map is wanted.
+        memory_limit: Bytes or text such as "4GiB".
+        tiles: "auto", "never" or "always".
+
+    Returns:
+        The maps "backbone", "brixel" and, where asked for, "teacher".
+
+    Raises:
+        ImageError: The image cannot be read.
+        MemoryLimitError: A map does not fit into ``memory_limit``.
+    """
+    rgb = load_image(image)
+    limits: dict[str, Any] = {"memory_limit": memory_limit, "tiles": tiles}
+    dense = model.extract(rgb, scale=scale, short_side_px=short_side_px, **limits)
+    maps = {"backbone": model.extract_backbone(rgb, short_side_px=short_side_px, **limits), "brixel": dense}
+    if teacher:
+        teacher_px = _teacher_px(dense, model.at_scale(scale).scale)
+        maps["teacher"] = model.extract_backbone(rgb, short_side_px=teacher_px, **limits)
+    return maps
 
 
 def _teacher_px(dense: FeatureMap, scale: int) -> int:

@@ -1,18 +1,15 @@
 """`brixel.upsample`: features that exist already, upsampled by the universal upsampler, guided by their image."""
 
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from brixel.checkpoints.bundled_universal import shared_universal
 from brixel.errors import BrixelError
-from brixel.images.load import ImageInput, load_image
+from brixel.images.load import ImageInput, image_list, load_image
 from brixel.inference.memory.chunked_universal import universal_in_chunks
 from brixel.inference.memory.row_chunks import row_ranges
 from brixel.model.universal import CELLS, GUIDE_PX, UniversalUpsampler
@@ -52,7 +49,7 @@ def upsample(
     """
     _check_features(features)
     size_hw = _output_size(features, scale, size)
-    images = _as_list(image, len(features))
+    images = image_list(image, len(features))
     universal = shared_universal(torch.float32, features.device)
     outputs = [
         _upsample_one(universal, one[None], _guide(guide, size_hw).to(features.device), size_hw)
@@ -104,18 +101,6 @@ def _output_size(features: Tensor, scale: float, size: tuple[int, int] | None) -
             "smaller use torch.nn.functional.interpolate"
         )
     return height, width
-
-
-def _as_list(image: ImageInput | Sequence[ImageInput], count: int) -> list[ImageInput]:
-    single = isinstance(image, str | os.PathLike | Image.Image) or (
-        isinstance(image, Tensor | np.ndarray) and image.ndim < 4
-    )
-    if not single and (isinstance(image, Mapping) or not isinstance(image, Iterable)):
-        raise BrixelError(f"image is {short_repr(image)}; expected an image, or a list of one for each feature map")
-    images: list[ImageInput] = [image] if single else list(image)  # type: ignore[arg-type, list-item]
-    if len(images) != count:
-        raise BrixelError(f"{len(images)} images for {count} feature maps; expected one image for each, as a list")
-    return images
 
 
 def _guide(image: ImageInput, size_hw: tuple[int, int]) -> Tensor:

@@ -4,7 +4,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,3 +70,18 @@ def check_folder(path: Path) -> None:
     """Raise BrixelError if the folder of ``path`` does not exist."""
     if not path.parent.is_dir():
         raise BrixelError(f"no folder {path.parent} to write {path.name} into")
+
+
+def check_output_file(path: Path, endings: Sequence[str], what: str) -> None:
+    """Raise BrixelError if no file can be written to ``path``.
+
+    Args:
+        path: The file.
+        endings: Those that its name may have, in lower case.
+        what: What is written, such as "an image".
+    """
+    check_folder(path)
+    if path.suffix.lower() not in endings:
+        raise BrixelError(f"{path}: expected a name that ends in {', '.join(endings[:-1])} or {endings[-1]}")
+    if path.is_dir():
+        raise BrixelError(f"{path} is a folder; expected the name of {what} to write")

@@ -16,7 +16,7 @@ from brixel.utils.progress import progress_bar
 def test_alone_it_prints_an_overview(run, capsys):
     assert run() == 0
     printed = capsys.readouterr().out
-    for command in ("show", "extract", "info", "models", "plan", "convert", "train", "evaluate"):
+    for command in ("show", "view", "extract", "info", "models", "plan", "convert", "train", "evaluate"):
         assert f"\n    {command} " in printed
     assert "example: brixel show photo.jpg" in printed
 

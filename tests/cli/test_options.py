@@ -57,7 +57,7 @@ def test_other_meanings_differ():
 
 
 def test_help_has_an_example():
-    for name in ("show", "extract", "info", "models", "plan", "convert", "export", "train"):
+    for name in ("show", "view", "extract", "info", "models", "plan", "convert", "export", "train"):
         assert f"example: brixel {name} " in COMMANDS[f"brixel {name}"].format_help()
 
 

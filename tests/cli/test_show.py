@@ -48,7 +48,7 @@ def test_show_takes_folders(run, model_folder, image_path, tmp_path, caplog):
     assert run("show", folder, "--model", model_folder, "-o", output) == 0
     with Image.open(output) as panel:
         assert 8 * 384 < panel.height < 9 * 450
-    assert f"{folder}: the first 8 of 10 images are drawn" in caplog.messages
+    assert f"{folder}: the first 8 of 10 images are shown" in caplog.messages
     assert run("show", tmp_path, "--model", model_folder, "-o", output) == 2  # it would be one of its images
 
 

@@ -1,5 +1,7 @@
+import base64
 import copy
 import dataclasses
+import io
 import math
 import pickle
 import re
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from brixel.errors import BrixelError
 from brixel.feature_maps.feature_map import FeatureMap
@@ -398,3 +401,46 @@ def test_pca_with_its_own_basis_and_with_a_given_one() -> None:
     assert fm.pca().shape == (5, 8, 3)
     with pytest.raises(BrixelError, match="has 3 channels, the basis has 6"):
         random_map().pca(shared)
+
+
+def test_to_html_writes_a_page(tmp_path: Path) -> None:
+    fm = random_map(d=6)
+    height, width = fm.image_hw
+    for image in (None, Image.new("RGBA", (width, height)), np.zeros((height, width, 3), np.uint8)):
+        fm.to_html(tmp_path / "view.html", image)
+        text = (tmp_path / "view.html").read_text(encoding="utf-8")
+        assert ("data:image/jpeg" in text) == (image is not None)
+    for wrong in ("photo.jpg", np.zeros((height, width)), torch.zeros(3, height, width)):
+        with pytest.raises(BrixelError, match=r"expected a PIL image or an array .* call brixel.view\(feature_map"):
+            fm.to_html(tmp_path / "view.html", wrong)  # type: ignore[arg-type]
+    with pytest.raises(BrixelError, match="expected the image that the map was made of"):
+        fm.to_html(tmp_path / "view.html", Image.new("RGB", (100, 10)))
+    with pytest.raises(BrixelError, match="expected a name that ends in .html"):
+        fm.to_html(tmp_path / "view.txt")
+
+
+def test_notebooks_show_the_colours_of_pca() -> None:
+    fm = FeatureMap(random_map(d=6).features[:, :4, :6], (35, 60), (10, 10))  # the last row lies half outside
+    png = fm._repr_png_()
+    assert png is not None
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.size == (384, 224)
+        shown = np.asarray(image)
+    rows = (np.arange(224) + 0.5) * 35 / 224 // 10
+    columns = (np.arange(384) + 0.5) * 60 / 384 // 10
+    np.testing.assert_array_equal(shown, fm.pca()[rows.astype(int)[:, None], columns.astype(int)])
+    text = fm._repr_html_()
+    assert text is not None
+    assert base64.b64encode(png).decode() in text
+    assert "FeatureMap((6, 4, 6) float32 on cpu, image_hw=(35, 60), stride=(10, 10))" in text
+
+
+def test_notebooks_show_some_cells_of_a_large_map_and_text_where_there_are_no_colours() -> None:
+    large = FeatureMap(torch.randn(3, 40, 900), (40, 900), (1, 1))
+    png = large._repr_png_()
+    assert png is not None
+    with Image.open(io.BytesIO(png)) as image:
+        assert image.size == (384, 17)
+    broken = FeatureMap(torch.full((3, 2, 2), torch.inf), (2, 2), (1, 1))
+    assert broken._repr_png_() is None
+    assert broken._repr_html_() is None
