@@ -107,7 +107,7 @@ def test_sample_takes_each_cell_once_and_every_map() -> None:
     maps = [torch.arange(1e5 * i, 1e5 * i + h * w).reshape(1, h, w) for i, (h, w) in enumerate(sizes)]
     everything = np.concatenate([m.numpy().ravel() for m in maps])
     assert len(everything) > pca.MAX_FIT_CELLS
-    taken = pca._sample_cells(maps)[0].numpy()
+    taken = pca.sample_cells(maps)[0].numpy()
     assert len(np.unique(taken)) == len(taken) == pca.MAX_FIT_CELLS
     assert np.isin(taken, everything).all()
     assert (np.unique(taken // 1e5) == [0, 1, 2]).all()
