@@ -10,7 +10,6 @@ beyond the edge, but does not lie completely outside.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -77,8 +76,7 @@ class FeatureMap:
         check_encoding(self.embed_dim, self.scales, self.basis)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be pickled or copied; a dict can
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return functools.partial(type(self), **{**fields, "meta": dict(self.meta)}), ()
+        return pickled(self)
 
     def __repr__(self) -> str:
         shape, dtype, device = tuple(self.features.shape), dtype_name(self.features.dtype), self.features.device
@@ -365,6 +363,16 @@ class FeatureMap:
             return cls(features, **fields)
         except BrixelError as error:
             raise damaged(source, error) from error
+
+
+def pickled(result: Any) -> tuple[Any, ...]:
+    """What ``__reduce__`` returns for a dataclass whose ``meta`` is a mapping proxy."""
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return _from_fields, (type(result), {**fields, "meta": dict(result.meta)})
+
+
+def _from_fields(kind: type[Any], fields: dict[str, Any]) -> Any:
+    return kind(**fields)
 
 
 def checked_meta(meta: object) -> dict[str, str]:
