@@ -12,20 +12,20 @@ Edges = npt.NDArray[np.float64]
 """The n + 1 edges of n neighbouring intervals along an axis, rising, in pixels of the image."""
 
 
-def area_average(features: Tensor, stride: tuple[float, float], edges_yx: tuple[Edges, Edges]) -> Tensor:
+def area_average(features: Tensor, stride: tuple[float, float], edges_yx: tuple[Edges | None, Edges | None]) -> Tensor:
     """The mean of the features over every rectangle between the edges, where a cell has one value all over.
 
     Args:
         features: (D, Hf, Wf).
         stride: Distance (y, x) between neighbouring cells in pixels.
-        edges_yx: The edges along y and x, within the cells.
+        edges_yx: The edges along y and x, within the cells; None for an axis that keeps its cells.
 
     Returns:
         (D, ny, nx), in the dtype of the features.
     """
     averaged = features
     for axis, (step, edges) in enumerate(zip(stride, edges_yx, strict=True), 1):
-        averaged = _along(averaged, axis, edges / step)
+        averaged = averaged if edges is None else _along(averaged, axis, edges / step)
     return averaged.to(features.dtype).contiguous()
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from brixel.errors import BrixelError, DamagedFileError
+from brixel.errors import BrixelError
 from brixel.feature_maps.pca import check_cells, directions_by_variance, sample_cells
 from brixel.feature_maps.storage import check_version
 from brixel.utils.atomic_files import atomic_path

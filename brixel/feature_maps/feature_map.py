@@ -108,9 +108,9 @@ class FeatureMap:
             BrixelError: The dtype is not one that features may have.
         """
         target = DTYPES.get(device_or_dtype, device_or_dtype) if isinstance(device_or_dtype, str) else device_or_dtype
-        target_is_device = not isinstance(target, torch.dtype)
+        to_dtype = isinstance(target, torch.dtype)
         try:
-            moved = self.features.to(torch.device(target) if target_is_device else target)
+            moved = self.features.to(target if isinstance(target, torch.dtype) else torch.device(target))
         except (TypeError, RuntimeError, AssertionError) as error:
             if is_out_of_memory(error):
                 raise
@@ -119,7 +119,7 @@ class FeatureMap:
                 f"a map cannot be converted to {short_repr(device_or_dtype)} ({reason}); expected a device such as "
                 f"'cpu' or 'cuda', or one of {', '.join(DTYPES)}"
             ) from error
-        return dataclasses.replace(self, features=moved, scales=self.scales if target_is_device else None)
+        return dataclasses.replace(self, features=moved, scales=None if to_dtype else self.scales)
 
     def restored(self, basis: ChannelBasis | None = None) -> FeatureMap:
         """Give a map that was reduced by ``pca`` its D channels again: what the basis keeps of them.
@@ -394,7 +394,9 @@ def check_encoding(embed_dim: int, scales: object, basis: object) -> None:
         raise BrixelError("scales are not float32, finite and above zero; give those that Reduce('int8') makes")
     if basis is not None and not (isinstance(basis, ChannelBasis) and len(basis.components) == embed_dim):
         given = f"one of {len(basis.components)} components" if isinstance(basis, ChannelBasis) else short_repr(basis)
-        raise BrixelError(f"the basis is {given}; expected one of {embed_dim} components, as many as there are channels")
+        raise BrixelError(
+            f"the basis is {given}; expected one of {embed_dim} components, as many as there are channels"
+        )
 
 
 def own_basis(meta: Mapping[str, str], basis: ChannelBasis | None) -> ChannelBasis | None:
