@@ -28,4 +28,10 @@ def test_dir_shows_the_public_names_and_no_modules():
     for module in ("brixel", "brixel.train", "brixel.evaluate", "brixel.extraction", "brixel.backbones"):
         found = importlib.import_module(module)
         assert dir(found) == sorted(found.__all__), module
-    assert set(dir(importlib.import_module("brixel"))) == {*NAMES["brixel"], "Matches", "upsample"}
+    assert set(dir(importlib.import_module("brixel"))) == {
+        *NAMES["brixel"],
+        "FeatureTable",
+        "Matches",
+        "Reduce",
+        "upsample",
+    }

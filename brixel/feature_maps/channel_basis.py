@@ -8,6 +8,7 @@ Shapes: D channels, k directions; cells along any further axes.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -64,7 +65,7 @@ class ChannelBasis:
                 "from 1 to D, float32 and finite"
             )
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """A short sha256 of the components, by which maps name their basis."""
         content = self.components.detach().cpu().contiguous().numpy().tobytes()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -148,14 +148,24 @@ class FeatureTable:
             header: Any = parse_json(metadata[TABLE_KEY], source) if TABLE_KEY in metadata else None
             check_version(source, header, TABLE_KEY, (_VERSION,))
             with checking_content(source, "a table of features", "compute it again"):
-                return cls.from_stored(read_parts(file, ""), {k: v for k, v in header.items() if k != TABLE_KEY})
+                return cls.from_stored(
+                    read_parts(file, lambda part: part), {k: v for k, v in header.items() if k != TABLE_KEY}
+                )
 
 
-def read_parts(file: Any, suffix: str, first: str = "features") -> dict[str, Tensor]:
-    """The tensors of one result in an open safetensors file: "features" under the name ``first``, others if present."""
-    names = {name: f"{name}{suffix}" for name in ("scales", *_PLACES)} | {"features": first}
+def is_table(path: Path) -> bool:
+    """Whether a file holds a table, by what a safetensors file says of itself. Raises as `open_safetensors`."""
+    if path.suffix != ".safetensors":
+        return False
+    with open_safetensors(path) as file:
+        return TABLE_KEY in (file.metadata() or {})
+
+
+def read_parts(file: Any, key: Callable[[str], str]) -> dict[str, Tensor]:
+    """The parts of a stored map or table in an open safetensors file: its features, and what else there is of it."""
     present = set(file.keys())
-    return {name: file.get_tensor(key) for name, key in names.items() if key in present or name == "features"}
+    parts = ("features", *(part for part in ("scales", *_PLACES) if key(part) in present))
+    return {part: file.get_tensor(key(part)) for part in parts}
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:

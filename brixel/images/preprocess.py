@@ -38,7 +38,12 @@ class ImagePlacement:
         return self.patch_grid
 
     def feature_map(
-        self, features: Tensor, *, meta: Mapping[str, str] | None = None, in_place: bool = False
+        self,
+        features: Tensor,
+        *,
+        meta: Mapping[str, str] | None = None,
+        in_place: bool = False,
+        as_view: bool = False,
     ) -> FeatureMap:
         """Make the feature map of the image from a model's output: remove the padding, and attach the geometry.
 
@@ -47,9 +52,10 @@ class ImagePlacement:
                 device: u is 4 for the dense map, 1 for the backbone's own.
             meta: More texts for the map's ``meta``.
             in_place: Reuse the memory of ``features``, which must not be used afterwards.
+            as_view: Leave the features where they are; the map is a part of them.
 
         Returns:
-            The map, on the CPU.
+            The map, on the CPU; ``as_view``, on the device of ``features``.
 
         Raises:
             BrixelError: The features have another shape than the patches of this image.
@@ -63,7 +69,8 @@ class ImagePlacement:
                 f"{patches_hw[1]} patches of this image, without a batch's axis: give features[i]"
             )
         height, width = grid.map_hw(upscale)
-        cells = crop(features, (height, width)) if in_place else features[:, :height, :width].detach().cpu().clone()
+        part = features[:, :height, :width].detach()
+        cells = part if as_view else crop(features, (height, width)) if in_place else part.cpu().clone()
         return FeatureMap(cells, grid.image_hw, grid.map_stride(upscale), {**self.meta, **(meta or {})})
 
 

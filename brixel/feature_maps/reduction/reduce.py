@@ -129,6 +129,11 @@ class Reduce:
         return next((step.basis for step in self.steps if isinstance(step, Pca)), None)
 
     @property
+    def needs_basis(self) -> bool:
+        """Whether ``pca`` is among the steps."""
+        return any(isinstance(step, Pca) for step in self.steps)
+
+    @property
     def makes_maps(self) -> bool:
         """Whether the results are maps; otherwise they are tables, of points or regions."""
         return not any(isinstance(step, Points | MaskRegions) for step in self.steps)
@@ -161,21 +166,36 @@ class Reduce:
         """
         if not isinstance(feature_map, FeatureMap):
             raise BrixelError(f"{short_repr(feature_map)} cannot be reduced; expected a FeatureMap")
+        reduced = _run(self.fitted().steps, feature_map, self._names.get(name, name))
+        earlier = feature_map.meta.get(REDUCE_KEY)
+        spec = self.spec if earlier is None else f"{earlier},{self.spec}"
+        return dataclasses.replace(reduced, meta={**reduced.meta, REDUCE_KEY: spec})
+
+    def check_model(self, backbone: str, embed_dim: int) -> None:
+        """Raise BrixelError where the basis, if there is one, is of maps of another model or number of channels."""
+        basis = self.basis
+        if basis is not None and (basis.backbone not in ("", backbone) or basis.components.shape[1] != embed_dim):
+            theirs = f"{basis.components.shape[1]} channels of {basis.backbone or 'a model'}"
+            raise BrixelError(
+                f"the basis was fitted to {theirs}, and the maps have {embed_dim} channels of {backbone}; fit one to "
+                "maps of the same model"
+            )
+
+    def fitted(self) -> Reduce:
+        """The reduction itself. Raises BrixelError where a basis is missing."""
         if not self.is_fitted:
             raise BrixelError(
                 f"{self.spec} has no basis yet: fit it to some maps, as in Reduce({self.spec!r}).fit(maps), or load a "
                 "fitted one"
             )
-        reduced = _run(self.steps, feature_map, self._names.get(name, name))
-        earlier = feature_map.meta.get(REDUCE_KEY)
-        spec = self.spec if earlier is None else f"{earlier},{self.spec}"
-        return dataclasses.replace(reduced, meta={**reduced.meta, REDUCE_KEY: spec})
+        return self
 
-    def fit(self, maps: Iterable[FeatureMap]) -> Reduce:
+    def fit(self, maps: Iterable[FeatureMap | tuple[str, FeatureMap]]) -> Reduce:
         """Fit the basis of ``pca`` to maps, in memory that does not grow with their number.
 
         Args:
-            maps: Maps of one model, as :meth:`brixel.BrixelFeatures.stream` gives them.
+            maps: Maps of one model, as :meth:`brixel.BrixelFeatures.stream` gives them; or pairs of the name of an
+                image and its map, as ``MapFolder("maps").items()``.
 
         Returns:
             The same reduction with a basis; as it is where it needs none.
@@ -187,8 +207,8 @@ class Reduce:
         if position is None:
             return self
         fit, made_by = BasisFit(), set()
-        for feature_map in _checked_maps(maps):
-            reduced = _run(self.steps[:position], feature_map, "")
+        for name, feature_map in _named_maps(maps):
+            reduced = _run(self.steps[:position], feature_map, self._names.get(name, name))
             cells = reduced.features if isinstance(reduced, FeatureMap) else reduced.features.T[..., None]
             if cells.numel():
                 fit.add(cells)
@@ -248,13 +268,14 @@ def _run(steps: Iterable[Step], feature_map: FeatureMap, name: str) -> FeatureMa
     return reduced
 
 
-def _checked_maps(maps: Iterable[FeatureMap]) -> Iterator[FeatureMap]:
+def _named_maps(maps: Iterable[FeatureMap | tuple[str, FeatureMap]]) -> Iterator[tuple[str, FeatureMap]]:
     if isinstance(maps, FeatureMap | str | Mapping) or not isinstance(maps, Iterable):
         raise BrixelError(f"a basis is fitted to several maps, not to {short_repr(maps)}; give [feature_map]")
-    for feature_map in maps:
+    for item in maps:
+        name, feature_map = item if isinstance(item, tuple) and len(item) == 2 else ("", item)
         if not isinstance(feature_map, FeatureMap):
             raise BrixelError(f"a basis is fitted to feature maps, not to a {type(feature_map).__name__}")
-        yield feature_map
+        yield name, feature_map
 
 
 def _places(places: Any) -> Any:
