@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,14 @@ class Reduce:
         return next((step.basis for step in self.steps if isinstance(step, Pca)), None)
 
     @property
+    def components(self) -> int:
+        """The number of components of ``pca``; 0 without that step."""
+        return next((step.count for step in self.steps if isinstance(step, Pca)), 0)
+
+    @property
     def needs_basis(self) -> bool:
         """Whether ``pca`` is among the steps."""
-        return any(isinstance(step, Pca) for step in self.steps)
+        return self.components > 0
 
     @property
     def makes_maps(self) -> bool:
@@ -203,22 +208,7 @@ class Reduce:
         Raises:
             BrixelError: There are no maps, fewer cells or channels than components, or maps of several models.
         """
-        position = next((index for index, step in enumerate(self.steps) if isinstance(step, Pca)), None)
-        if position is None:
-            return self
-        fit, made_by = BasisFit(), set()
-        for name, feature_map in _named_maps(maps):
-            reduced = _run(self.steps[:position], feature_map, self._names.get(name, name))
-            cells = reduced.features if isinstance(reduced, FeatureMap) else reduced.features.T[..., None]
-            if cells.numel():
-                fit.add(cells)
-            made_by.add(feature_map.meta.get("backbone", ""))
-        if len(made_by) > 1:
-            raise BrixelError(f"the maps are of {', '.join(sorted(made_by))}; fit a basis to maps of one model")
-        step = self.steps[position]
-        assert isinstance(step, Pca)
-        fitted = Pca(step.count, fit.basis(step.count, *made_by))
-        return Reduce._of_steps((*self.steps[:position], fitted, *self.steps[position + 1 :])).for_images(self._names)
+        return fit_all([self], maps)[0]
 
     def for_images(self, names: Mapping[str, str]) -> Reduce:
         """The same reduction, which looks points and masks of an image up by another name: ``names[name]``."""
@@ -254,8 +244,7 @@ class Reduce:
 
     def with_basis(self, basis: ChannelBasis) -> Reduce:
         """The same reduction with another basis. Raises BrixelError where it has another number of components."""
-        counts = [step.count for step in self.steps if isinstance(step, Pca)]
-        if counts != [len(basis.components)]:
+        if self.components != len(basis.components):
             raise BrixelError(f"a basis of {len(basis.components)} components does not fit {self.spec}")
         steps = (Pca(step.count, basis) if isinstance(step, Pca) else step for step in self.steps)
         return Reduce._of_steps(steps).for_images(self._names)
@@ -266,6 +255,27 @@ def _run(steps: Iterable[Step], feature_map: FeatureMap, name: str) -> FeatureMa
     for step in steps:
         reduced = step.apply(reduced, name)
     return reduced
+
+
+def fit_all(reductions: Sequence[Reduce], maps: Iterable[FeatureMap | tuple[str, FeatureMap]]) -> list[Reduce]:
+    """:meth:`Reduce.fit` of several reductions to the same maps, which are looked at once."""
+    waiting = {index: BasisFit() for index, reduce in enumerate(reductions) if reduce.needs_basis}
+    made_by: set[str] = set()
+    for name, feature_map in _named_maps(maps) if waiting else ():
+        for index, fit in waiting.items():
+            reduce = reductions[index]
+            before = itertools.takewhile(lambda step: not isinstance(step, Pca), reduce.steps)
+            reduced = _run(before, feature_map, reduce._names.get(name, name))
+            cells = reduced.features if isinstance(reduced, FeatureMap) else reduced.features.T[..., None]
+            if cells.numel():
+                fit.add(cells)
+        made_by.add(feature_map.meta.get("backbone", ""))
+    if len(made_by) > 1:
+        raise BrixelError(f"the maps are of {', '.join(sorted(made_by))}; fit a basis to maps of one model")
+    return [
+        reduce.with_basis(waiting[index].basis(reduce.components, *made_by)) if index in waiting else reduce
+        for index, reduce in enumerate(reductions)
+    ]
 
 
 def _named_maps(maps: Iterable[FeatureMap | tuple[str, FeatureMap]]) -> Iterator[tuple[str, FeatureMap]]:

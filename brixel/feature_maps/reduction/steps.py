@@ -114,7 +114,7 @@ class Pca(Step):
     @property
     def identity(self) -> str:
         """The spec, and the digest of the basis."""
-        return self.spec if self.basis is None else f"{self.spec}, basis {self.basis.digest}"
+        return self.spec if self.basis is None else f"{self.spec} (basis {self.basis.digest})"
 
     def apply(self, source: FeatureMap | FeatureTable, name: str) -> FeatureMap | FeatureTable:
         """The map or table with ``count`` channels, which knows its basis."""
