@@ -19,7 +19,6 @@ from torch import Tensor
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
-from brixel.evaluate import reduction
 from brixel.evaluate.bootstrap import by_metric, interval
 from brixel.evaluate.feature_cache import centre_crop
 from brixel.evaluate.feature_sources import (
@@ -31,7 +30,7 @@ from brixel.evaluate.feature_sources import (
     features_by_name,
     sources_of,
 )
-from brixel.evaluate.reduction import RankingKept, reduced_sources
+from brixel.evaluate.reduction import REDUCTION_COLUMNS, REDUCTION_NOTES, RankingKept, reduced_sources
 from brixel.evaluate.report import Report
 from brixel.feature_maps.reduction.reduce import Reduce
 from brixel.images.crops import DOWNSAMPLING, check_teacher_px
@@ -234,7 +233,7 @@ def _compare(
         **{"edge": ("edge error", ".3g"), "spectral": ("spectral error", ".3f")},
     }
     is_reduced = any("kib" in row for row in rows)
-    columns |= reduction.COLUMNS if is_reduced else {}
+    columns |= REDUCTION_COLUMNS if is_reduced else {}
     recipe = f"{len(images)} images, centre crops; {describe_machine(torch.device(teacher.device))}."
     names = [str(image.name) for image in images]
     return Report(
@@ -243,7 +242,7 @@ def _compare(
         columns,
         rows,
         recipe,
-        reduction.NOTES if is_reduced else (),
+        REDUCTION_NOTES if is_reduced else (),
         {"images": names, **details},
     )
 

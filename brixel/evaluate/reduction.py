@@ -23,14 +23,14 @@ from brixel.utils.progress import progress_bar
 
 _QUERIES, _CANDIDATES = 32, 256  # cells of an image, drawn with a fixed seed
 _NEAREST = (1, 10)  # neighbours that are compared
-COLUMNS = {
+REDUCTION_COLUMNS = {
     **{"kib": ("KiB per image", ".1f"), "ranking": ("ranking kept, within", ".4f")},
     **{f"top{k}": (f"top {k} kept, within", ".1%") for k in _NEAREST},
     "ranking_across": ("ranking kept, across", ".4f"),
     **{f"top{k}_across": (f"top {k} kept, across", ".1%") for k in _NEAREST},
 }
 """Of a report, beside the columns of fidelity; each is a metric of an image."""
-NOTES = (
+REDUCTION_NOTES = (
     f"Ranking kept: rank correlation (Spearman) of the cosines of {_QUERIES} cells to all others, whole and reduced: "
     f"within an image, and across images to {_CANDIDATES} cells of each of the others. Top k kept: the share of the k "
     "most similar cells that are the same.",
