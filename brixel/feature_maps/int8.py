@@ -17,24 +17,34 @@ def int8_scales(features: Tensor) -> Tensor:
     Raises:
         BrixelError: Values are not finite.
     """
-    if not features.isfinite().all():
-        raise BrixelError("features that are not finite cannot become int8; mend those cells first, or leave int8 out")
     if features[0].numel() == 0:
-        return torch.ones(len(features))
-    largest = features.flatten(1).abs().amax(1).float().cpu()
+        return torch.ones(len(features), dtype=torch.float32)
+    cells = tuple(range(1, features.ndim))
+    largest = torch.maximum(features.amax(cells), -features.amin(cells)).float().cpu()  # no copy of the features
+    if not largest.isfinite().all():
+        raise BrixelError("features that are not finite cannot become int8; mend those cells first, or leave int8 out")
     scales = largest / _LARGEST
     return torch.where(scales > 0, scales, 1.0)
 
 
 def int8_codes(features: Tensor, scales: Tensor) -> Tensor:
     """The multiples of the scales (D,) that are nearest to features (D, ...): int8."""
-    codes = features.to(torch.promote_types(features.dtype, torch.float32)) / _per_channel(scales, features)
-    return codes.round_().clamp_(-_LARGEST, _LARGEST).to(torch.int8)
+    return _multiples(features, scales).to(torch.int8)
 
 
 def int8_values(codes: Tensor, scales: Tensor) -> Tensor:
     """The features of codes (D, ...) and scales (D,): float32; :func:`int8_codes` gives the same codes again."""
-    return codes.float() * _per_channel(scales, codes)
+    return codes.float().mul_(_per_channel(scales, codes))
+
+
+def rounded_to_int8(features: Tensor, scales: Tensor) -> Tensor:
+    """:func:`int8_values` of :func:`int8_codes`, without the codes."""
+    return _multiples(features, scales).float().mul_(_per_channel(scales, features))
+
+
+def _multiples(features: Tensor, scales: Tensor) -> Tensor:
+    """The codes as float32 (as float64 of features in float64)."""
+    return (features / _per_channel(scales, features)).round_().clamp_(-_LARGEST, _LARGEST)
 
 
 def _per_channel(scales: Tensor, features: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ def test_a_reduced_map_is_not_reduced_by_pca_again():
 # ---------------------------------------------------------------- dtypes
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_int8_is_within_half_a_step_of_every_channel(dtype, tmp_path):
     source = random_map(dtype=dtype)
     source.features[2] = 0

@@ -19,7 +19,7 @@ from brixel.feature_maps.area_average import Edges, area_average
 from brixel.feature_maps.channel_basis import ChannelBasis
 from brixel.feature_maps.feature_map import BASIS_KEY, FeatureMap
 from brixel.feature_maps.feature_table import FeatureTable
-from brixel.feature_maps.int8 import int8_codes, int8_scales, int8_values
+from brixel.feature_maps.int8 import int8_scales, rounded_to_int8
 from brixel.utils.devices import DTYPES
 
 _ROUNDING = 1e-6  # of a cell: what is left of an image by no more gets no cell of its own
@@ -167,7 +167,7 @@ class Int8(Step):
     def apply(self, source: FeatureMap | FeatureTable, name: str) -> FeatureMap | FeatureTable:
         """The nearest multiples, float32, with their scales."""
         scales = int8_scales(_channels_first(source))
-        return _with_channels(source, lambda features: int8_values(int8_codes(features, scales), scales), scales=scales)
+        return _with_channels(source, lambda features: rounded_to_int8(features, scales), scales=scales)
 
 
 def cast_features(features: Tensor, dtype: torch.dtype | None, name: str = "") -> Tensor:
