@@ -116,6 +116,8 @@ class FeatureTable:
     def from_stored(cls, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> FeatureTable:
         """The table of what :meth:`stored` gave. Raises BrixelError where it is none."""
         fields = check_table("the description", fields, TABLE_RULES)
+        if missing := [part for part in ("features", *_PLACES) if part not in tensors]:
+            raise BrixelError(f"it lacks {', '.join(missing)}")
         features, scales = values_of(tensors, axis=1)
         features = features.to(DTYPES[fields["dtype"]])
         points_yx, labels = (tensors[name] for name in _PLACES)
