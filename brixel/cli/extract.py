@@ -77,8 +77,8 @@ def _extract(options: argparse.Namespace) -> int:
         raise BrixelError("--compile does not go with --memory-limit: what compiled code allocates is not known before")
     if not options.paths:
         raise BrixelError("no PATH: give images, or folders of images; only --verify needs none")
-    if options.fit_only and options.reduce is None:
-        raise BrixelError("--fit-only goes with --reduce, such as --reduce pca:32,int8")
+    if options.fit_only and (options.reduce is None or options.overwrite):
+        raise BrixelError("--fit-only goes with --reduce, such as --reduce pca:32,int8, and without --overwrite")
     images = find_images(options.paths)
     options.save_dtype = None if options.save_dtype is None else DTYPES[options.save_dtype]
     if options.output.suffix in _ENDINGS and not options.output.is_dir():
@@ -136,7 +136,7 @@ def _extract_one(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace, images: Sequence[tuple[Path, Path]]) -> int:
     """The basis of a reduction alone."""
-    settings = given(options, "batch_size", "workers", "overwrite", *_OF_MAPS)
+    settings = given(options, "batch_size", "workers", *_OF_MAPS)
     reduce = fit_reduction(_model(options), images, options.output, options.reduce, options.reduce_sample, **settings)
     basis = reduce.basis
     if basis is None:

@@ -61,7 +61,8 @@ def reduction_for(
         BrixelError: The folder has the basis of another reduction, and ``overwrite`` is not given; or there are several
             processes and no basis.
     """
-    reduce = reduce.for_images({str(image): relative_path.as_posix() for image, relative_path in images})
+    if not reduce.makes_maps:  # others look nothing up by name, and a million names are no small table
+        reduce = reduce.for_images({str(image): relative_path.as_posix() for image, relative_path in images})
     reduce.check_model(model.config.backbone.title, model.embed_dim)
     kept = _kept(folder / REDUCTION_FILE, reduce, model, overwrite=overwrite)
     if kept is not None:
@@ -83,11 +84,12 @@ def fit_reduction(
     reduce: Reduce | str,
     sample: int = SAMPLE,
     *,
-    overwrite: bool = False,
     scale: int | None = None,
     **options: Any,
 ) -> Reduce:
-    """Fit the basis of a reduction to a sample of the images and keep it in an output folder, where it is not yet.
+    """Fit the basis of a reduction to a sample of the images and keep it in an output folder, unless it has one.
+
+    A basis that is there is never replaced, since maps may depend on it.
 
     Args:
         model: The model to extract with.
@@ -95,7 +97,6 @@ def fit_reduction(
         folder: The output folder; created if it is missing.
         reduce: The reduction.
         sample: How many images the basis is fitted to.
-        overwrite: Whether the basis in the folder may be replaced.
         scale: As of :func:`brixel.extraction.extract_files`.
         options: Further arguments of :meth:`brixel.BrixelFeatures.stream_all`.
 
@@ -106,7 +107,7 @@ def fit_reduction(
         BrixelError: The folder has the basis of another reduction, or nothing can be fitted.
     """
     share, model = ProcessShare.from_environment(), model.at_scale(scale)
-    found = reduction_for(folder, Reduce.of(reduce), model, images, share, options, sample, overwrite=overwrite)
+    found = reduction_for(folder, Reduce.of(reduce), model, images, share, options, sample)
     found.save()
     return found.reduce
 

@@ -243,6 +243,7 @@ def test_extract_reduces_and_keeps_the_basis(run, model_folder, image_path, tmp_
         (("-o", "one.safetensors", "--reduce", "pca:4"), "pca:4 needs a basis, which is fitted to many images"),
         (("-o", "one.npy", "--reduce", "int8"), "npy does not support scales of int8"),
         (("-o", "out", "--fit-only"), "--fit-only goes with --reduce, such as --reduce pca:32,int8"),
+        (("-o", "out", "--reduce", "pca:4", "--fit-only", "--overwrite"), "and without --overwrite"),
         (("-o", "out", "--reduce", "int8", "--fit-only"), "int8 needs no basis; --fit-only is for pca"),
         (("-o", "out", "--reduce", "pca32"), "the reduction has a step 'pca32'; expected one of pca:K"),
         (("-o", "out", "--reduce", "nowhere.safetensors"), "nowhere.safetensors"),
