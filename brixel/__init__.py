@@ -20,8 +20,10 @@ from brixel.errors import (
 )
 from brixel.extraction.map_folder import MapFolder
 from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.feature_table import FeatureTable
 from brixel.feature_maps.matching import Matches
 from brixel.feature_maps.pca import PcaBasis
+from brixel.feature_maps.reduction.reduce import Reduce
 from brixel.inference.upsample import upsample
 from brixel.inference.view import view
 
@@ -32,12 +34,14 @@ __all__ = [
     "CheckpointError",
     "DownloadError",
     "FeatureMap",
+    "FeatureTable",
     "ImageError",
     "KnownBackbone",
     "MapFolder",
     "Matches",
     "MemoryLimitError",
     "PcaBasis",
+    "Reduce",
     "UploadError",
     "ViTConfig",
     "__version__",

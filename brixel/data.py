@@ -100,7 +100,7 @@ class Batch:
                 "images of this batch"
             )
         maps = (
-            placement.feature_map(value, detach=False) for placement, value in zip(self.placements, values, strict=True)
+            placement.feature_map(value, as_view=True) for placement, value in zip(self.placements, values, strict=True)
         )
         return [dense.resize(dense.image_hw).features for dense in maps]
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import brixel
-from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder, PcaBasis
+from brixel import BrixelError, BrixelFeatures, FeatureMap, FeatureTable, MapFolder, PcaBasis, Reduce
 from brixel.train import TrainConfig, distill
 
 WRONG = {
@@ -65,6 +65,17 @@ CALLS = {
     "FeatureMap": lambda tiny, _, value: FeatureMap(value, (8, 8), (4.0, 4.0)),
     "MapFolder": lambda tiny, _, value: MapFolder(value),
     "PcaBasis.fit": lambda tiny, _, value: PcaBasis.fit(value),
+    "extract, reduce": lambda tiny, _, value: tiny.extract(IMAGE, reduce=value) if value is not None else fail(),
+    "Reduce": lambda tiny, _, value: Reduce(value),
+    "Reduce.load": lambda tiny, _, value: Reduce.load(value),
+    "Reduce.fit": lambda tiny, _, value: Reduce("pca:2").fit(value),
+    "Reduce.pca": lambda tiny, _, value: Reduce.pca(value),
+    "Reduce.points": lambda _, found, value: Reduce.points(value)(found),
+    "Reduce.regions": lambda _, found, value: Reduce.regions(value)(found),
+    "reduce": lambda _, found, value: Reduce("int8")(value),
+    "restored": lambda _, found, value: found.restored(value) if value is not None else fail(),
+    "FeatureTable": lambda _, found, value: FeatureTable(value, value, value, (8, 8)),
+    "FeatureTable.load": lambda _, found, value: FeatureTable.load(value),
     "upsample": lambda tiny, _, value: brixel.upsample(value, IMAGE),
     "upsample, image": lambda tiny, _, value: brixel.upsample(FEATURES, value),
     "upsample, size": lambda tiny, _, value: (

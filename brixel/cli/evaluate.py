@@ -86,6 +86,11 @@ def _add_task(kinds: Any, kind: str, text: str, layouts: tuple[str, ...]) -> Non
     else:
         text = "images, and folders of them"
         add_flag(one, "--images", nargs="+", type=Path, required=True, metavar="PATH", help=text)
+    if kind == "fidelity":
+        note = "several of them, each a row of its own"
+        add_flag(one, "--reduce", nargs="+", default=(), note=note)
+        text = "images, and folders of them, that bases of --reduce are fitted to; not those of --images"
+        add_flag(one, "--reduce-images", nargs="+", default=(), type=Path, metavar="PATH", help=text)
     if kind == "segmentation":
         text = "width of the strips along outlines for the boundary IoU"
         add_flag(one, "--boundary-px", type=positive, default=BOUNDARY_PX, metavar="PX", help=text)

@@ -16,12 +16,15 @@ from brixel.cli.options import (
     deprecated,
     given,
     load,
+    positive,
     print_json,
     shard_size,
 )
 from brixel.errors import BrixelError, printable
 from brixel.extraction import ExtractionSummary, extract_files
 from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.extract import checked_reduction
+from brixel.extraction.fitted_reduction import SAMPLE, fit_reduction
 from brixel.extraction.map_folder import missing_maps, verify
 from brixel.extraction.writers import convert
 from brixel.feature_maps.storage import check_writable
@@ -52,6 +55,11 @@ def add(commands: Any) -> None:
     )
     add_flag(parser, "--batch-size", default=1)
     add_flag(parser, "--workers", default=2)
+    add_flag(parser, "--reduce")
+    text = "with pca: fit its basis to this many of the images; the basis is kept in FOLDER"
+    add_flag(parser, "--reduce-sample", type=positive, default=SAMPLE, metavar="N", help=text)
+    text = "with --reduce pca: only fit the basis and keep it in FOLDER, before several processes extract"
+    parser.add_argument("--fit-only", action="store_true", help=text)
     text = "compile the model with torch.compile first, for a minute or more; on GPUs; not with --memory-limit"
     parser.add_argument("--compile", action="store_true", help=text)
     add_flag(parser, "--overwrite", note="every map is computed again")
@@ -69,6 +77,8 @@ def _extract(options: argparse.Namespace) -> int:
         raise BrixelError("--compile does not go with --memory-limit: what compiled code allocates is not known before")
     if not options.paths:
         raise BrixelError("no PATH: give images, or folders of images; only --verify needs none")
+    if options.fit_only and (options.reduce is None or options.overwrite):
+        raise BrixelError("--fit-only goes with --reduce, such as --reduce pca:32,int8, and without --overwrite")
     images = find_images(options.paths)
     options.save_dtype = None if options.save_dtype is None else DTYPES[options.save_dtype]
     if options.output.suffix in _ENDINGS and not options.output.is_dir():
@@ -81,13 +91,15 @@ def _extract(options: argparse.Namespace) -> int:
         )
     check_output_folder(options.output)
     options.device = own_device(options.device)
+    if options.fit_only:
+        return _fit(options, images)
     summary = extract_files(
         _model(options),
         images,
         options.output,
         ending=_ENDINGS[0] if options.format is None else f".{options.format}",
         shard_bytes=options.shard_size,
-        **given(options, "save_dtype", "overwrite", "batch_size", "workers", *_OF_MAPS),
+        **given(options, "save_dtype", "overwrite", "batch_size", "workers", "reduce", "reduce_sample", *_OF_MAPS),
     )
     share = ProcessShare.from_environment()
     if options.json:
@@ -107,9 +119,30 @@ def _extract_one(options: argparse.Namespace) -> int:
     check_writable(path)
     if path.exists() and not options.overwrite:
         raise BrixelError(f"{path} exists: give another name, or --overwrite")
-    feature_map = _model(options).extract(options.paths[0], **given(options, *_OF_MAPS))
+    reduce = None
+    if options.reduce is not None:
+        reduce = checked_reduction(options.reduce, path.suffix, options.save_dtype)
+        if not reduce.is_fitted:
+            raise BrixelError(
+                f"{reduce.spec} needs a basis, which is fitted to many images: extract a folder, or give the "
+                "reduce.safetensors of one with --reduce"
+            )
+        reduce = reduce.for_images({str(options.paths[0]): options.paths[0].name})
+    feature_map = _model(options).extract(options.paths[0], **given(options, *_OF_MAPS), reduce=reduce)
     convert(feature_map, options.save_dtype, picture=options.paths[0].name).save(path)
     print_json({"written": 1, "file": str(path)}) if options.json else print(path)
+    return 0
+
+
+def _fit(options: argparse.Namespace, images: Sequence[tuple[Path, Path]]) -> int:
+    """The basis of a reduction alone."""
+    settings = given(options, "batch_size", "workers", *_OF_MAPS)
+    reduce = fit_reduction(_model(options), images, options.output, options.reduce, options.reduce_sample, **settings)
+    basis = reduce.basis
+    if basis is None:
+        raise BrixelError(f"{reduce.spec} needs no basis; --fit-only is for pca")
+    facts = {"reduce": reduce.spec, "basis": basis.digest, "kept_variance": basis.kept_variance}
+    print_json(facts) if options.json else print(f"{reduce.identity}: {basis.kept_variance:.1%} of the variance kept")
     return 0
 
 

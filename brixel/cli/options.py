@@ -177,6 +177,11 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     },
     "--batch-size": {"metavar": "N", "type": positive, "help": "images per batch"},
     "--workers": {"metavar": "N", "type": whole, "help": "background workers that read and decode images"},
+    "--reduce": {
+        "metavar": "STEPS",
+        "help": "reduce every map: steps separated by commas, of pca:K, stride:PX, regions:HxW or a folder of masks, "
+        "points:FILE.json, float16, bfloat16, int8 (docs/reduction.md); or a fitted reduction, FILE.safetensors",
+    },
     "--output": {"type": Path, "help": "file or folder to write"},
     "--sources": {
         **{"nargs": "+", "choices": SOURCES, "metavar": "SOURCE"},

@@ -30,7 +30,9 @@ from brixel.evaluate.feature_sources import (
     features_by_name,
     sources_of,
 )
+from brixel.evaluate.reduction import REDUCTION_COLUMNS, REDUCTION_NOTES, RankingKept, reduced_sources
 from brixel.evaluate.report import Report
+from brixel.feature_maps.reduction.reduce import Reduce
 from brixel.images.crops import DOWNSAMPLING, check_teacher_px
 from brixel.model.losses import edge_loss, principal_directions, spectral_loss
 from brixel.utils.devices import describe_machine
@@ -150,6 +152,8 @@ def fidelity(
     names: Sequence[str] = (*INTERPOLATED, STUDENT),
     *,
     name: str = "",
+    reduce: Sequence[Reduce | str] = (),
+    reduce_images: Sequence[Path] = (),
 ) -> Report:
     """Compare a model's maps with its teacher's on centre crops.
 
@@ -159,6 +163,9 @@ def fidelity(
         teacher_px: Sides of the teacher's image in pixels, T.
         names: Of the sources to compare; see :func:`sources_of`.
         name: The model's name in the report; by default its backbone's.
+        reduce: Reductions such as "pca:32,int8". The student's maps are also compared after each of them, restored,
+            with the bytes of an image and the share of the ranking of similarities that is kept (`docs/reduction.md`).
+        reduce_images: Images that their bases are fitted to.
 
     Returns:
         A row per side and source; the metrics of every image in ``details``.
@@ -168,7 +175,18 @@ def fidelity(
         ImageError: An image cannot be used.
     """
     teacher = sources_of(model, [TEACHER])[0]
-    return compare(sources_of(model, names), teacher, images, teacher_px, model=name or model.config.backbone.title)
+    reductions = [Reduce.of(each) for each in reduce]
+    if reductions and STUDENT not in names:
+        names = (*names, STUDENT)
+    sources, title = sources_of(model, names), name or model.config.backbone.title
+    if not reductions:
+        return compare(sources, teacher, images, teacher_px, model=title)
+    student = next(source for source in sources if source.name == STUDENT)
+
+    def at_side(side: int) -> Sequence[FeatureSource]:
+        return [*sources, *reduced_sources(student, reductions, reduce_images, side)]
+
+    return _compare(at_side, teacher, images, teacher_px, title)
 
 
 def compare(
@@ -180,6 +198,17 @@ def compare(
     model: str,
 ) -> Report:
     """As :func:`fidelity`, for any sources whose maps have the teacher's shape; ``model`` is their name."""
+    return _compare(lambda side: sources, teacher, images, teacher_px, model)
+
+
+def _compare(
+    sources_at: Callable[[int], Sequence[FeatureSource]],
+    teacher: FeatureSource,
+    images: Sequence[Path],
+    teacher_px: Iterable[int],
+    model: str,
+) -> Report:
+    """As :func:`compare`, for sources that may depend on the side of the teacher's image."""
     sides = tuple(teacher_px)
     if not images:
         raise BrixelError("no images to compare on; expected at least one")
@@ -187,6 +216,7 @@ def compare(
         check_teacher_px(side, teacher.patch_px)
     rows, details = [], {}
     for side in sides:
+        sources = sources_at(side)
         found = _at_size(sources, teacher, images, side)
         rows += [_row(model, side, source, found) for source in sources]
         details[str(side)] = {name: {key: row.tolist() for key, row in by.items()} for name, by in found.items()}
@@ -202,9 +232,19 @@ def compare(
         **{"edges_removed_interval": ("95 %", ".1%"), "centred_cosine_edges": ("centred cosine at edges", ".4f")},
         **{"edge": ("edge error", ".3g"), "spectral": ("spectral error", ".3f")},
     }
+    is_reduced = any("kib" in row for row in rows)
+    columns |= REDUCTION_COLUMNS if is_reduced else {}
     recipe = f"{len(images)} images, centre crops; {describe_machine(torch.device(teacher.device))}."
     names = [str(image.name) for image in images]
-    return Report("fidelity", "Fidelity to the teacher", columns, rows, recipe, (), {"images": names, **details})
+    return Report(
+        "fidelity",
+        "Fidelity to the teacher",
+        columns,
+        rows,
+        recipe,
+        REDUCTION_NOTES if is_reduced else (),
+        {"images": names, **details},
+    )
 
 
 def _at_size(
@@ -214,6 +254,7 @@ def _at_size(
     kept: list[Tensor] = []
     mean = mean_feature(_teacher_maps(teacher, images, side, kept))
     records: dict[str, list[dict[str, float]]] = {source.name: [] for source in sources}
+    ranking = RankingKept(sources)
     for number, image in enumerate(progress_bar(images, f"images, {side} px")):
         crop = centre_crop(image, side)[None]
         target = kept[number] if number < len(kept) else teacher.features(crop)
@@ -226,7 +267,9 @@ def _at_size(
         edges = teacher_edges(target, directions)
         for name, maps in found.items():
             records[name].append(fidelity_metrics(maps, target, mean, directions, edges))
-    return {name: by_metric(by) for name, by in records.items()}
+        ranking.add(found)
+    of_reduced = ranking.metrics()
+    return {name: {**by_metric(by), **of_reduced.get(name, {})} for name, by in records.items()}
 
 
 def _teacher_maps(teacher: FeatureSource, images: Sequence[Path], side: int, kept: list[Tensor]) -> Iterator[Tensor]:

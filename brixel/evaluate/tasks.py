@@ -35,7 +35,8 @@ class Task:
 
     ``images``: images and folders, for fidelity and matching. For probes: ``data``, ``layout`` and the splits ``train``
     and ``val``; ``steps`` of the training, None for the default; ``limit``, only so many images of each split;
-    ``cache``, the folder in which features are kept; ``boundary_px``, for segmentation. ``sources``: names from
+    ``cache``, the folder in which features are kept; ``boundary_px``, for segmentation. For fidelity: ``reduce``,
+    reductions of the student's maps, and ``reduce_images``, what their bases are fitted to. ``sources``: names from
     ``SOURCES``; empty for the defaults of the kind.
     """
 
@@ -51,6 +52,8 @@ class Task:
     steps: int | None = None
     limit: int | None = None
     cache: Path | None = None
+    reduce: tuple[str, ...] = ()
+    reduce_images: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         check_names([self.kind], KINDS, "unknown task")
@@ -84,11 +87,22 @@ class Task:
             return self._run_probe(sources_of(model, self.sources), name)
         images = [path for path, _ in find_images(self.images)]
         if self.kind == "fidelity":
-            report = fidelity(model, images, self.teacher_px, self.sources, name=name)
+            report = fidelity(
+                model,
+                images,
+                self.teacher_px,
+                self.sources,
+                name=name,
+                reduce=self.reduce,
+                reduce_images=self._reduce_images(),
+            )
         else:
             report = matching(sources_of(model, self.sources), images, self.teacher_px, model=name)
         paths = ", ".join(path.as_posix() for path in self.images)
         return dataclasses.replace(report, recipe=f"{paths}: {report.recipe}")
+
+    def _reduce_images(self) -> list[Path]:
+        return [path for path, _ in find_images(self.reduce_images)] if self.reduce_images else []
 
     def _run_probe(self, sources: Sequence[FeatureSource], name: str) -> Report:
         train, val = self._splits()

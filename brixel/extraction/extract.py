@@ -18,11 +18,12 @@ from brixel.checkpoints.fingerprint import digest
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.extraction.background_writer import BackgroundWriter
 from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.fitted_reduction import SAMPLE, reduction_for
 from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile
 from brixel.extraction.pending_images import ExtractionSummary, count_finished_elsewhere, pending_images
 from brixel.extraction.progress import ProgressBar
 from brixel.extraction.writers import FileWriter, MapWriter, ShardWriter, convert
-from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.reduction.reduce import REDUCE_KEY, Reduce
 from brixel.images.find_images import FoundImages
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import dtype_name
@@ -47,6 +48,8 @@ def extract_files(
     short_side_px: int | str | None = None,
     memory_limit: int | str | None = None,
     tiles: str = "auto",
+    reduce: Reduce | str | None = None,
+    reduce_sample: int = SAMPLE,
 ) -> ExtractionSummary:
     """Extract the dense map of every image into files that :class:`MapFolder` reads.
 
@@ -71,6 +74,10 @@ def extract_files(
         memory_limit: limit of the memory on the model's device, in bytes or as text such as "4GiB"; on the CPU it
             includes the shards. None for what is free.
         tiles: "auto", "never" or "always", as in :meth:`brixel.BrixelFeatures.extract`.
+        reduce: what becomes of every map before it is written, such as "pca:32,int8" or a :class:`brixel.Reduce`
+            (`docs/reduction.md`). A basis that it lacks is fitted first, and kept in the folder as
+            `reduce.safetensors`, where a later run finds it.
+        reduce_sample: images that a basis is fitted to; the same ones in every run.
 
     Returns:
         How many maps were written and skipped in this process, the images that failed (those that cannot be read, that
@@ -82,12 +89,18 @@ def extract_files(
         KeyboardInterrupt: after the first Ctrl-C, once the maps in progress are written.
     """
     _check_options(ending, shard_bytes, save_dtype)
+    reduce = None if reduce is None else checked_reduction(reduce, ending, save_dtype)
     share = ProcessShare.from_environment()
     summary = ExtractionSummary(left_out=images.left_out if isinstance(images, FoundImages) else {})
     model = model.at_scale(scale)
     settings = _settings(model, short_side_px, ending if shard_bytes is None else "shards", save_dtype, tiles)
     shard_bytes, memory_limit = _split_memory(shard_bytes, memory_limit, model.device)
-    options = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
+    options: dict[str, Any] = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
+    if reduce is not None:
+        of_sample = {**options, "batch_size": batch_size, "workers": workers}
+        reduction = reduction_for(folder, reduce, model, images, share, of_sample, reduce_sample, overwrite=overwrite)
+        settings = {**settings, REDUCE_KEY: reduction.reduce.identity}
+        options["reduce"] = reduction.reduce
     with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _finish_on_interrupt() as interrupted:
         if shard_bytes is None:
             writer: MapWriter = FileWriter(folder, ending)
@@ -96,6 +109,8 @@ def extract_files(
         pending = pending_images(images, manifest, writer, summary)
         if isinstance(writer, FileWriter) and manifest.is_new and not manifest.written and not overwrite:
             _check_none_exists([writer.path(source.relative_path) for _, source in pending])
+        if reduce is not None:
+            reduction.save()
         manifest.begin()
         done = summary.skipped + count_finished_elsewhere(images, manifest, share)
         with (
@@ -130,14 +145,15 @@ class _Run:
     ) -> list[tuple[Path, SourceImage]]:
         """Extract images and submit their maps; returns those too large for memory that a `.npy` file can take."""
         images, too_large = (image for image, _ in pending), []
-        to_disk = self.writer.supports_memmap and self.save_dtype in (None, self.model.dtype)
+        is_whole = self.options.get("reduce") is None and self.save_dtype in (None, self.model.dtype)
+        to_disk = self.writer.supports_memmap and is_whole
         results = self.model.stream_all(images, batch_size=batch_size, workers=workers, **self.options)
         for (image, source), result in zip(pending, results, strict=False):
             if to_disk and isinstance(result, MemoryLimitError):
                 too_large.append((image, source))
                 continue
             self.bar.add()
-            if isinstance(result, FeatureMap):
+            if not isinstance(result, Exception):
                 try:
                     result = convert(result, self.save_dtype, picture=image.name)  # the key of version 0.1
                 except BrixelError as error:
@@ -196,6 +212,19 @@ def _check_options(ending: str, shard_bytes: int | None, save_dtype: torch.dtype
         raise BrixelError(f"shards of {shard_bytes} bytes as {ending}: expected a positive size, and safetensors")
     if ending == ".npy" and save_dtype == torch.bfloat16:
         raise BrixelError("npy does not support bfloat16: write safetensors, or save as float16 or float32")
+
+
+def checked_reduction(reduce: Reduce | str, ending: str, save_dtype: torch.dtype | None) -> Reduce:
+    """The reduction, where its results can be written. Raises BrixelError."""
+    reduce = Reduce.of(reduce)
+    if ending == ".npy" and (reduce.has_scales or not reduce.makes_maps):
+        what = "scales of int8" if reduce.makes_maps else "features of points or regions"
+        raise BrixelError(f"npy does not support {what}, which {reduce.spec} gives: write safetensors")
+    if ending == ".npy" and reduce.spec.endswith("bfloat16"):
+        raise BrixelError(f"npy does not support bfloat16, which {reduce.spec} gives: write safetensors")
+    if save_dtype is not None and reduce.sets_dtype:
+        raise BrixelError(f"{reduce.spec} says the dtype already: leave out save_dtype=, or the dtype of the reduction")
+    return reduce
 
 
 def _check_none_exists(paths: Sequence[Path]) -> None:

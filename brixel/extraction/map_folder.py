@@ -1,14 +1,20 @@
 """Reading a folder of maps, in files or in shards, and checking it against its manifests."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from brixel.errors import BrixelError, DamagedFileError
+from brixel.extraction.fitted_reduction import REDUCTION_FILE
 from brixel.extraction.manifest import SourceImage, WrittenFile, latest_by_image, manifest_paths, read_manifests
-from brixel.extraction.writers import SHARD_KEY, checksum
-from brixel.feature_maps.feature_map import FeatureMap
-from brixel.feature_maps.storage import GEOMETRY_RULES
-from brixel.utils.fields import check_field, check_table, path_like
+from brixel.extraction.writers import SHARD_KEY, checksum, part_key
+from brixel.feature_maps.channel_basis import ChannelBasis
+from brixel.feature_maps.feature_map import BASIS_KEY, FeatureMap
+from brixel.feature_maps.feature_table import FeatureTable, is_table, read_parts
+from brixel.feature_maps.storage import GEOMETRY_RULES, values_of
+from brixel.utils.devices import DTYPES
+from brixel.utils.fields import check_field, check_table, one_of, path_like
 from brixel.utils.safetensors_files import open_safetensors
 from brixel.utils.structured_files import check_regular, checking_content, parse_json
 
@@ -18,7 +24,9 @@ class MapFolder(Mapping[str, FeatureMap]):
 
     A mapping from the relative path of an image below its input folder, such as ``"cats/7.jpg"``, to its
     :class:`brixel.FeatureMap`: features (D, Hf, Wf) on the CPU, in the dtype that was saved. A map is read from disk
-    when it is looked up. Iteration follows the order in which the maps were written.
+    when it is looked up; a reduced one has its basis, so that :meth:`brixel.FeatureMap.restored` undoes the reduction.
+    Features of points and regions are read with :meth:`table`. Iteration follows the order in which the maps were
+    written.
 
     Args:
         folder: the output folder of an extraction, with files or shards.
@@ -32,13 +40,46 @@ class MapFolder(Mapping[str, FeatureMap]):
     def __init__(self, folder: str | Path) -> None:
         self.folder: Path = check_field("folder", folder, path_like())
         self._files = {name: file for name, (_, file) in _read_entries(self.folder).items()}
+        self._holds_tables: bool | None = None
 
     def __getitem__(self, image: str) -> FeatureMap:
+        found = self._read(image)
+        if isinstance(found, FeatureTable):
+            raise BrixelError(
+                f"{self.folder} holds features of points or regions, no maps; get them with table({image!r})"
+            )
+        return found
+
+    def table(self, image: str) -> FeatureTable:
+        """The features of an image's points or regions, in a folder that holds those in place of maps.
+
+        Raises:
+            BrixelError: The folder holds maps; otherwise as a lookup.
+        """
+        found = self._read(image)
+        if isinstance(found, FeatureMap):
+            raise BrixelError(f"{self.folder} holds maps; get them with maps[{image!r}]")
+        return found
+
+    @functools.cached_property
+    def basis(self) -> ChannelBasis | None:
+        """The basis of maps that were reduced by ``pca``; None where the folder keeps none."""
+        path = self.folder / REDUCTION_FILE
+        return ChannelBasis.load(path)[0] if path.exists() else None
+
+    def _read(self, image: str) -> FeatureMap | FeatureTable:
+        """The map or table of an image, with its basis where the folder has it."""
         written = self._files[image]
         path = self.folder / written.file
-        if written.file != f"{image}{path.suffix}":
-            return _load_from_shard(path, image)
-        found = FeatureMap.load(path)
+        in_shard = written.file != f"{image}{path.suffix}"
+        found = _load_from_shard(path, image) if in_shard else self._load_from_file(path, image)
+        is_ours = BASIS_KEY in found.meta and self.basis is not None and self.basis.digest == found.meta[BASIS_KEY]
+        return dataclasses.replace(found, basis=self.basis) if is_ours else found
+
+    def _load_from_file(self, path: Path, image: str) -> FeatureMap | FeatureTable:
+        if self._holds_tables is None:  # all files of a folder are of one kind
+            self._holds_tables = is_table(path)
+        found = FeatureTable.load(path) if self._holds_tables else FeatureMap.load(path)
         stated = found.meta.get("picture", image)
         if PurePath(stated).name != PurePath(image).name and image.isprintable():  # other names may be stored escaped
             raise DamagedFileError(f"{path} is the map of {stated!r}, not of {image!r}: extract it again")
@@ -94,9 +135,18 @@ def _read_entries(folder: Path) -> dict[str, tuple[SourceImage, WrittenFile]]:
     return latest_by_image(read_manifests(folder))
 
 
-def _load_from_shard(path: Path, image: str) -> FeatureMap:
+def _load_from_shard(path: Path, image: str) -> FeatureMap | FeatureTable:
     with checking_content(path, "a shard of brixel", "extract again"), open_safetensors(path) as file:
         maps = parse_json((file.metadata() or {}).get(SHARD_KEY, "null"), path)
         if not isinstance(maps, dict) or image not in maps:
             raise BrixelError(f"it does not describe the map of {image}")
-        return FeatureMap(file.get_tensor(image), **check_table(f"the map of {image}", maps[image], GEOMETRY_RULES))
+        fields = maps[image]
+        tensors = read_parts(file, lambda part: image if part == "features" else part_key(part, image))
+        if isinstance(fields, dict) and "stride" not in fields:
+            return FeatureTable.from_stored(tensors, fields)
+        has_scales = isinstance(fields, dict) and "dtype" in fields
+        rules = {**GEOMETRY_RULES, "dtype": one_of(*DTYPES)} if has_scales else GEOMETRY_RULES
+        geometry = check_table(f"the map of {image}", fields, rules)
+        features, scales = values_of(tensors)
+        features = features.to(DTYPES[geometry.pop("dtype")]) if has_scales else features
+        return FeatureMap(features, **geometry, scales=scales)

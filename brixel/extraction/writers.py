@@ -6,18 +6,24 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from brixel.errors import BrixelError
 from brixel.extraction.manifest import SourceImage, WrittenFile, shard_number
 from brixel.feature_maps.feature_map import FeatureMap
-from brixel.feature_maps.storage import sidecar_path
+from brixel.feature_maps.feature_table import FeatureTable
+from brixel.feature_maps.reduction.steps import cast_features
+from brixel.feature_maps.storage import sidecar_path, stored_tensors
 from brixel.utils.atomic_files import atomic_path
+from brixel.utils.devices import dtype_name
 
 _MAX_NAME_BYTES = 255
 SHARD_KEY = "maps"  # in a shard's metadata: JSON of what the file of a single map holds besides its features
+Made = TypeVar("Made", FeatureMap, FeatureTable)
 
 
 class FileWriter:
@@ -36,9 +42,9 @@ class FileWriter:
                 "one"
             )
 
-    def add(self, source: SourceImage, feature_map: FeatureMap) -> WrittenFile:
+    def add(self, source: SourceImage, made: FeatureMap | FeatureTable) -> WrittenFile:
         """Write the map to its file."""
-        feature_map.save(self.prepare_path(source))
+        made.save(self.prepare_path(source))
         return self.sync(source)
 
     def prepare_path(self, source: SourceImage) -> Path:
@@ -71,7 +77,7 @@ class ShardWriter:
         # numbers go on after the last shard that is listed: one that was not listed is written over
         numbers = [found for file in written if (found := shard_number(file.file))]
         self._number = max((number for owner, number in numbers if owner == rank), default=-1) + 1
-        self._waiting: list[tuple[SourceImage, FeatureMap]] = []
+        self._waiting: list[tuple[SourceImage, dict[str, Tensor], dict[str, Any]]] = []
         self._waiting_bytes = 0
 
     def check_name(self, relative_path: str) -> None:
@@ -81,11 +87,12 @@ class ShardWriter:
         except UnicodeEncodeError as error:
             raise BrixelError(f"{relative_path!a} is no UTF-8, which a shard's names must be: rename it") from error
 
-    def add(self, source: SourceImage, feature_map: FeatureMap) -> WrittenFile | None:
+    def add(self, source: SourceImage, made: FeatureMap | FeatureTable) -> WrittenFile | None:
         """Take a map; if the shard would exceed its limit with it, the shard is written first."""
-        size_bytes = feature_map.features.nbytes
+        tensors, fields = _parts(made)
+        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         written = self.finish() if self._waiting_bytes + size_bytes > self._limit_bytes else None
-        self._waiting.append((source, feature_map))
+        self._waiting.append((source, tensors, fields))
         self._waiting_bytes += size_bytes
         return written
 
@@ -94,29 +101,43 @@ class ShardWriter:
         if not self._waiting:
             return None
         path = self._folder / f"maps-{self._rank}-{self._number:05d}.safetensors"
-        fields = {
-            source.relative_path: {"image_hw": made.image_hw, "stride": made.stride, "meta": dict(made.meta)}
-            for source, made in self._waiting
+        fields = {source.relative_path: described for source, _, described in self._waiting}
+        tensors = {
+            name if part == "features" else part_key(part, name): tensor
+            for name, parts in ((source.relative_path, parts) for source, parts, _ in self._waiting)
+            for part, tensor in parts.items()
         }
-        tensors = {source.relative_path: made.features.contiguous() for source, made in self._waiting}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, {SHARD_KEY: json.dumps(fields)})
-        written = _sync(self._folder, path, tuple(source for source, _ in self._waiting))
+        written = _sync(self._folder, path, tuple(source for source, _, _ in self._waiting))
         self._number += 1
         self._waiting, self._waiting_bytes = [], 0
         return written
+
+
+def part_key(part: str, image: str) -> str:
+    """The key in a shard of what an image has beside its features; no relative path begins with a slash."""
+    return f"/{part}/{image}"
+
+
+def _parts(made: FeatureMap | FeatureTable) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a shard holds of a map or a table: tensors by part, and a description."""
+    if isinstance(made, FeatureTable):
+        return made.stored()
+    fields = {"image_hw": made.image_hw, "stride": made.stride, "meta": dict(made.meta)}
+    if made.scales is not None:  # earlier versions refuse the field
+        fields["dtype"] = dtype_name(made.features.dtype)
+    return stored_tensors(made.features, made.scales), fields
 
 
 MapWriter = FileWriter | ShardWriter
 """Takes maps in order; ``add`` and ``finish`` return a file once it is safely on disk."""
 
 
-def convert(feature_map: FeatureMap, dtype: torch.dtype | None, **meta: str) -> FeatureMap:
+def convert(made: Made, dtype: torch.dtype | None, **meta: str) -> Made:
     """The map in the dtype to save, with ``meta`` added. Raises BrixelError where features overflow float16."""
-    features = feature_map.features if dtype is None else feature_map.features.to(dtype)
-    if dtype == torch.float16 and features.isinf().any() and not feature_map.features.isinf().any():
-        raise BrixelError(f"{meta.get('picture', 'a map')}: its features do not fit float16; save as bfloat16")
-    return dataclasses.replace(feature_map, features=features, meta={**feature_map.meta, **meta})
+    features = cast_features(made.features, dtype, meta.get("picture", ""))
+    return dataclasses.replace(made, features=features, meta={**made.meta, **meta})
 
 
 def file_size(path: Path) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from brixel.errors import BrixelError
 from brixel.feature_maps.matching import unit_cells
-from brixel.feature_maps.pca import MAX_FIT_CELLS, check_features, sample_cells
+from brixel.feature_maps.pca import MAX_FIT_CELLS, check_cells, sample_cells
 from brixel.utils.extras import import_extra
 from brixel.utils.torch_defaults import plain_defaults
 
@@ -23,7 +23,7 @@ def cluster_cells(features: Tensor, k: int, seed: int) -> Tensor:
     cells; there are fewer where fewer cells are distinct. See :meth:`brixel.FeatureMap.cluster`.
     """
     sklearn = import_extra("sklearn.cluster", extra="cluster", purpose="clusters")
-    check_features(features, "the feature map", features.shape[0], "it")
+    check_cells(features, "the feature map", features.shape[0], "it")
     cells = unit_cells(features.detach()).cpu()  # (Hf*Wf, D)
     if k > len(cells):
         raise BrixelError(f"k is {k}, and the map has {len(cells)} cells; expected at most as many clusters as cells")

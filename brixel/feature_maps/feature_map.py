@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from brixel.errors import BrixelError
+from brixel.feature_maps.channel_basis import ChannelBasis
 from brixel.feature_maps.clustering import cluster_cells
 from brixel.feature_maps.matching import Matches, nearest, refined, unit_cells
 from brixel.feature_maps.pca import PcaBasis
@@ -40,6 +41,7 @@ from brixel.utils.tensor_kinds import not_plain
 from brixel.utils.torch_defaults import plain_defaults
 
 _LARGEST = 2.0**53  # of sizes and strides: whole numbers up to here are exact as floats
+BASIS_KEY = "basis"  # in meta: the digest of the basis that the channels are coordinates in
 ROUNDING = 1e-6  # relative tolerance between the cells' extent and the image's size
 
 Number = TypeVar("Number", int, float)
@@ -57,6 +59,9 @@ class FeatureMap:
         image_hw: The image's height and width in pixels.
         stride: Distance (y, x) between neighbouring cells in pixels of the image; may be fractional.
         meta: How the map was made, as free-form texts; saved with the map, read-only.
+        scales: (D,), float32, of a map that ``Reduce("int8")`` made: its features are whole multiples of them, and
+            :meth:`save` writes those as int8.
+        basis: Of a map that ``Reduce("pca:32")`` made, what its channels are coordinates in; not saved with the map.
 
     Raises:
         BrixelError: Another shape or dtype, or cells that do not cover the image.
@@ -66,6 +71,8 @@ class FeatureMap:
     image_hw: tuple[int, int]
     stride: tuple[float, float]
     meta: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    scales: Tensor | None = dataclasses.field(default=None, kw_only=True)
+    basis: ChannelBasis | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_features(self.features)
@@ -73,13 +80,11 @@ class FeatureMap:
         object.__setattr__(self, "stride", _positive_pair("stride", self.stride, float))
         for axis in (0, 1):
             _check_cover("yx"[axis], self.grid_hw[axis], self.stride[axis], self.image_hw[axis])
-        texts = [*self.meta, *self.meta.values()] if isinstance(self.meta, Mapping) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise BrixelError(f"meta is {self.meta!r}; expected a mapping from strings to strings")
-        object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
+        object.__setattr__(self, "meta", MappingProxyType(checked_meta(self.meta)))
+        check_encoding(self.embed_dim, self.scales, self.basis)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapping proxy cannot be pickled or copied; a dict can
-        return type(self), (self.features, self.image_hw, self.stride, dict(self.meta))
+        return pickled(self)
 
     def __repr__(self) -> str:
         shape, dtype, device = tuple(self.features.shape), dtype_name(self.features.dtype), self.features.device
@@ -99,6 +104,8 @@ class FeatureMap:
     def to(self, device_or_dtype: torch.device | torch.dtype | str) -> FeatureMap:
         """Convert the features to another device or floating-point dtype.
 
+        A map that would be saved as int8 is saved in the dtype that is asked for.
+
         Args:
             device_or_dtype: As in ``Tensor.to``; names such as "cuda" and "float16" are accepted.
 
@@ -109,6 +116,7 @@ class FeatureMap:
             BrixelError: The dtype is not one that features may have.
         """
         target = DTYPES.get(device_or_dtype, device_or_dtype) if isinstance(device_or_dtype, str) else device_or_dtype
+        to_dtype = isinstance(target, torch.dtype)
         try:
             moved = self.features.to(target if isinstance(target, torch.dtype) else torch.device(target))
         except (TypeError, RuntimeError, AssertionError) as error:
@@ -119,7 +127,27 @@ class FeatureMap:
                 f"a map cannot be converted to {short_repr(device_or_dtype)} ({reason}); expected a device such as "
                 f"'cpu' or 'cuda', or one of {', '.join(DTYPES)}"
             ) from error
-        return dataclasses.replace(self, features=moved)
+        return dataclasses.replace(self, features=moved, scales=None if to_dtype else self.scales)
+
+    def restored(self, basis: ChannelBasis | None = None) -> FeatureMap:
+        """Give a map that was reduced by ``pca`` its D channels again: what the basis keeps of them.
+
+        Cells, dtype and size of the grid stay as they are. Similarities are the same before and after.
+
+        Args:
+            basis: As in ``Reduce.load("maps/reduce.safetensors").basis``; by default the one that the map has, as maps
+                from ``Reduce`` and ``MapFolder`` do.
+
+        Returns:
+            A new map; of a map that was not reduced by ``pca``, the same features.
+
+        Raises:
+            BrixelError: The basis is not at hand, or another one.
+        """
+        basis = own_basis(self.meta, self.basis if basis is None else basis)
+        features = self.features if basis is None else basis.restored(self.features)
+        meta = {name: text for name, text in self.meta.items() if name != BASIS_KEY}
+        return FeatureMap(features, self.image_hw, self.stride, meta)
 
     def numpy(self) -> npt.NDArray[Any]:
         """The features as an array (D, Hf, Wf); it shares memory if possible, and bfloat16 is converted to float32."""
@@ -192,7 +220,7 @@ class FeatureMap:
         if same_y or same_x:
             wide = torch.nn.functional.pad(wide, (0, same_x, 0, same_y), mode="replicate")
         resized = op.default(wide, list(out), False, scale_y, scale_x)[0].to(self.features.dtype)
-        return FeatureMap(resized, self.image_hw, stride, self.meta)
+        return FeatureMap(resized, self.image_hw, stride, self.meta, basis=self.basis)
 
     @plain_defaults()
     def similarity(self, to: Tensor | npt.ArrayLike, *, of: FeatureMap | None = None) -> Tensor:
@@ -323,17 +351,17 @@ class FeatureMap:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the map to a file, completely or not at all; an earlier file is replaced.
 
-        ``.safetensors`` holds everything. ``.npy`` is a plain array, with bfloat16 converted to float32; the rest is in
-        ``<name>.npy.json``, which is written first.
+        ``.safetensors`` holds everything but the basis. ``.npy`` is a plain array, with bfloat16 converted to float32;
+        the rest is in ``<name>.npy.json``, which is written first.
 
         Args:
             path: The file, ``*.safetensors`` or ``*.npy``.
 
         Raises:
-            BrixelError: Another suffix, or a missing folder.
+            BrixelError: Another suffix, a missing folder, or a map with scales as ``.npy``.
         """
         geometry = {"image_hw": self.image_hw, "stride": self.stride, "meta": dict(self.meta)}
-        save_map(check_field("path", path, path_like()), self.features, geometry)
+        save_map(check_field("path", path, path_like()), self.features, geometry, self.scales)
 
     def to_html(self, path: str | os.PathLike[str], image: Image.Image | npt.NDArray[np.uint8] | None = None) -> None:
         """Write a page in which one points at the map and sees what is similar, completely or not at all.
@@ -381,7 +409,8 @@ class FeatureMap:
             path: The file, ``*.safetensors`` or ``*.npy``.
 
         Returns:
-            The map, with the features on the CPU in their saved dtype.
+            The map, with the features on the CPU in the dtype that they had when they were saved; those that the file
+            holds as int8 as well.
 
         Raises:
             MissingFileError: There is no such file; it is a FileNotFoundError as well.
@@ -419,6 +448,56 @@ def _picture(image: object) -> Image.Image | None:
         f"image is {found}; expected a PIL image or an array (H, W, 3) of uint8; for a file or another kind of image "
         "call brixel.view(feature_map, path, images=image)"
     )
+
+
+def pickled(result: Any) -> tuple[Any, ...]:
+    """What ``__reduce__`` returns for a dataclass whose ``meta`` is a mapping proxy."""
+    fields = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    return _from_fields, (type(result), {**fields, "meta": dict(result.meta)})
+
+
+def _from_fields(kind: type[Any], fields: dict[str, Any]) -> Any:
+    return kind(**fields)
+
+
+def checked_meta(meta: object) -> dict[str, str]:
+    """The texts of a result's ``meta``. Raises BrixelError where they are none."""
+    texts = [*meta, *meta.values()] if isinstance(meta, Mapping) else [None]
+    if not isinstance(meta, Mapping) or not all(isinstance(text, str) for text in texts):
+        raise BrixelError(f"meta is {meta!r}; expected a mapping from strings to strings")
+    return dict(meta)
+
+
+def check_encoding(embed_dim: int, scales: object, basis: object) -> None:
+    """Raise BrixelError unless scales and basis are such, or None, of features with ``embed_dim`` channels."""
+    if scales is not None and not (isinstance(scales, Tensor) and scales.shape == (embed_dim,)):
+        given = tuple(scales.shape) if isinstance(scales, Tensor) else short_repr(scales)
+        raise BrixelError(f"scales are {given}; expected a tensor ({embed_dim},), one for each channel, or None")
+    if isinstance(scales, Tensor) and not (
+        scales.dtype == torch.float32 and bool(scales.isfinite().all() & (scales > 0).all())
+    ):
+        raise BrixelError("scales are not float32, finite and above zero; give those that Reduce('int8') makes")
+    if basis is not None and not (isinstance(basis, ChannelBasis) and len(basis.components) == embed_dim):
+        given = f"one of {len(basis.components)} components" if isinstance(basis, ChannelBasis) else short_repr(basis)
+        raise BrixelError(
+            f"the basis is {given}; expected one of {embed_dim} components, as many as there are channels"
+        )
+
+
+def own_basis(meta: Mapping[str, str], basis: ChannelBasis | None) -> ChannelBasis | None:
+    """The basis of a result, None where its ``meta`` names none. Raises BrixelError where it is missing or another."""
+    stated = meta.get(BASIS_KEY)
+    if stated is None and basis is None:
+        return None
+    if not isinstance(basis, ChannelBasis):
+        given = "it is not at hand" if basis is None else f"{short_repr(basis)} is none"
+        raise BrixelError(
+            f"the channels are coordinates in basis {stated}, and {given}; read the file through MapFolder, or give "
+            "basis=Reduce.load('maps/reduce.safetensors').basis"
+        )
+    if stated is not None and basis.digest != stated:
+        raise BrixelError(f"the channels are coordinates in basis {stated}, not in {basis.digest}; give that basis")
+    return basis
 
 
 def _check_features(features: object) -> None:

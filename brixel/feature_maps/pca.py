@@ -1,4 +1,4 @@
-"""Colours of feature maps: the first three principal components of one map or several.
+"""Principal directions of the cells of feature maps, and colours by the first three of one map or several.
 
 Shapes: D channels, H x W cells of a map, K cells that the fit uses.
 """
@@ -67,7 +67,7 @@ class PcaBasis:
         if not is_list or not features or not all(isinstance(each, Tensor) for each in features):
             raise BrixelError("no feature maps to fit a basis to; give at least one tensor (D, H, W), in a list")
         for position, feature_map in enumerate(features):
-            check_features(feature_map, f"feature map {position}", features[0].shape[0], "the first map")
+            check_cells(feature_map, f"feature map {position}", features[0].shape[0], "the first map")
         cells = sample_cells(features)  # (D, K)
         mean = cells.mean(dim=1)
         components = _leading_directions(cells, mean)
@@ -89,15 +89,15 @@ class PcaBasis:
         Raises:
             BrixelError: Another shape, another D than the basis has, or values that are not finite.
         """
-        check_features(features, "the feature map", self.mean.shape[0], "the basis")
+        check_cells(features, "the feature map", self.mean.shape[0], "the basis")
         low, span = self.low[:, None, None], (self.high - self.low)[:, None, None]
         scaled = (_project(features, self.mean, self.components) - low) / torch.where(span > 0, span, 1)
         colours = torch.where(span > 0, scaled, 0.5).clamp(0, 1)
         return rearrange((colours * 255).round().to(torch.uint8), "rgb H W -> H W rgb").contiguous().numpy()
 
 
-def check_features(features: Tensor, name: str, embed_dim: int, other: str) -> None:
-    """Raise BrixelError where ``features`` are not (D, H, W), D not that of the ``other``, or values not finite."""
+def check_cells(features: Tensor, name: str, embed_dim: int, other: str) -> None:
+    """Raise BrixelError unless ``features`` are finite and (D, H, W), with as many channels as ``other`` has."""
     if features.ndim != 3 or 0 in features.shape:
         raise BrixelError(f"{name} has shape {tuple(features.shape)}; expected (D, H, W), none of them zero")
     if features.shape[0] != embed_dim:
@@ -125,13 +125,22 @@ def sample_cells(features: Sequence[Tensor]) -> Tensor:
 def _leading_directions(cells: Tensor, mean: Tensor) -> Tensor:
     """Up to three eigenvectors of the covariance as rows, signs fixed, padded with zeros: (3, D)."""
     centred = cells - mean[:, None]  # (D, K)
-    variances, vectors = torch.linalg.eigh(centred @ centred.T / cells.shape[1])  # rising variance
+    variances, directions = directions_by_variance(centred @ centred.T / cells.shape[1])
     components = torch.zeros(3, len(mean), dtype=cells.dtype, device="cpu")
-    spread = variances > ROUNDING**2 * cells.square().mean()
-    kept = vectors[:, spread].flip(1)[:, :3].T
-    largest = kept.gather(1, kept.abs().argmax(dim=1, keepdim=True))
-    components[: len(kept)] = kept * largest.sign()
+    kept = directions[variances > ROUNDING**2 * cells.square().mean()][:3]
+    components[: len(kept)] = kept
     return components
+
+
+def directions_by_variance(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of a covariance (D, D) or another second moment, falling, and its eigenvectors as rows.
+
+    The entry of largest magnitude of every row is positive, so that the signs do not depend on the library.
+    """
+    values, vectors = torch.linalg.eigh(moment)  # rising
+    rows = vectors.flip(1).T
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    return values.flip(0), rows * largest.sign()
 
 
 def _project(features: Tensor, mean: Tensor, components: Tensor) -> Tensor:

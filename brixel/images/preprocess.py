@@ -43,7 +43,7 @@ class ImagePlacement:
         *,
         meta: Mapping[str, str] | None = None,
         in_place: bool = False,
-        detach: bool = True,
+        as_view: bool = False,
     ) -> FeatureMap:
         """Make the feature map of the image from a model's output: remove the padding, and attach the geometry.
 
@@ -52,11 +52,10 @@ class ImagePlacement:
                 device: u is 4 for the dense map, 1 for the backbone's own.
             meta: More texts for the map's ``meta``.
             in_place: Reuse the memory of ``features``, which must not be used afterwards.
-            detach: Whether the map is a copy on the CPU without gradient. False gives a view of ``features`` on its
-                device, through which gradients flow.
+            as_view: Leave the features where they are: the map is a part of them, and gradients flow through it.
 
         Returns:
-            The map.
+            The map, on the CPU; ``as_view``, on the device of ``features``.
 
         Raises:
             BrixelError: The features have another shape than the patches of this image.
@@ -70,11 +69,8 @@ class ImagePlacement:
                 f"{patches_hw[1]} patches of this image, without a batch's axis: give features[i]"
             )
         height, width = grid.map_hw(upscale)
-        if in_place:
-            cells = crop(features, (height, width))
-        else:
-            cells = features[:, :height, :width]
-            cells = cells.detach().cpu().clone() if detach else cells
+        part = features[:, :height, :width]
+        cells = part if as_view else crop(features, (height, width)) if in_place else part.detach().cpu().clone()
         return FeatureMap(cells, grid.image_hw, grid.map_stride(upscale), {**self.meta, **(meta or {})})
 
 

@@ -30,6 +30,7 @@ def run_batches(
     batch_size: int,
     max_in_flight: Callable[[], int] = lambda: sys.maxsize,
     max_batch: Callable[[tuple[int, int]], int] = lambda image_hw: sys.maxsize,
+    finish: Callable[[Result, Tag], Result] = lambda result, tag: result,
 ) -> Iterator[tuple[Result | None, Tag]]:
     """Run ``forward`` over images, lazily and in order.
 
@@ -42,6 +43,7 @@ def run_batches(
         batch_size: Images in a batch at most.
         max_in_flight: Images and results that may be held; `BATCHES_IN_FLIGHT` batches' worth at most in any case.
         max_batch: Images of a size (H, W) in a batch at most, where that is less than ``batch_size``.
+        finish: Makes of a result what waits until it is yielded.
 
     Yields:
         The result and the tag of every item.
@@ -67,13 +69,13 @@ def run_batches(
             group.append(image)
             height, width = image.pixels.shape[1:]
             if len(group) >= min(batch_size, max_batch((height, width))):
-                _run(forward, groups.pop(image.pixels.shape))
+                _run(forward, groups.pop(image.pixels.shape), finish)
         yield from _finished(queue)
         while queue and len(queue) >= min(most, max_in_flight()):  # the oldest waits no longer for its batch to fill
-            _run(forward, groups.pop(next(iter(groups))))
+            _run(forward, groups.pop(next(iter(groups))), finish)
             yield from _finished(queue)
     for group in groups.values():
-        _run(forward, group)
+        _run(forward, group, finish)
         yield from _finished(queue)
     if failure is not None:
         raise failure
@@ -86,11 +88,15 @@ def _finished(queue: deque[QueuedImage[Tag, Result]]) -> Iterator[tuple[Result |
         yield image.result, image.tag
 
 
-def _run(forward: Callable[[Tensor], Iterable[Result]], group: list[QueuedImage[Tag, Result]]) -> None:
+def _run(
+    forward: Callable[[Tensor], Iterable[Result]],
+    group: list[QueuedImage[Tag, Result]],
+    finish: Callable[[Result, Tag], Result],
+) -> None:
     pixels = [image.pixels for image in group if image.pixels is not None]
     # no_grad rather than inference_mode: a probe may be trained on the results
     with torch.no_grad():
         # one image is not copied into a batch: it may be most of the memory
         results = forward(pixels[0][None] if len(pixels) == 1 else torch.stack(pixels))
-    for image, result in zip(group, results, strict=True):
-        image.pixels, image.result = None, result
+        for image, result in zip(group, results, strict=True):
+            image.pixels, image.result = None, finish(result, image.tag)

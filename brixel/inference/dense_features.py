@@ -5,13 +5,16 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Self, cast
+from typing import Any, Self, TypedDict, Unpack, cast, overload
 
 from torch import Tensor
 
 from brixel.backbones.base import Backbone
+from brixel.errors import BrixelError
 from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.feature_table import FeatureTable
 from brixel.feature_maps.memmap_writer import check_map_path, make_map_file
+from brixel.feature_maps.reduction.reduce import Reduce
 from brixel.images.load import ImageInput
 from brixel.images.patch_grid import plan_patch_grid
 from brixel.images.preprocess import ImagePlacement, Preprocessor
@@ -30,6 +33,20 @@ from brixel.utils.torch_defaults import plain_defaults
 _LOG = logging.getLogger("brixel")
 PathLike = str | os.PathLike[str]
 _SIZE = several(whole_number(1), "height and width in pixels, such as (480, 640)", count=2)
+
+
+class _MapOptions(TypedDict, total=False):
+    """How maps are computed, for the signatures of methods below."""
+
+    scale: int | None
+    short_side_px: int | str | None
+    memory_limit: int | str | None
+    tiles: str
+
+
+class _StreamOptions(_MapOptions, total=False):
+    batch_size: int
+    workers: int
 
 
 class DenseFeatures(Student):
@@ -87,6 +104,12 @@ class DenseFeatures(Student):
         """Distance between neighbouring cells of the dense map, in pixels of the model's input: a quarter patch."""
         return self.patch_px / self.scale
 
+    @overload
+    def extract(
+        self, image: ImageInput, *, reduce: None = None, out: PathLike | None = None, **options: Unpack[_MapOptions]
+    ) -> FeatureMap: ...
+    @overload
+    def extract(self, image: ImageInput, *, reduce: Reduce | str, **options: Unpack[_MapOptions]) -> Any: ...
     def extract(
         self,
         image: ImageInput,
@@ -95,8 +118,9 @@ class DenseFeatures(Student):
         short_side_px: int | str | None = None,
         memory_limit: int | str | None = None,
         tiles: str = "auto",
+        reduce: Reduce | str | None = None,
         out: PathLike | None = None,
-    ) -> FeatureMap:
+    ) -> FeatureMap | FeatureTable:
         """Compute the dense features of one image.
 
         The image is resized, then padded to whole patches; the map is cropped back to the image.
@@ -111,21 +135,35 @@ class DenseFeatures(Student):
                 included; None for what is free there, less a margin. See `docs/memory.md`.
             tiles: "auto" computes the map in blended tiles, an approximation, where nothing exact fits; "never" raises
                 instead; "always" takes tiles for every image that is larger than one.
+            reduce: What becomes of the map before it is returned, such as "stride:8,int8" or a fitted
+                :class:`brixel.Reduce` (`docs/reduction.md`).
             out: A `.npy` file that the map is written to while it is computed, for maps larger than memory.
 
         Returns:
-            The map on the CPU, features (D, Hf, Wf).
+            The map on the CPU, features (D, Hf, Wf); a :class:`brixel.FeatureTable` where ``reduce`` keeps points or
+            regions of masks.
 
         Raises:
             ImageError: The image cannot be used.
             MemoryLimitError: The image does not fit into the limit.
-            BrixelError: An argument is out of range, or ``out`` cannot be written.
+            BrixelError: An argument is out of range, or ``out`` cannot be written, or ``reduce`` not be done.
         """
         if out is None:
-            maps = self.stream(
-                [image], scale=scale, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles, workers=0
+            results = self._results(
+                [image],
+                scale=scale,
+                short_side_px=short_side_px,
+                memory_limit=memory_limit,
+                tiles=tiles,
+                reduce=reduce,
+                workers=0,
             )
-            return next(maps)
+            return next(raise_errors(results))
+        if reduce is not None:
+            raise BrixelError(
+                "a map that is written to out= while it is computed is never there as a whole to be reduced; leave out "
+                "one of both"
+            )
         self._say_if_untrained()
         scaled = self._to_run(scale, memory_limit)
         forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles)
@@ -139,6 +177,14 @@ class DenseFeatures(Student):
         shape, stride = (self.embed_dim, *geometry.map_hw(scaled.scale)), geometry.map_stride(scaled.scale)
         return make_map_file(path, shape, self.dtype, fill, image_hw=geometry.image_hw, stride=stride)
 
+    @overload
+    def stream(
+        self, images: Iterable[ImageInput], *, reduce: None = None, **options: Unpack[_StreamOptions]
+    ) -> Iterator[FeatureMap]: ...
+    @overload
+    def stream(
+        self, images: Iterable[ImageInput], *, reduce: Reduce | str, **options: Unpack[_StreamOptions]
+    ) -> Iterator[Any]: ...
     def stream(
         self,
         images: Iterable[ImageInput],
@@ -148,8 +194,9 @@ class DenseFeatures(Student):
         short_side_px: int | str | None = None,
         memory_limit: int | str | None = None,
         tiles: str = "auto",
+        reduce: Reduce | str | None = None,
         workers: int = 2,
-    ) -> Iterator[FeatureMap]:
+    ) -> Iterator[FeatureMap] | Iterator[FeatureMap | FeatureTable]:
         """Compute the dense features of many images, lazily and in order.
 
         Args:
@@ -160,28 +207,38 @@ class DenseFeatures(Student):
             short_side_px: As for :meth:`extract`.
             memory_limit: As for :meth:`extract`; it also bounds images and maps that wait.
             tiles: As for :meth:`extract`.
+            reduce: As for :meth:`extract`; every map is reduced at once, so that only reduced ones wait.
             workers: Threads that decode ahead, by a batch and two images per thread; 0 decodes when an image's turn
                 comes.
 
         Yields:
-            The map of every image.
+            The map of every image, or its :class:`brixel.FeatureTable`.
 
         Raises:
             ImageError: An image cannot be used; raised after the maps of those before it.
             MemoryLimitError: An image does not fit into the limit; raised likewise.
             BrixelError: An argument is out of range.
         """
-        results = self.stream_all(
+        results = self._results(
             images,
             batch_size=batch_size,
             scale=scale,
             short_side_px=short_side_px,
             memory_limit=memory_limit,
             tiles=tiles,
+            reduce=reduce,
             workers=workers,
         )
         return raise_errors(results)
 
+    @overload
+    def stream_all(
+        self, images: Iterable[ImageInput], *, reduce: None = None, **options: Unpack[_StreamOptions]
+    ) -> Iterator[FeatureMap | Exception]: ...
+    @overload
+    def stream_all(
+        self, images: Iterable[ImageInput], *, reduce: Reduce | str, **options: Unpack[_StreamOptions]
+    ) -> Iterator[Any]: ...
     def stream_all(
         self,
         images: Iterable[ImageInput],
@@ -191,8 +248,9 @@ class DenseFeatures(Student):
         short_side_px: int | str | None = None,
         memory_limit: int | str | None = None,
         tiles: str = "auto",
+        reduce: Reduce | str | None = None,
         workers: int = 2,
-    ) -> Iterator[FeatureMap | Exception]:
+    ) -> Iterator[FeatureMap | Exception] | Iterator[FeatureMap | FeatureTable | Exception]:
         """Do what :meth:`stream` does, but go on after an image that cannot be used or does not fit.
 
         Args:
@@ -202,6 +260,7 @@ class DenseFeatures(Student):
             short_side_px: The short side in pixels after resizing.
             memory_limit: Bytes or text such as "4GiB".
             tiles: "auto", "never" or "always".
+            reduce: Such as "stride:8,int8", or a fitted :class:`brixel.Reduce`.
             workers: Threads that decode ahead.
 
         Yields:
@@ -210,10 +269,38 @@ class DenseFeatures(Student):
         Raises:
             BrixelError: An argument is out of range.
         """
+        return self._results(
+            images,
+            batch_size=batch_size,
+            scale=scale,
+            short_side_px=short_side_px,
+            memory_limit=memory_limit,
+            tiles=tiles,
+            reduce=reduce,
+            workers=workers,
+        )
+
+    def _results(
+        self,
+        images: Iterable[ImageInput],
+        *,
+        reduce: Reduce | str | None,
+        batch_size: int = 1,
+        scale: int | None,
+        short_side_px: int | str | None,
+        memory_limit: int | str | None,
+        tiles: str,
+        workers: int,
+    ) -> Iterator[FeatureMap | FeatureTable | Exception]:
+        """What :meth:`stream_all` yields."""
         self._say_if_untrained()
+        fitted = None if reduce is None else Reduce.of(reduce).fitted()
+        if fitted is not None:
+            fitted.check_model(self.config.backbone.title, self.embed_dim)
         scaled = self._to_run(scale, memory_limit)
         forward = MemoryLimitedForward(scaled, limit=memory_limit, tiles=tiles, batch=batch_size)
-        stream = FeatureStream(forward, self.preparation(short_side_px), batch_size=batch_size, workers=workers)
+        prepare = self.preparation(short_side_px)
+        stream = FeatureStream(forward, prepare, batch_size=batch_size, workers=workers, reduce=fitted)
         return stream.maps_or_errors(images)
 
     def prepare(self, image: ImageInput, *, short_side_px: int | str | None = None) -> tuple[Tensor, ImagePlacement]:

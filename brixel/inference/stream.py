@@ -1,15 +1,21 @@
 """Many images in, their feature maps out: decoded ahead, computed in batches, in order."""
 
+import dataclasses
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.feature_maps.feature_map import FeatureMap
+from brixel.feature_maps.feature_table import FeatureTable
+from brixel.feature_maps.reduction.reduce import Reduce
 from brixel.images.load import ImageInput
 from brixel.images.preprocess import ImagePlacement, Preprocessor
 from brixel.inference.batching import run_batches
@@ -18,8 +24,20 @@ from brixel.inference.prefetch import prefetch
 from brixel.utils.fields import Rule, check_field, short_repr, whole_number
 from brixel.utils.out_of_memory import is_out_of_memory
 
+Result = TypeVar("Result", bound=FeatureMap | FeatureTable)
 _POSITIVE = Rule("a positive whole number", whole_number(1).convert)
 _ZERO_OR_POSITIVE = Rule("zero or a positive whole number", whole_number().convert)
+
+
+class _Image(NamedTuple):
+    """The path of an image, "" for one in memory, and its placement, or what is wrong with it."""
+
+    name: str
+    placement: ImagePlacement | Exception
+
+
+_Computed = ComputedMap | FeatureMap | FeatureTable | Exception
+"""What waits until it is yielded: a map as the model gave it, or a reduced one."""
 
 
 class FeatureStream:
@@ -30,21 +48,29 @@ class FeatureStream:
         preprocessor: Makes pixels of an image.
         batch_size: Images of one size that share a batch at most.
         workers: Threads that decode ahead; 0 decodes when an image's turn comes.
+        reduce: What becomes of every map, at once and on the model's device where the map lies there.
 
     Raises:
         BrixelError: ``batch_size`` or ``workers`` is out of range.
     """
 
     def __init__(
-        self, forward: MemoryLimitedForward, preprocessor: Preprocessor, *, batch_size: int, workers: int
+        self,
+        forward: MemoryLimitedForward,
+        preprocessor: Preprocessor,
+        *,
+        batch_size: int,
+        workers: int,
+        reduce: Reduce | None = None,
     ) -> None:
         self._forward = forward
         self._preprocessor = preprocessor
         self._batch_size = check_field("batch_size", batch_size, _POSITIVE)
         self._workers = check_field("workers", workers, _ZERO_OR_POSITIVE)
+        self._reduce = reduce
 
-    def maps_or_errors(self, images: Iterable[ImageInput]) -> Iterator[FeatureMap | Exception]:
-        """The map of every image, or its error where it cannot be used or does not fit."""
+    def maps_or_errors(self, images: Iterable[ImageInput]) -> Iterator[FeatureMap | FeatureTable | Exception]:
+        """The map of every image, reduced if asked for, or its error where it cannot be used or does not fit."""
         budget = self._forward.budget
         prepared = prefetch(
             self._prepare,
@@ -61,33 +87,68 @@ class FeatureStream:
             batch_size=self._batch_size,
             max_in_flight=budget.max_in_flight,
             max_batch=budget.max_batch,
+            finish=_as_computed if self._reduce is None else functools.partial(self._reduced, self._reduce),
         )
         return itertools.starmap(self._finish, results)
 
-    def _prepare(self, image: ImageInput) -> tuple[Tensor | None, ImagePlacement | Exception]:
+    def _prepare(self, image: ImageInput) -> tuple[Tensor | None, _Image]:
+        name = "" if _in_memory(image) else os.fspath(image)  # type: ignore[arg-type]
         try:
-            return prepare_image(self._preprocessor, image, self._forward.check)
+            pixels, placement = prepare_image(self._preprocessor, image, self._forward.check)
         except BrixelError as error:
-            return None, error
+            return None, _Image(name, error)
+        return pixels, _Image(name, placement)
 
-    def _compute(self, pixels: Tensor) -> Sequence[ComputedMap | Exception]:
+    def _compute(self, pixels: Tensor) -> Sequence[_Computed]:
         """The maps of a batch; where it does not fit, of each image alone, or its error."""
         try:
-            return self._forward(pixels)
+            return self._forward(pixels, on_device=self._reduce is not None)
         except MemoryLimitError as error:
             if len(pixels) == 1:
                 return [error.with_traceback(None)]  # which would hold the pixels
         return [result for image in pixels.split(1) for result in self._compute(image)]
 
-    def _finish(
-        self, computed: ComputedMap | Exception | None, placement: ImagePlacement | Exception
-    ) -> FeatureMap | Exception:
-        if isinstance(computed, Exception):
+    def _reduced(self, reduce: Reduce, computed: _Computed, image: _Image) -> _Computed:
+        """The reduced map on the CPU, which shares no memory with the batch; an error as it is, or that of the step."""
+        if not isinstance(computed, ComputedMap):
             return computed
-        if computed is None or isinstance(placement, Exception):
-            assert isinstance(placement, Exception)
-            return placement
-        return placement.feature_map(computed.features, meta=computed.meta, in_place=True)
+        assert isinstance(image.placement, ImagePlacement)
+        whole = image.placement.feature_map(computed.features, meta=computed.meta, as_view=True)
+        try:
+            return _alone_on_host(_on_any_device(reduce, whole, image.name))
+        except BrixelError as error:
+            return error.with_traceback(None)  # which would hold the map
+
+    def _finish(self, computed: _Computed | None, image: _Image) -> FeatureMap | FeatureTable | Exception:
+        if computed is None:
+            assert isinstance(image.placement, Exception)
+            return image.placement
+        if not isinstance(computed, ComputedMap):
+            return computed
+        assert isinstance(image.placement, ImagePlacement)
+        return image.placement.feature_map(computed.features, meta=computed.meta, in_place=True)
+
+
+def _as_computed(computed: _Computed, image: _Image) -> _Computed:
+    return computed
+
+
+def _on_any_device(reduce: Reduce, whole: FeatureMap, name: str) -> FeatureMap | FeatureTable:
+    """The reduced map, computed on the CPU where the device has too little memory for it."""
+    try:
+        return reduce(whole, name)
+    except Exception as error:
+        if whole.features.device.type == "cpu" or not is_out_of_memory(error):
+            raise
+    return reduce(whole.to("cpu"), name)  # outside the except block, where the traceback would hold what was computed
+
+
+def _alone_on_host(reduced: FeatureMap | FeatureTable) -> FeatureMap | FeatureTable:
+    """The same on the CPU, in memory of its own."""
+    features = reduced.features.cpu()
+    if features.untyped_storage().nbytes() > features.nbytes:
+        features = features.clone(memory_format=torch.contiguous_format)
+    return dataclasses.replace(reduced, features=features)
 
 
 def several_images(images: Iterable[ImageInput]) -> Iterable[ImageInput]:
@@ -100,7 +161,7 @@ def several_images(images: Iterable[ImageInput]) -> Iterable[ImageInput]:
     return images
 
 
-def raise_errors(results: Iterable[FeatureMap | Exception]) -> Iterator[FeatureMap]:
+def raise_errors(results: Iterable[Result | Exception]) -> Iterator[Result]:
     """The maps; an error in the place of one is raised in its turn."""
     for result in results:
         if isinstance(result, Exception):

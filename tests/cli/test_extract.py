@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from brixel import FeatureMap, MapFolder
+from brixel import FeatureMap, MapFolder, Reduce
 
 
 def test_extract_reports_unreadable_files_and_exits_with_one(run, model_folder, image_path, tmp_path, capsys, caplog):
@@ -213,3 +213,49 @@ def test_a_file_of_another_ending_is_not_made_a_folder(run, model_folder, image_
         in capsys.readouterr().err
     )
     assert not (tmp_path / "one.txt").exists()
+
+
+def test_extract_reduces_and_keeps_the_basis(run, model_folder, image_path, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.open(image_path).save(tmp_path / "in" / name)
+    out = tmp_path / "out"
+    arguments = ("extract", tmp_path / "in", "--model", model_folder, "-o", out, "--reduce", "pca:4,int8")
+    assert run(*arguments, "--fit-only") == 0
+    kept = Reduce.load(out / "reduce.safetensors")
+    assert capsys.readouterr().out.startswith(f"pca:4 (basis {kept.basis.digest}),int8: ")
+    assert run(*arguments, "--fit-only", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["basis"] == kept.basis.digest
+    assert run(*arguments, "--reduce-sample", 1) == 0
+    assert "2 written" in capsys.readouterr().out
+    assert MapFolder(out)["a.png"].restored().embed_dim == 64
+    one = tmp_path / "one.safetensors"
+    photo = ("extract", tmp_path / "in/a.png", "--model", model_folder, "-o", one, "--reduce")
+    assert run(*photo, out / "reduce.safetensors") == 0
+    assert torch.equal(FeatureMap.load(one).features, MapFolder(out)["a.png"].features)
+    assert run(*photo, out / "reduce.safetensors", "--overwrite", "--save-dtype", "float16") == 2
+    assert "leave out --save-dtype, or the dtype of the reduction" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-o", "one.safetensors", "--reduce", "pca:4"), "pca:4 needs a basis, which is fitted to many images"),
+        (("-o", "one.npy", "--reduce", "int8"), "npy does not support scales of int8"),
+        (("-o", "out", "--fit-only"), "--fit-only goes with --reduce, such as --reduce pca:32,int8"),
+        (("-o", "out", "--reduce", "pca:4", "--fit-only", "--overwrite"), "and without --overwrite"),
+        (("-o", "out", "--reduce", "int8", "--fit-only"), "int8 needs no basis; --fit-only is for pca"),
+        (("-o", "out", "--reduce", "pca32"), "the reduction has a step 'pca32'; expected one of pca:K"),
+        (("-o", "out", "--reduce", "nowhere.safetensors"), "nowhere.safetensors"),
+    ],
+)
+def test_reductions_that_cannot_be_done_are_one_line(
+    run, model_folder, image_path, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.iterdir())
+    assert run("extract", image_path, "--model", model_folder, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == before

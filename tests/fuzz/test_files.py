@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from brixel import BrixelError, BrixelFeatures, FeatureMap, MapFolder
+from brixel import BrixelError, BrixelFeatures, FeatureMap, FeatureTable, MapFolder, Reduce
 from brixel.checkpoints.weight_files import read_tensors
 from brixel.evaluate.datasets.depth_normals import read_measured
 from brixel.evaluate.datasets.labelled import read_labelled
@@ -169,13 +169,32 @@ def test_maps(damaged, tmp_path, ending, dtype) -> None:
     damaged(f"maps, {ending}", files, lambda folder: use_map(FeatureMap.load(folder / f"a.{ending}")))
 
 
+@pytest.mark.parametrize("steps", ["int8", "points", "basis"])
+def test_reduced_maps_and_bases(damaged, tmp_path, steps) -> None:
+    feature_map = FeatureMap(torch.rand(4, 3, 2), (12, 8), (4.0, 4.0), {"model": "x"})
+    path = tmp_path / "a.safetensors"
+    if steps == "int8":
+        Reduce("int8")(feature_map).save(path)
+    elif steps == "points":
+        (Reduce.points([(1, 2), (3, 4)]) + "int8")(feature_map).save(path)
+    else:
+        Reduce("pca:2,int8").fit([feature_map]).save(path)
+    read = {
+        "int8": lambda folder: use_map(FeatureMap.load(folder / "a.safetensors")),
+        "points": lambda folder: repr(FeatureTable.load(folder / "a.safetensors")),
+        "basis": lambda folder: Reduce.load(folder / "a.safetensors")(feature_map),
+    }
+    damaged(f"reduced, {steps}", folder_files(tmp_path, {".safetensors": mutate_safetensors}), read[steps])
+
+
+@pytest.mark.parametrize("reduce", [None, "pca:3,int8"])
 @pytest.mark.parametrize("shard_bytes", [None, 10**5])
-def test_folders_of_maps(damaged, model, image_path, tmp_path, shard_bytes, caplog) -> None:
+def test_folders_of_maps(damaged, model, image_path, tmp_path, shard_bytes, reduce, caplog) -> None:
     (tmp_path / "photos/sub").mkdir(parents=True)
     for name in ("a.png", "sub/b.png"):
         shutil.copy(image_path, tmp_path / "photos" / name)
     images = find_images([tmp_path / "photos"])
-    extract_files(model, images, tmp_path / "maps", shard_bytes=shard_bytes)
+    extract_files(model, images, tmp_path / "maps", shard_bytes=shard_bytes, reduce=reduce)
     caplog.clear()  # that the model is not trained
     files = folder_files(tmp_path / "maps", {".jsonl": mutate_lines, ".safetensors": mutate_safetensors})
     files["manifest-0.jsonl"] = (files["manifest-0.jsonl"][0], mutate_lines)

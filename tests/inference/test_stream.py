@@ -1,15 +1,20 @@
 """Many images within a limit, which also bounds images decoded ahead and maps that wait for their turn."""
 
+import gc
 import itertools
+import types
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from brixel import BrixelFeatures, MemoryLimitError
+from brixel import BrixelFeatures, MemoryLimitError, Reduce
 from brixel.inference.memory.allocation_tracker import AllocationTracker, weights_and_buffers
+from brixel.inference.memory.limited_forward import MemoryLimitedForward
 from brixel.inference.memory.prediction import Job, needed_bytes
 from brixel.inference.memory.strategies import RowChunks, Whole
+from brixel.inference.stream import FeatureStream, _on_any_device
 
 MIB = 2**20
 
@@ -36,6 +41,21 @@ def test_the_limit_holds_over_a_stream_of_mixed_sizes(tiny, images, spare_mib):
         found = [next(stream).numpy().copy() for _ in images]  # arrays are not counted
     for features, whole in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.from_numpy(features), whole, rtol=1e-4, atol=1e-4)
+    assert tracker.peak <= limit + 2 * images[0].nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduce", ["int8", "stride:6,float16", "regions:16x16"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_limit_holds_while_maps_are_reduced(tiny, images, reduce, batch_size):
+    """What a step takes is less than the activations of the batch, which are free by then."""
+    limit = max(needed_bytes(tiny, Whole(batch_size), Job(batch_size, size)) for size in ((96, 128), (128, 96)))
+    options = {"short_side_px": "native", "memory_limit": limit, "batch_size": batch_size, "workers": 0}
+    list(tiny.stream(images[:2], reduce=reduce, **options))  # predictions are kept
+    with AllocationTracker("cpu") as tracker:
+        tracker.track(weights_and_buffers(tiny))
+        for found in tiny.stream(images, reduce=reduce, **options):
+            del found
     assert tracker.peak <= limit + 2 * images[0].nbytes
 
 
@@ -96,3 +116,47 @@ def test_results_on_cuda_leave_it_before_they_wait(images):
     for feature_map, whole in zip(found, expected, strict=True):
         assert feature_map.features.device.type == "cpu"
         torch.testing.assert_close(feature_map.features, whole, rtol=1e-4, atol=1e-4)
+
+
+class Elsewhere:
+    """A map on a device that runs out of memory when it is reduced there."""
+
+    def __init__(self, kind="cuda"):
+        self.features = types.SimpleNamespace(device=types.SimpleNamespace(type=kind))
+
+    def to(self, device):
+        return Elsewhere(device)
+
+
+def test_a_map_is_reduced_on_the_cpu_where_its_device_runs_out():
+    tried = []
+
+    def reduce(whole, name):
+        tried.append((whole.features.device.type, name))
+        if whole.features.device.type == "cuda":
+            raise torch.OutOfMemoryError("out of memory")
+        return "reduced"
+
+    assert _on_any_device(reduce, Elsewhere(), "a.jpg") == "reduced"
+    assert tried == [("cuda", "a.jpg"), ("cpu", "a.jpg")]
+    with pytest.raises(torch.OutOfMemoryError):
+        _on_any_device(lambda whole, name: reduce(Elsewhere(), name), Elsewhere("cpu"), "")
+
+
+def test_maps_are_reduced_before_they_wait(tiny, images):
+    """After a batch, nothing but the reduced maps is held."""
+    alive = []
+
+    def noting(feature_map, name=""):
+        alive.append(weakref.ref(feature_map.features.untyped_storage()))
+        return reduce(feature_map, name)
+
+    reduce = Reduce("regions:2x2")
+    stream = FeatureStream(MemoryLimitedForward(tiny, batch=3), tiny.preparation(64), batch_size=3, workers=0)
+    stream._reduce = noting
+    results = stream.maps_or_errors(images[::2][:3])
+    first = next(results)
+    gc.collect()
+    assert len(alive) == 3
+    assert [storage() for storage in alive] == [None] * 3
+    assert first.grid_hw == (2, 2)

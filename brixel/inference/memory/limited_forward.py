@@ -25,7 +25,7 @@ _LOG = logging.getLogger("brixel")
 
 
 class ComputedMap(NamedTuple):
-    """A dense map (D, 4h, 4w) on the CPU, and what its meta says of tiles: nothing where there were none."""
+    """A dense map (D, 4h, 4w), and what its meta says of tiles: nothing where there were none."""
 
     features: Tensor
     meta: Mapping[str, str]
@@ -54,10 +54,13 @@ class MemoryLimitedForward:
         self.budget = MemoryBudget(self._planner, batch)
         self._warned: set[str] = set()
 
-    def __call__(self, pixels: Tensor) -> list[ComputedMap]:
-        """Compute the maps of ``pixels`` (B, 3, H, W) on the CPU. Raises MemoryLimitError."""
+    def __call__(self, pixels: Tensor, *, on_device: bool = False) -> list[ComputedMap]:
+        """Compute the maps of ``pixels`` (B, 3, H, W), on the CPU. Raises MemoryLimitError.
+
+        ``on_device``: maps that were computed whole stay on the model's device.
+        """
         job = Job(pixels.shape[0], (pixels.shape[2], pixels.shape[3]))
-        maps, meta = self._run(job, pixels, None)
+        maps, meta = self._run(job, pixels, None, on_device)
         return [ComputedMap(dense, meta) for dense in maps]
 
     def fill(self, pixels: Tensor, out: Tensor) -> Mapping[str, str]:
@@ -74,7 +77,9 @@ class MemoryLimitedForward:
         self.budget.add_image(job)
 
     @plain_defaults()
-    def _run(self, job: Job, pixels: Tensor, out: Tensor | None) -> tuple[list[Tensor], dict[str, str]]:
+    def _run(
+        self, job: Job, pixels: Tensor, out: Tensor | None, on_device: bool = False
+    ) -> tuple[list[Tensor], dict[str, str]]:
         """The maps of a job (``out`` alone if it is given), and their meta."""
         patch_px = self._student.patch_px
         while True:
@@ -82,7 +87,7 @@ class MemoryLimitedForward:
             meta = {} if strategy.exact else {"tiles": strategy.describe(job.grid_hw(self._student), patch_px)}
             self._warn(job, on_host, meta)
             with evaluation_mode(self._student):
-                maps = _attempt(self._host if on_host else self._student, strategy, pixels, out)
+                maps = _attempt(self._host if on_host else self._student, strategy, pixels, out, on_device)
             if maps is not None:
                 return maps, meta
             self._planner.take_less(job, choice)
@@ -120,10 +125,12 @@ def check_host(padded_hw: tuple[int, int], map_bytes: int = 0) -> None:
         )
 
 
-def _attempt(student: Student, strategy: Strategy, pixels: Tensor, out: Tensor | None) -> list[Tensor] | None:
+def _attempt(
+    student: Student, strategy: Strategy, pixels: Tensor, out: Tensor | None, on_device: bool
+) -> list[Tensor] | None:
     """The maps, or None where memory ran out; what a failed attempt held is free when this returns."""
     try:
-        return list(strategy.run(student, pixels, None if out is None else [out]))
+        return list(strategy.run(student, pixels, None if out is None else [out], on_device=on_device))
     except Exception as error:
         if not is_out_of_memory(error):
             raise

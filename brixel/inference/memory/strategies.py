@@ -30,7 +30,13 @@ class Strategy(ABC):
     """Whether the maps are those of a whole pass but for rounding."""
 
     def run(
-        self, student: Student, pixels: Tensor, outputs: Sequence[Tensor] | None = None, *, counting: bool = False
+        self,
+        student: Student,
+        pixels: Tensor,
+        outputs: Sequence[Tensor] | None = None,
+        *,
+        counting: bool = False,
+        on_device: bool = False,
     ) -> Sequence[Tensor]:
         """Compute the maps of a batch.
 
@@ -41,17 +47,18 @@ class Strategy(ABC):
                 upper left ones. None: new tensors on the CPU; those of a batch that a model on the CPU computed whole
                 share their memory, channels last.
             counting: Compute only as many batches, chunks or tiles as need the memory of all.
+            on_device: Leave new tensors on the model's device where the maps of the batch lie there anyway.
 
         Returns:
             The outputs.
         """
         with torch.no_grad():
             if outputs is None:
-                return self._maps(student, pixels, counting)
+                return self._maps(student, pixels, counting, on_device)
             self._fill(student, pixels, outputs, counting)
         return outputs
 
-    def _maps(self, student: Student, pixels: Tensor, counting: bool) -> Sequence[Tensor]:
+    def _maps(self, student: Student, pixels: Tensor, counting: bool, on_device: bool) -> Sequence[Tensor]:
         outputs = new_outputs(student, pixels)
         self._fill(student, pixels, outputs, counting)
         return outputs
@@ -84,10 +91,11 @@ class Whole(Strategy):
     batch: int = 1
     name = "whole"
 
-    def _maps(self, student: Student, pixels: Tensor, counting: bool) -> Sequence[Tensor]:
+    def _maps(self, student: Student, pixels: Tensor, counting: bool, on_device: bool) -> Sequence[Tensor]:
         if self.batch < pixels.shape[0]:
-            return super()._maps(student, pixels, counting)
-        return [to_host(dense) for dense in student(_to_model(student, pixels))]  # on the CPU nothing is copied
+            return super()._maps(student, pixels, counting, on_device)
+        maps = student(_to_model(student, pixels))  # B D 4h 4w
+        return list(maps) if on_device else [to_host(dense) for dense in maps]  # on the CPU nothing is copied
 
     def _fill(self, student: Student, pixels: Tensor, outputs: Sequence[Tensor], counting: bool) -> None:
         for start, stop in row_ranges(pixels.shape[0], self.batch)[: 2 if counting else None]:

@@ -108,14 +108,14 @@ def failing(monkeypatch, fails, error):
     for strategy_class in (Whole, RowChunks, Tiles):
         genuine = strategy_class.run
 
-        def run(self, student, pixels, outputs=None, *, counting=False, genuine=genuine):
+        def run(self, student, pixels, outputs=None, *, counting=False, on_device=False, genuine=genuine):
             if not counting:
                 tried.append(self)
                 if fails(self):
                     made = torch.ones(1000) if outputs is None else outputs[0].fill_(torch.nan)
                     assert made is not None
                     raise error
-            return genuine(self, student, pixels, outputs, counting=counting)
+            return genuine(self, student, pixels, outputs, counting=counting, on_device=on_device)
 
         monkeypatch.setattr(strategy_class, "run", run)
     return tried
@@ -182,7 +182,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tiny, waves, monkeypatc
 def test_what_a_failed_attempt_held_is_free_before_the_next(tiny, waves, monkeypatch):
     held, freed = [], []
 
-    def run(self, student, pixels, outputs=None, *, counting=False):
+    def run(self, student, pixels, outputs=None, *, counting=False, on_device=False):
         big = torch.ones(1000)
         held.append(weakref.ref(big))
         raise torch.OutOfMemoryError("CUDA out of memory")
