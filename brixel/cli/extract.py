@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel.brixel_features import BrixelFeatures
+from brixel.cli.extract_raster import add_raster_options, extract_raster, is_raster
 from brixel.cli.options import (
     add_flag,
     add_map_options,
@@ -60,6 +61,7 @@ def add(commands: Any) -> None:
     add_flag(parser, "--json")
     add_model_options(parser)
     add_map_options(parser)
+    add_raster_options(parser)
 
 
 def _extract(options: argparse.Namespace) -> int:
@@ -69,6 +71,8 @@ def _extract(options: argparse.Namespace) -> int:
         raise BrixelError("--compile does not go with --memory-limit: what compiled code allocates is not known before")
     if not options.paths:
         raise BrixelError("no PATH: give images, or folders of images; only --verify needs none")
+    if is_raster(options):
+        return extract_raster(options, _model)
     images = find_images(options.paths)
     options.save_dtype = None if options.save_dtype is None else DTYPES[options.save_dtype]
     if options.output.suffix in _ENDINGS and not options.output.is_dir():
