@@ -207,9 +207,9 @@ def _open(options: RasterOptions) -> Iterator[RasterSource]:
             yield raster
         return
     with open_slide(options.path, level=options.level, um_per_px=options.um_per_px, nodata=options.nodata) as slide:
-        step = float(slide.facts.notes.get("um_per_px", "nan"))
-        if options.um_per_px is not None and options.um_per_px > step * _SAME_STEP:
-            yield ResampledSource(slide, options.um_per_px / step)
+        found, wanted = slide.facts.um_per_px, options.um_per_px
+        if found is not None and wanted is not None and wanted > found * _SAME_STEP:
+            yield ResampledSource(slide, wanted / found)
         else:
             yield slide
 
@@ -309,7 +309,9 @@ def _settings(student: Student, config: BrixelConfig, options: RasterOptions, gr
 
 def _written_facts(source: RasterSource, grid: WindowGrid) -> dict[str, str]:
     """What the feature raster says of how it was made."""
+    step = source.facts.um_per_px
     return {
+        **({} if step is None else {"um_per_px": f"{step:.6g}"}),
         "source": source.facts.path.name,
         "source_hw": "x".join(map(str, source.facts.image_hw)),
         "stride_px": repr(grid.stride_px),

@@ -43,6 +43,7 @@ class ResampledSource(RasterSource):
                 facts,
                 image_hw=(height, width),
                 geometry=facts.geometry.with_pixels_of(step, step),
+                um_per_px=None if facts.um_per_px is None else facts.um_per_px * step,
                 notes={**facts.notes, "resampled": f"pixels are means of {step:.6g} pixels a side"},
             )
         )

@@ -66,7 +66,7 @@ def open_slide(
         number = _choose(path, steps, level, um_per_px)
         chosen = levels[number]
         axes = _axes(path, chosen)
-        array = zarr.open(stack.enter_context(chosen.aszarr()), mode="r")
+        array = zarr.open(stack.enter_context(tiff.series[0].aszarr(level=number)), mode="r")
         check_dtype(path, chosen.dtype)
         check_block(path, int(np.prod(array.chunks)) * chosen.dtype.itemsize)
         yield _Slide(array, axes, _facts(path, levels, number, axes, steps[number]), nodata)
@@ -148,9 +148,8 @@ def _facts(path: Path, levels: Sequence[Any], number: int, axes: str, um_per_px:
     colours = ("red", "green", "blue", "alpha")[:bands] if is_colour else ("",) * bands
     geometry = Geometry().with_pixels_of(full_height / height, full_width / width)
     notes = {"level": str(number), "coordinates": "pixels of level 0"}
-    if um_per_px is not None:
-        notes["um_per_px"] = repr(um_per_px)
-    return RasterFacts(path, (height, width), level.dtype, [Band(colour=name) for name in colours], geometry, notes)
+    all_bands = [Band(colour=name) for name in colours]
+    return RasterFacts(path, (height, width), level.dtype, all_bands, geometry, um_per_px, notes)
 
 
 def _um_per_px(tiff: Any) -> float | None:

@@ -80,6 +80,7 @@ class RasterFacts:
         dtype: Of its numbers.
         bands: All of them.
         geometry: Where its pixels lie.
+        um_per_px: Micrometres per pixel of a slide that says so.
         notes: More of it in words, for the metadata of its features.
     """
 
@@ -88,6 +89,7 @@ class RasterFacts:
     dtype: "np.dtype[Any]"
     bands: Sequence[Band]
     geometry: Geometry
+    um_per_px: float | None = None
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
