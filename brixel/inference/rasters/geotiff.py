@@ -30,6 +30,7 @@ from brixel.utils.extras import import_extra
 CACHE_BYTES = 32 * 2**20
 """Decoded blocks that GDAL keeps, in place of its own 5 % of all memory."""
 
+_COLOURS = ("red", "green", "blue", "alpha")  # of GDAL's names, those that say something: "gray" is the default
 _LOG = logging.getLogger("brixel")
 
 
@@ -108,7 +109,7 @@ def _facts(dataset: Any, path: Path) -> RasterFacts:
     for (rows, columns), name in zip(dataset.block_shapes, dataset.dtypes, strict=True):
         check_block(path, rows * columns * np.dtype(name).itemsize)
     bands = [
-        Band(_words(description, dataset.tags(number)), "" if colour == "undefined" else colour)
+        Band(_words(description, dataset.tags(number)), colour if colour in _COLOURS else "")
         for number, (description, colour) in enumerate(zip(dataset.descriptions, colours, strict=True), 1)
     ]
     return RasterFacts(path, (dataset.height, dataset.width), dtype, bands, _geometry(dataset, path))

@@ -63,7 +63,7 @@ class Band:
 
     Args:
         description: What the file says of it: its name, its wavelength.
-        colour: Such as "red", "gray", "alpha"; empty where the file does not say.
+        colour: "red", "green", "blue" or "alpha"; empty where the file does not say.
     """
 
     description: str = ""
