@@ -24,7 +24,7 @@ from brixel.inference.rasters.windows import plan_windows
 from brixel.utils.markdown import markdown_table
 from brixel.utils.memory import format_bytes, parse_bytes, status_bytes
 
-SIDE, WINDOW, OVERLAPS = 1024, 448, (0, 32, 64, 128)
+SIDE, WINDOW, OVERLAPS = 1024, 512, (0, 32, 64, 128)
 ROUNDS = 3
 LIMIT, RASTER_SIDES = "300MiB", (1024, 2048, 4096)
 
@@ -43,8 +43,12 @@ def steps(features: np.ndarray) -> np.ndarray:
     return np.linalg.norm(np.diff(features, axis=1), axis=0).mean(axis=-1)
 
 
+def turned(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return features, features.transpose(0, 2, 1)
+
+
 def seams(name: str, image: Path, folder: Path) -> list[list[object]]:
-    """By overlap: the largest steps at the ends of windows and inside, also of the difference to the whole map."""
+    """By overlap: the largest steps where windows end and inside, and the mean ratios to the whole map's."""
     model = BrixelFeatures.from_pretrained(name, device="cpu")
     whole = model.extract(image, short_side_px="native").features.numpy()
     rows = []
@@ -56,13 +60,16 @@ def seams(name: str, image: Path, folder: Path) -> list[list[object]]:
         length = model.scale * summary.window_px[0] // model.patch_px
         firsts = [model.scale * start for start in starts]
         ends = sorted({first - 1 for first in firsts[1:]} | {first + length - 1 for first in firsts[:-1]})
-        found = [steps(cells) for cells in (features, features.transpose(0, 2, 1))]
-        at_ends = max(float(one[ends].max()) for one in found)
-        inside = np.concatenate([np.delete(one, ends) for one in found])
-        error = [steps(cells) for cells in (features - whole, (features - whole).transpose(0, 2, 1))]
-        error_at_ends = max(float(one[ends].max()) for one in error)
+        both = [(steps(cells), steps(ours)) for cells, ours in zip(turned(features), turned(whole), strict=True)]
+        largest = (
+            max(float(one[ends].max()) for one, _ in both),
+            max(float(np.delete(one, ends).max()) for one, _ in both),
+        )
+        ratios = [one / ours for one, ours in both]
+        at_ends = float(np.mean([one[ends] for one in ratios]))
+        inside = float(np.mean([np.delete(one, ends) for one in ratios]))
         cosine = (features * whole).sum(0) / np.linalg.norm(features, axis=0) / np.linalg.norm(whole, axis=0)
-        numbers = (at_ends, float(inside.max()), error_at_ends, 1 - float(cosine.mean()))
+        numbers = (*largest, at_ends, inside, 1 - float(cosine.mean()))
         rows.append([name, summary.overlap_px, summary.windows, *(f"{number:.4g}" for number in numbers)])
     return rows
 

@@ -107,30 +107,44 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
     assert not (tmp_path / "killed.tif.partial").exists()
 
 
+def features_of(path):
+    with rasterio.open(path) as file:
+        return file.read()
+
+
 def jumps(features):
     """Mean distance of neighbouring rows, one for each border between rows: (H - 1,)."""
     return np.linalg.norm(features[:, 1:] - features[:, :-1], axis=0).mean(axis=-1)
 
 
 def test_seams_are_no_larger_than_what_is_inside(tmp_path):
-    """Where windows begin and end, the step from cell to cell is no larger than elsewhere.
-
-    Nor does the difference to the whole map jump there, which is free of the drawing's own outlines: without overlap it
-    jumps several times as much.
-    """
+    """Where windows begin and end, the step from cell to cell is no larger than elsewhere."""
     model = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")
     Image.open(SCENE).convert("RGB").resize((560, 560)).save(tmp_path / "scene.png")
-    whole = model.extract(tmp_path / "scene.png", short_side_px="native").features.numpy()
-    jump_of_difference = {}
-    for overlap in (0, 64):
-        out = tmp_path / f"{overlap}.tif"
-        model.extract_raster(tmp_path / "scene.png", out, window=224, overlap=overlap)
-        with rasterio.open(out) as file:
-            features = file.read()
-        starts = plan_windows((560, 560), 16, 4, 224, overlap).tiling.tops
-        borders = sorted({4 * top - 1 for top in starts[1:]} | {4 * (top + 14) - 1 for top in starts[:-1]})
-        for cells in (features, features.transpose(0, 2, 1)):
-            steps = jumps(cells)
-            assert overlap == 0 or steps[borders].max() <= np.delete(steps, borders).max()
-        jump_of_difference[overlap] = jumps(features - whole)[borders].max()
-    assert jump_of_difference[64] < jump_of_difference[0] / 3
+    model.extract_raster(tmp_path / "scene.png", tmp_path / "f.tif", window=224, overlap=64)
+    starts = plan_windows((560, 560), 16, 4, 224, 64).tiling.tops
+    borders = sorted({4 * top - 1 for top in starts[1:]} | {4 * (top + 14) - 1 for top in starts[:-1]})
+    for cells in (features_of(tmp_path / "f.tif"), features_of(tmp_path / "f.tif").transpose(0, 2, 1)):
+        steps = jumps(cells)
+        assert steps[borders].max() <= np.delete(steps, borders).max()
+
+
+def test_blending_takes_away_what_a_cut_would_show(tmp_path):
+    """Two windows: a cut between them adds their difference to the step there; blended, a small part of it is added."""
+    model = BrixelFeatures.from_pretrained("brixel-tiny", device="cpu")
+    scene = Image.open(SCENE).convert("RGB").resize((224, 384))
+    scene.save(tmp_path / "scene.png")
+    assert model.extract_raster(tmp_path / "scene.png", tmp_path / "f.tif", window=224, overlap=64).windows == 2
+    blended = features_of(tmp_path / "f.tif")
+    upper, lower = (
+        model.extract(scene.crop((0, top, 224, top + 224)), short_side_px="native").features.numpy() for top in (0, 160)
+    )
+    between = slice(40, 56)  # the rows of cells that both have
+    difference = np.linalg.norm(upper[:, between] - lower[:, :16], axis=0).mean(axis=-1)
+    added = [
+        np.linalg.norm((blended[:, row] - blended[:, row - 1]) - (own[:, at] - own[:, at - 1]), axis=0).mean()
+        for row, own, at in ((40, upper, 40), (56, lower, 16))
+    ]
+    assert np.array_equal(blended[:, :40], upper[:, :40])
+    assert np.array_equal(blended[:, 56:], lower[:, 16:])
+    assert max(added) < difference.mean() / 8
