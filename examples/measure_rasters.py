@@ -24,9 +24,9 @@ from brixel.inference.rasters.windows import plan_windows
 from brixel.utils.markdown import markdown_table
 from brixel.utils.memory import format_bytes, parse_bytes, status_bytes
 
-SIDE, WINDOW, OVERLAPS = 1024, 512, (0, 32, 64, 128)
+SIDE, WINDOW, OVERLAPS = 768, 384, (0, 32, 64, 128)
 ROUNDS = 3
-LIMIT, RASTER_SIDES = "300MiB", (1024, 2048, 4096)
+LIMIT, RASTER_SIDES = "200MiB", (1024, 2048, 4096)
 
 
 def show(heads: tuple[str, ...], rows: list[list[object]]) -> None:
@@ -118,7 +118,7 @@ def resident(side: int, folder: str) -> tuple[int, int]:
 
 def main() -> None:
     photograph, *names = sys.argv[1:]
-    names = names or ["brixel-tiny", "brixel-small"]
+    names = names or ["brixel-tiny"]
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as name:
         folder, image = Path(name), Path(name, "image.png")

@@ -7,7 +7,6 @@ its training; windows without any are not computed.
 """
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -43,7 +42,6 @@ from brixel.utils.torch_defaults import plain_defaults
 
 _LEAST_SHARE = 0.5  # of a cell's pixels with data
 _SAME_STEP = 1.01  # a level that is finer by less is taken as it is
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LOG = logging.getLogger("brixel")
 _BANDS = several(whole_number(1), "numbers of bands from 1 up, such as (4, 3, 2)", least=1)
 _PERCENTILES = several(number(), "two percentiles from 0 to 100, such as (2, 98)", count=2)
@@ -301,6 +299,7 @@ def _settings(student: Student, config: BrixelConfig, options: RasterOptions, gr
         "cells per patch": str(student.scale),
         "raster": f"{options.path.name}, {stat.st_size} bytes, written at {stat.st_mtime_ns} ns",
         "nodata": str(options.nodata),
+        "micrometres": str(options.um_per_px),
         "size": "x".join(map(str, grid.patch_grid.image_hw)),
         "windows": f"{grid.tiling.tile_hw[0]}x{grid.tiling.tile_hw[1]} patches at rows {grid.tiling.tops}, columns "
         f"{grid.tiling.lefts}",
@@ -336,8 +335,7 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
     except BrixelError:
         raise
     except Exception as error:
-        is_disk = isinstance(error, OSError) and error.errno in _FULL
-        if not is_disk and not type(error).__module__.startswith("rasterio"):
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("rasterio"):
             raise
         raise BrixelError(
             f"cannot write into {folder} ({error}); the windows that were finished are kept: free some space, and "

@@ -93,9 +93,10 @@ class _GeoTiff(RasterSource):
 
 def _facts(dataset: Any, path: Path) -> RasterFacts:
     if dataset.count == 0:
+        first = next(iter(dataset.subdatasets), path)
         raise BrixelError(
-            f"{path} has no bands of its own; name one of the rasters in it: "
-            f"{', '.join(dataset.subdatasets[:4]) or 'none is listed'}"
+            f"{path} has no bands of its own, but holds {len(dataset.subdatasets)} rasters; write one as a file, for "
+            f"instance with gdal_translate {first} one.tif"
         )
     colours = [colour.name for colour in dataset.colorinterp]
     if "palette" in colours:

@@ -98,7 +98,7 @@ def open_window_files(
         remove_unfinished(folder)
         _begin(folder, settings, overwrite=overwrite)
         yield WindowFiles(folder, shape, dtype)
-        shutil.rmtree(folder)
+    shutil.rmtree(folder)  # when the lock in it is closed, as Windows wants it
 
 
 def _begin(folder: Path, settings: Mapping[str, str], *, overwrite: bool) -> None:

@@ -1,6 +1,7 @@
 """Feature rasters against the model on the whole image, against rasterio's own arithmetic, and after interruptions."""
 
 import json
+import signal
 import sys
 
 import numpy as np
@@ -281,6 +282,26 @@ def test_a_run_that_stopped_while_blending_goes_on(guided, rgb, draw, tmp_path, 
                 guided.extract_raster(path, tmp_path / name, **WINDOWS)
         assert guided.extract_raster(path, tmp_path / name, **WINDOWS).resumed == 6
     assert np.array_equal(zarr.open(tmp_path / "f.zarr", mode="r")[:], features_of(tmp_path / "f.tif"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sizes of files cannot be limited there")
+def test_a_full_disk_leaves_what_is_finished(guided, rgb, draw, tmp_path):
+    """Files cannot grow beyond 600 kB: windows fit into that, the GeoTIFF does not."""
+    import resource
+
+    path, limits = draw(rgb), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for most, finished in ((200_000, 0), (600_000, 6)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+            with pytest.raises(BrixelError, match=r"windows that were finished are kept: free some space"):
+                guided.extract_raster(path, tmp_path / "f.tif", **WINDOWS)
+            assert len(list((tmp_path / "f.tif.partial").glob("window-*.npy"))) == finished
+            assert not (tmp_path / "f.tif").exists()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert guided.extract_raster(path, tmp_path / "f.tif", **WINDOWS).resumed == 6
 
 
 def test_a_cut_off_window_is_computed_again(guided, rgb, draw, tmp_path, stop_after):
