@@ -51,11 +51,11 @@ class WindowFiles:
         return self._path(window).with_suffix(".empty").exists()
 
     def add(self, window: Window, cells: "npt.NDArray[np.generic] | None") -> None:
-        """Keep the cells of a window; None where it has no data. When this returns they are on the disk."""
+        """Keep the cells of a window; when this returns they are on the disk. None where it has no data."""
         path = self._path(window)
         if cells is None:
-            with atomic_path(path.with_suffix(".empty"), durable=True):
-                return
+            path.with_suffix(".empty").touch()  # of a sparse scene there are thousands: none waits for the disk
+            return
         assert cells.shape == self._shape, (cells.shape, self._shape)
         with atomic_path(path, durable=True) as unfinished:
             np.save(unfinished, cells.astype(self._dtype, copy=False))

@@ -42,6 +42,7 @@ def test_percentiles_of_a_small_raster_are_those_of_all_its_data(draw, stretch):
     assert str(scaling).startswith(f"percentiles {(stretch or (2, 98))[0]} and ")
 
 
+@pytest.mark.slow
 def test_percentiles_of_a_large_raster_are_near_those_of_all(draw):
     """From 64 windows of 153, with data everywhere, and with data in one corner alone."""
     y, x = np.mgrid[:2200, :4300]
