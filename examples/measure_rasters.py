@@ -24,7 +24,7 @@ from brixel.inference.rasters.windows import plan_windows
 from brixel.utils.markdown import markdown_table
 from brixel.utils.memory import format_bytes, parse_bytes, status_bytes
 
-SIDE, WINDOW, OVERLAPS = 768, 384, (0, 32, 64, 128)
+SIDE, WINDOW, OVERLAPS = 768, 384, (0, 128)
 ROUNDS = 3
 LIMIT, RASTER_SIDES = "200MiB", (1024, 2048, 4096)
 
@@ -128,9 +128,10 @@ def main() -> None:
             "overlap, px",
             "windows",
             "largest step at ends",
-            "largest inside",
-            "median inside",
-            "1 - cosine",
+            "inside",
+            "ratio at ends",
+            "inside ",
+            "1 - cos",
         )
         show(heads, [row for model in names for row in seams(model, image, folder)])
         heads = ("model", "how", "s", "of the whole")
