@@ -9,6 +9,7 @@ from PIL import Image
 
 import brixel
 from brixel import BrixelError, BrixelFeatures, FeatureMap, FeatureTable, MapFolder, PcaBasis, Reduce
+from brixel.images.find_images import SCENE
 from brixel.train import TrainConfig, distill
 
 WRONG = {
@@ -43,6 +44,8 @@ CALLS = {
     "extract, out": lambda tiny, _, value: tiny.extract(IMAGE, out=value) if value is not None else fail(),
     "extract, tiles": lambda tiny, _, value: tiny.extract(IMAGE, tiles=value),
     "stream": lambda tiny, _, value: list(tiny.stream(value)) or fail(),
+    "extract_raster": lambda tiny, _, value: tiny.extract_raster(value, "f.tif"),
+    "extract_raster, out": lambda tiny, _, value: tiny.extract_raster(SCENE, value),
     "prepare": lambda tiny, _, value: tiny.prepare(value),
     "plan": lambda tiny, _, value: tiny.plan(value),
     "extract_backbone": lambda tiny, _, value: tiny.extract_backbone(value),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel.brixel_features import BrixelFeatures
+from brixel.cli.extract_raster import add_raster_options, extract_raster, is_raster
 from brixel.cli.options import (
     add_flag,
     add_map_options,
@@ -68,6 +69,7 @@ def add(commands: Any) -> None:
     add_flag(parser, "--json")
     add_model_options(parser)
     add_map_options(parser)
+    add_raster_options(parser)
 
 
 def _extract(options: argparse.Namespace) -> int:
@@ -77,6 +79,8 @@ def _extract(options: argparse.Namespace) -> int:
         raise BrixelError("--compile does not go with --memory-limit: what compiled code allocates is not known before")
     if not options.paths:
         raise BrixelError("no PATH: give images, or folders of images; only --verify needs none")
+    if is_raster(options):
+        return extract_raster(options, _model)
     if options.fit_only and (options.reduce is None or options.overwrite):
         raise BrixelError("--fit-only goes with --reduce, such as --reduce pca:32,int8, and without --overwrite")
     images = find_images(options.paths)

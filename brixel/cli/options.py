@@ -202,12 +202,12 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
 
 
 def add_flag(
-    parser: argparse.ArgumentParser, flag: str, *names: str, note: str = "", usual: str = "", **settings: Any
+    parser: argparse._ActionsContainer, flag: str, *names: str, note: str = "", usual: str = "", **settings: Any
 ) -> None:
     """Add a flag, with its default in the description.
 
     Args:
-        parser: The parser of the command.
+        parser: The parser of the command, or a group of its flags.
         flag: The flag; settings of :data:`SHARED` need not be given.
         names: Further names of the flag, such as "-o".
         note: What the command adds to the description.

@@ -4,10 +4,9 @@ import copy
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypedDict, Unpack, cast, overload
 
-from torch import Tensor
 
 from brixel.backbones.base import Backbone
 from brixel.errors import BrixelError
@@ -22,6 +21,7 @@ from brixel.inference.compiled import CompiledCall
 from brixel.inference.memory.limited_forward import MemoryLimitedForward
 from brixel.inference.memory.planner import Plan, Planner
 from brixel.inference.memory.prediction import Job
+from brixel.inference.rasters.extract_raster import RasterOptions, RasterSummary, extract_raster
 from brixel.inference.stream import FeatureStream, raise_errors
 from brixel.model.config import BILINEAR, AdapterConfig, BrixelConfig
 from brixel.model.student import Student
@@ -176,6 +176,77 @@ class DenseFeatures(Student):
         geometry = placement.patch_grid
         shape, stride = (self.embed_dim, *geometry.map_hw(scaled.scale)), geometry.map_stride(scaled.scale)
         return make_map_file(path, shape, self.dtype, fill, image_hw=geometry.image_hw, stride=stride)
+
+    def extract_raster(
+        self,
+        path: PathLike,
+        out: PathLike,
+        *,
+        window: int = 1024,
+        overlap: int = 128,
+        bands: Sequence[int] | int | None = None,
+        stretch: tuple[float, float] | None = None,
+        value_range: tuple[float, float] | None = None,
+        nodata: float | None = None,
+        level: int | None = None,
+        um_per_px: float | None = None,
+        scale: int | None = None,
+        memory_limit: int | str | None = None,
+        save_dtype: str | torch.dtype = "float32",
+        overwrite: bool = False,
+    ) -> RasterSummary:
+        """Compute the dense features of a georeferenced raster or a slide of any size, window by window, into a file.
+
+        The raster keeps its own resolution, and is never in memory as a whole. The feature raster has its reference
+        system; its cells lie where their pixels do, and have no data (NaN) where less than half of their pixels have.
+        A run that was stopped goes on when the same call is made again. See `docs/rasters.md`.
+
+        Args:
+            path: A GeoTIFF or another file that rasterio reads (extra `geo`); with ``level`` or ``um_per_px``, or an
+                ending such as .svs or .ome.tif, a slide that tifffile reads (extra `microscopy`).
+            out: The feature raster, `.tif` (a band per feature) or `.zarr` (D, H, W).
+            window: Side of the windows in pixels, rounded to whole patches.
+            overlap: Pixels that neighbouring windows share at least, over which they are blended; rounded up to whole
+                patches.
+            bands: The band that becomes grey, or the three that become red, green and blue, counted from 1; None for
+                what the file says.
+            stretch: Percentiles of each band that become black and white, measured on a sample of the raster.
+            value_range: Numbers that become black and white, in place of percentiles. Where neither is given, bytes
+                are taken from 0 to 255, and everything else is stretched from the 2nd percentile to the 98th.
+            nodata: A number that means that there is no data, beside what the file says.
+            level: Level of a slide, 0 for the finest.
+            um_per_px: Micrometres per pixel: the coarsest level that is at least as fine, averaged to them.
+            scale: As for :meth:`extract`.
+            memory_limit: As for :meth:`extract`, for a window. A window is never cut into tiles.
+            save_dtype: "float32", or "float16" for `.zarr`.
+            overwrite: Whether an earlier output, or windows of a run with other settings, may be replaced.
+
+        Returns:
+            What was written, with the bands and the scaling that were chosen.
+
+        Raises:
+            ImageError: The file is no raster, or damaged.
+            MemoryLimitError: A window does not fit into the limit.
+            BrixelError: An argument is out of range, the bands have to be chosen, ``out`` exists, another run writes
+                it, or one with other settings was stopped.
+        """
+        options = RasterOptions(
+            path,  # type: ignore[arg-type]  # they are checked and converted
+            out,  # type: ignore[arg-type]
+            window,
+            overlap,
+            bands,  # type: ignore[arg-type]
+            stretch,
+            value_range,
+            nodata,
+            level,
+            um_per_px,
+            memory_limit,
+            save_dtype,
+            overwrite,
+        )
+        self._say_if_untrained()
+        return extract_raster(self._to_run(scale, memory_limit), self.config, self._meta(), options)
 
     @overload
     def stream(

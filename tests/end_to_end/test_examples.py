@@ -7,9 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from helpers import ROOT
 from PIL import Image
+
+from brixel import BrixelFeatures
 
 EXAMPLES = ROOT / "examples"
 
@@ -42,6 +45,16 @@ def test_similarity_without_a_window(run, backbone_folder, image_path, tmp_path)
         assert image.size == (90, 60)
 
 
+def test_raster(run, backbone_folder, tmp_path):
+    BrixelFeatures.from_backbone(backbone_folder, device="cpu").save_pretrained(tmp_path / "model")
+    printed = run("raster.py", tmp_path / "model")
+    assert "scene_features.tif: 64 features, 200x200 cells of 3.5 px; 9 windows of 280x280 px" in printed
+    with rasterio.open(tmp_path / "like_the_river.tif") as similarity, rasterio.open(tmp_path / "scene.tif") as scene:
+        assert similarity.shape == (200, 200)
+        assert similarity.bounds == scene.bounds
+        assert np.isnan(similarity.read(1)[:20, :20]).all()
+
+
 @pytest.mark.slow
 def test_without_a_folder_they_use_the_bundled_model(run, image_path, tmp_path):
     assert "FeatureMap((384, 64, 96)" in run("quickstart.py", image_path)
@@ -59,6 +72,10 @@ def test_the_drawn_scene(tmp_path):
 @pytest.mark.parametrize("name", ["quickstart.py", "similarity.py"])
 def test_examples_stay_under_forty_lines(name):
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 40
+
+
+def test_the_raster_stays_under_sixty_lines():
+    assert len((EXAMPLES / "raster.py").read_text(encoding="utf-8").splitlines()) < 60
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.evaluate.datasets.target_files import check_aspect, read_numbers, read_palette
+from brixel.evaluate.datasets.target_files import check_aspect, read_black_and_white, read_numbers, read_palette
 from brixel.evaluate.metrics import IGNORE
 from brixel.images.find_images import IMAGE_SUFFIXES, is_hidden
 from brixel.utils.contained_paths import path_below
@@ -43,6 +43,9 @@ _CITYSCAPES = {  # by number in `*_gtFine_labelIds.png`, the 19 classes of the b
     **{20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car"},
     **{27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"},
 }
+_LOVEDA = ("background", "building", "road", "water", "barren", "forest", "agriculture")
+_LOVEDA_SCENES = ("Rural", "Urban")
+_HELD_OUT = 5  # of Kvasir-SEG without lists, one image in five is for validation
 
 
 @dataclass(frozen=True)
@@ -284,14 +287,101 @@ def _explain_cityscapes(_: Path, numbers: Tensor) -> str | None:
     return None
 
 
-LAYOUTS = {"plain": plain, "voc2012": voc2012, "ade20k": ade20k, "cityscapes": cityscapes}
+def loveda(root: Path, split: str) -> ImageDataset:
+    """LoveDA as unpacked from `Train.zip` and `Val.zip`: 7 classes; 0 means none, i is class i - 1.
+
+    "train" and "val" hold rural and urban scenes; "train-rural", "val-urban" and so on those of one kind.
+    """
+    where = "Train.zip and Val.zip from https://zenodo.org/records/5706578"
+    inner = unpacked(root, "LoveDA", "2021LoveDA")
+    name, _, scene = split.partition("-")
+    scenes = [scene.capitalize()] if scene else list(_LOVEDA_SCENES)
+    if not set(scenes) <= set(_LOVEDA_SCENES):
+        raise BrixelError(f"LoveDA has no split {split!r}; expected train or val, or one kind of scene as in val-urban")
+    samples = []
+    for kind in scenes:
+        images = inner / name.capitalize() / kind / "images_png"
+        masks = images.with_name("masks_png")
+        need("a folder of LoveDA (its test scenes have no masks)", where, images, masks)
+        samples += [Sample(image, masks / image.name) for image in _images_in(images)]
+    check_samples(samples, "LoveDA", where)
+    table = _table(range(len(_LOVEDA)), first=1, ignored=[0])
+    return _labelled("LoveDA", _LOVEDA, samples, table, _explain_loveda)
+
+
+def _explain_loveda(_: Path, numbers: Tensor) -> str | None:
+    if (numbers == NONE).any() and ((numbers < len(_LOVEDA)) | (numbers == NONE)).all():
+        return f"{NONE} is none, so these look like numbers that were reduced by one; expected 1 to 7, and 0 for none"
+    return None
+
+
+def kvasir_seg(root: Path, split: str) -> ImageDataset:
+    """Kvasir-SEG as unpacked from `kvasir-seg.zip`: polyp or not; its masks are JPEGs, white from 128 up.
+
+    Its authors' lists `train.txt` and `val.txt` are followed where they lie in its folder. Otherwise every fifth image
+    by name, beginning with the fifth, is "val", and the others are "train".
+    """
+    where = "kvasir-seg.zip from https://datasets.simula.no/kvasir-seg/"
+    inner = unpacked(root, "Kvasir-SEG/Kvasir-SEG", "Kvasir-SEG")
+    images, masks, listed = inner / "images", inner / "masks", inner / f"{split}.txt"
+    need("a folder of Kvasir-SEG", where, images, masks)
+    found = _images_in(images)
+    if listed.exists():
+        stems = dict.fromkeys(Path(line.strip()).stem for line in _lines(listed) if line.strip())
+        by_stem = {image.stem: image for image in found}
+        found = [by_stem.get(stem, images / f"{stem}.jpg") for stem in stems]
+    elif split in ("train", "val"):
+        found = [image for number, image in enumerate(found, 1) if (number % _HELD_OUT == 0) == (split == "val")]
+    else:
+        raise BrixelError(f"expected a list of images of Kvasir-SEG at {listed}; without lists it has train and val")
+    return _black_and_white("Kvasir-SEG", "polyp", [Sample(image, masks / image.name) for image in found], where)
+
+
+def isic2018(root: Path, split: str) -> ImageDataset:
+    """Task 1 of ISIC 2018: lesion or not. Splits "train", "val" and "test" are its own, in its archives' folders."""
+    where = (
+        "ISIC2018_Task1-2_*_Input.zip and ISIC2018_Task1_*_GroundTruth.zip from https://challenge.isic-archive.com/data"
+    )
+    name = {"train": "Training", "val": "Validation", "test": "Test"}.get(split, split)
+    images, masks = root / f"ISIC2018_Task1-2_{name}_Input", root / f"ISIC2018_Task1_{name}_GroundTruth"
+    need("a folder of ISIC 2018, task 1", where, images, masks)
+    samples = [Sample(image, masks / f"{image.stem}_segmentation.png") for image in _images_in(images)]
+    return _black_and_white("ISIC 2018, task 1", "lesion", samples, where)
+
+
+def glas(root: Path, split: str) -> ImageDataset:
+    """GlaS, the glands of the Warwick-QU data set: gland or not, from masks that number the glands of an image.
+
+    "train" is its own; "val" are both of its tests, "testA" and "testB" one of them.
+    """
+    where = "the archive of https://warwick.ac.uk/fac/cross_fac/tia/data/glascontest/"
+    inner = unpacked(root, "Warwick QU Dataset (Released 2016_07_08)", "Warwick_QU_Dataset")
+    need("a folder of GlaS", where, inner)
+    prefix = {"val": "test"}.get(split, split)
+    images = [path for path in visible_files(inner, f"{prefix}*.bmp") if not path.stem.endswith("_anno")]
+    samples = [Sample(image, image.with_name(f"{image.stem}_anno.bmp")) for image in images]
+    check_samples(samples, f"images of GlaS named {prefix}*.bmp in {inner}", where)
+    return ImageDataset("GlaS", samples, lambda path: (read_numbers(path) > 0).long(), ("background", "gland"))
+
+
+def _black_and_white(name: str, what: str, samples: Sequence[Sample], where: str) -> ImageDataset:
+    """A data set of masks in black and white."""
+    check_samples(samples, name, where)
+    return ImageDataset(name, samples, read_black_and_white, ("background", what))
+
+
+LAYOUTS = {
+    **{"plain": plain, "voc2012": voc2012, "ade20k": ade20k, "cityscapes": cityscapes},
+    **{"loveda": loveda, "kvasir-seg": kvasir_seg, "isic2018": isic2018, "glas": glas},
+}
 
 
 def read_labelled(layout: str, root: str | Path, split: str) -> ImageDataset:
     """Read a split of a data set for semantic segmentation.
 
     Args:
-        layout: One of ``LAYOUTS``: "plain", "voc2012", "ade20k", "cityscapes".
+        layout: One of ``LAYOUTS``: "plain", "voc2012", "ade20k", "cityscapes", "loveda", "kvasir-seg", "isic2018",
+            "glas".
         root: The data set's folder.
         split: Its name, such as "train" or "val".
 

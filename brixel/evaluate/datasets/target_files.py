@@ -24,6 +24,9 @@ from brixel.utils.structured_files import checking_content
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _NUMBERS = ("1", "L", "P", *_SIXTEEN_BITS)
 _COLOURS = ("RGB", "RGBA")
+_WHITE = 128  # from here on, in a mask of black and white
+_GREY = (64, 192)  # what a JPEG of black and white has along outlines alone
+_MOST_GREY = 0.1  # share of such pixels
 _LOG = logging.getLogger("brixel")
 
 
@@ -40,6 +43,19 @@ def read_numbers(path: Path, *, deep: str = "") -> Tensor:
         if deep and image.mode not in _SIXTEEN_BITS:
             raise BrixelError(f"{path} has mode {image.mode}, 8 bits; expected 16 bits with {deep}")
         return torch.from_numpy(np.asarray(image).astype(np.int64))
+
+
+def read_black_and_white(path: Path) -> Tensor:
+    """An image of black and white, 1 where it is white: (H, W), int64. It may be a JPEG, whose greys are rounded."""
+    with _decoded(path, exact=False) as image:
+        values: npt.NDArray[Any] = np.asarray(image.convert("L"))
+    between = ((values >= _GREY[0]) & (values < _GREY[1])).mean()
+    if between > _MOST_GREY or (values.max(initial=0) < _GREY[0] and values.any()):
+        raise BrixelError(
+            f"{path} is no mask of black and white: {between:.0%} of its pixels are grey, and the brightest is "
+            f"{values.max()}; expected 0 and 255"
+        )
+    return torch.from_numpy((values >= _WHITE).astype(np.int64))
 
 
 def read_palette(path: Path) -> "npt.NDArray[np.uint8] | None":
@@ -110,11 +126,11 @@ def _same_aspect(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:
 
 
 @contextmanager
-def _decoded(path: Path) -> Iterator[Image.Image]:
-    """An image file whose numbers are exact and stored as they lie on the image. BrixelError for any other."""
+def _decoded(path: Path, *, exact: bool = True) -> Iterator[Image.Image]:
+    """An image file whose numbers are stored as they lie on the image, and ``exact``. BrixelError for any other."""
     with open_image_file(str(path)) as image:
         _load(image, path)
-        if image.format in ("JPEG", "MPO"):
+        if exact and image.format in ("JPEG", "MPO"):
             raise ImageError(f"{path} is a JPEG, whose compression changes the numbers in it; export it as PNG")
         if (orientation := exif_orientation(image)) != 1:
             raise ImageError(

@@ -1,0 +1,1 @@
+"""Rasters: georeferenced images and slides of any size, window by window, into feature rasters."""
