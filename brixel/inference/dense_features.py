@@ -102,7 +102,7 @@ class DenseFeatures(Student):
         The image is resized, then padded to whole patches; the map is cropped back to the image.
 
         Args:
-            image: A path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W).
+            image: A path, PIL image, array (H, W, 3) or (H, W), tensor (3, H, W), or frame of a video.
             scale: Cells of the map per patch, on each axis; 4 where None. Trained adapters of the first generation have
                 4 only.
             short_side_px: The short side in pixels after resizing, aspect kept; None for the size the adapter was
