@@ -157,24 +157,27 @@ class _Decoding:
         try:
             for packet in self._container.demux(self._stream):
                 self._packets += packet.size > 0
-                problem: object = "a packet is incomplete" if packet.is_corrupt else None
-                decoded: Sequence[VideoFrame] = ()
-                if problem is None:
-                    try:
-                        decoded = packet.decode()
-                    except av.InvalidDataError as error:
-                        problem = error
-                if problem is not None and self._given:
+                if packet.is_corrupt and self._given:
                     yield from self._before(packet)
-                    raise self._damage(problem)
-                self._unreadable += problem is not None
-                yield from map(self._next, decoded)
-        except av.FFmpegError as error:  # of the container
-            raise self._damage(error) from error
+                    raise self._damage("a packet is incomplete")
+                yield from map(self._next, self._decoded(packet))
+        except av.FFmpegError as error:
+            raise self._damage(_reason(error)) from error
         self._check_end()
 
+    def _decoded(self, packet: "Packet[VideoStream]") -> Sequence["VideoFrame"]:
+        """The frames of a packet; of one that cannot be decoded before the first frame, none."""
+        av = import_av()
+        try:
+            return packet.decode()
+        except av.InvalidDataError:
+            if self._given:
+                raise
+            self._unreadable += 1
+            return []
+
     def _before(self, damaged: "Packet[VideoStream]") -> Iterator[DecodedFrame]:
-        """What the decoder holds back of the frames that are shown before a packet that it cannot decode."""
+        """What the decoder holds back of the frames that are shown before a packet that is incomplete."""
         av = import_av()
         try:
             waiting = self._stream.decode(None)
@@ -237,8 +240,7 @@ class _Decoding:
             return self._container.duration / 1e6 if only and self._container.duration else None
         return 3600 * hours + 60 * minutes + seconds - (self._origin_s or 0)
 
-    def _damage(self, problem: object) -> ImageError:
-        reason = _reason(problem) if isinstance(problem, Exception) else problem
+    def _damage(self, reason: str) -> ImageError:
         where = f"frame {self._given}, {max(0.0, self._end_s):.3f} s"
         return ImageError(
             f"{self._name}: is damaged or cut off at {where} ({reason}); the {self._given} frames before were read: "
