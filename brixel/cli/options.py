@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import re
 import sys
 import warnings
@@ -17,6 +18,7 @@ from brixel.evaluate.feature_sources import SOURCES
 from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.planner import TileMode
 from brixel.utils.memory import format_bytes, parse_bytes
+from brixel.video.frames import FrameSelection
 
 MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] on the Hub, brixel-small or brixel-tiny"
 
@@ -109,6 +111,17 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """A finite number above zero."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not (0 < found < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above zero")
+    return found
+
+
 def pixels_or_native(text: str) -> int | str:
     """A number of pixels, or "native"."""
     if text != NATIVE and (not text.isdecimal() or int(text) == 0):
@@ -180,6 +193,8 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
     "--image-px": {"nargs": "+", "type": positive, "metavar": "PX", "help": "sides of the square images in pixels"},
     "--rounds": {"type": positive, "metavar": "N", "help": "timed rounds"},
     "--threads": {"type": positive, "metavar": "N", "help": "threads of torch; default: its own choice"},
+    "--fps": {"type": positive_number, "metavar": "N", "help": "of videos, so many frames per second"},
+    "--every": {"type": positive, "metavar": "N", "help": "of videos, each N-th frame"},
     "--overwrite": {"action": "store_true", "help": "write over what is there"},
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
 }
@@ -214,10 +229,21 @@ def add_output(parser: argparse.ArgumentParser, **settings: Any) -> None:
     add_flag(parser, "--output", "-o", **settings)
 
 
-def add_panel_output(parser: argparse.ArgumentParser) -> None:
+def add_panel_output(parser: argparse.ArgumentParser, note: str = "") -> None:
     """The image that a command draws."""
-    add_output(parser, default=Path("panel.png"), metavar="IMAGE")
-    add_flag(parser, "--overwrite", note="without it, brixel replaces only images that it has drawn")
+    add_output(parser, default=Path("panel.png"), metavar="IMAGE", note=note)
+    add_flag(parser, "--overwrite", note="without it, brixel replaces only what it has drawn")
+
+
+def add_frame_options(parser: argparse.ArgumentParser) -> None:
+    """Which frames of videos are taken; :func:`frame_selection` reads them."""
+    add_flag(parser, "--fps", usual="all frames")
+    add_flag(parser, "--every", usual="all frames")
+
+
+def frame_selection(options: argparse.Namespace) -> FrameSelection:
+    """The frames that the options choose."""
+    return FrameSelection(**given(options, "fps", "every"))
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from brixel.errors import BrixelError, DamagedFileError
+from brixel.extraction.clips import is_frame_list, listed_frames
 from brixel.extraction.manifest import SourceImage, WrittenFile, latest_by_image, manifest_paths, read_manifests
 from brixel.extraction.writers import SHARD_KEY, checksum
 from brixel.feature_maps.feature_map import FeatureMap
@@ -11,14 +12,16 @@ from brixel.feature_maps.storage import GEOMETRY_RULES
 from brixel.utils.fields import check_field, check_table, path_like
 from brixel.utils.safetensors_files import open_safetensors
 from brixel.utils.structured_files import check_regular, checking_content, parse_json
+from brixel.video.frames import is_video
 
 
 class MapFolder(Mapping[str, FeatureMap]):
     """The maps in a folder that :func:`brixel.extraction.extract_files` or `brixel extract` wrote.
 
     A mapping from the relative path of an image below its input folder, such as ``"cats/7.jpg"``, to its
-    :class:`brixel.FeatureMap`: features (D, Hf, Wf) on the CPU, in the dtype that was saved. A map is read from disk
-    when it is looked up. Iteration follows the order in which the maps were written.
+    :class:`brixel.FeatureMap`: features (D, Hf, Wf) on the CPU, in the dtype that was saved. Frames of a video are
+    named by number and time, such as ``"clip.mp4/000120_4.004s"``. A map is read from disk when it is looked up.
+    Iteration follows the order in which the maps were written.
 
     Args:
         folder: the output folder of an extraction, with files or shards.
@@ -31,7 +34,7 @@ class MapFolder(Mapping[str, FeatureMap]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder: Path = check_field("folder", folder, path_like())
-        self._files = {name: file for name, (_, file) in _read_entries(self.folder).items()}
+        self._files = {name: file for name, (_, file) in _read_entries(self.folder).items() if not is_frame_list(file)}
 
     def __getitem__(self, image: str) -> FeatureMap:
         written = self._files[image]
@@ -71,13 +74,21 @@ def verify(folder: Path) -> list[str]:
 
 
 def missing_maps(folder: Path, images: Sequence[tuple[Path, Path]]) -> list[str]:
-    """A message for each image, as `find_images` returns them, that has no map in a folder or has changed since."""
+    """A message for each image, as `find_images` returns them, that has no map in a folder or has changed since.
+
+    Of a video the frames are counted that the last complete run wanted.
+    """
     entries = _read_entries(folder)
     messages = []
     for image, relative_path in images:
-        source, _ = entries.get(relative_path.as_posix(), (None, None))
-        if source is None:
-            messages.append(f"{image}: has no map")
+        name = relative_path.as_posix()
+        source, file = entries.get(name, (None, None))
+        if source is None or file is None:
+            messages.append(f"{image}: has no list of its frames" if is_video(image) else f"{image}: has no map")
+        elif is_frame_list(file) and (
+            missing := [each for each in listed_frames(folder, name)[1] if each not in entries]
+        ):
+            messages.append(f"{image}: {len(missing)} of its frames have no map")
         elif _changed(image, source):
             messages.append(f"{image}: has changed since its map was made")
     return messages

@@ -92,7 +92,7 @@ class Preprocessor:
         """Preprocess one image.
 
         Args:
-            image: A path, PIL image, array, tensor or frame of a video, as :func:`brixel.images.load.load_image` takes it.
+            image: A path, PIL image, array, tensor or frame, as :func:`brixel.images.load.load_image` takes it.
             check: Called with the padded height and width before the image is decoded; may raise to refuse them.
 
         Returns:

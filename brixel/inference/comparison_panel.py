@@ -1,14 +1,18 @@
 """The panel of `brixel show`: the image, the backbone's map upsampled bilinearly, the dense map; one PCA basis."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.panel import build_panel, image_tile, map_tiles, tile_size
+from brixel.feature_maps.pca import PcaBasis
 from brixel.images.load import ImageInput, load_image
 from brixel.inference.dense_features import DenseFeatures
+
+DENSE = "brixel"
 
 
 def comparison_panel(
@@ -42,17 +46,47 @@ def comparison_panel(
     rows = []
     for image in images:
         rgb = load_image(image)
-        dense = model.extract(rgb, scale=scale, short_side_px=short_side_px, memory_limit=memory_limit, tiles=tiles)
-        limits: dict[str, Any] = {"memory_limit": memory_limit, "tiles": tiles}
-        backbone = model.extract_backbone(rgb, short_side_px=short_side_px, **limits)
-        maps = {"backbone, bilinear": backbone.resize(dense.grid_hw), "brixel": dense}
-        if teacher:
-            teacher_px = _teacher_px(dense, model.at_scale(scale).scale)
-            maps["teacher"] = model.extract_backbone(rgb, short_side_px=teacher_px, **limits)
-        size_hw = tile_size(dense)
-        title = "image {} x {}".format(*dense.image_hw)
-        rows.append([image_tile(rgb.numpy(), size_hw, title), *map_tiles(maps, size_hw)])
+        maps = comparison_maps(
+            model,
+            rgb,
+            scale=scale,
+            short_side_px=short_side_px,
+            teacher=teacher,
+            memory_limit=memory_limit,
+            tiles=tiles,
+        )
+        rows.append(comparison_row(rgb, maps))
     return build_panel(rows)
+
+
+def comparison_maps(
+    model: DenseFeatures,
+    rgb: Tensor,
+    *,
+    scale: int | None,
+    short_side_px: int | str | None,
+    teacher: bool,
+    memory_limit: int | str | None,
+    tiles: str,
+) -> dict[str, FeatureMap]:
+    """The maps of an image (3, H, W) that a row of the panel shows, by their labels; see :func:`comparison_panel`."""
+    limits: dict[str, Any] = {"memory_limit": memory_limit, "tiles": tiles}
+    dense = model.extract(rgb, scale=scale, short_side_px=short_side_px, **limits)
+    backbone = model.extract_backbone(rgb, short_side_px=short_side_px, **limits)
+    maps = {"backbone, bilinear": backbone.resize(dense.grid_hw), DENSE: dense}
+    if teacher:
+        teacher_px = _teacher_px(dense, model.at_scale(scale).scale)
+        maps["teacher"] = model.extract_backbone(rgb, short_side_px=teacher_px, **limits)
+    return maps
+
+
+def comparison_row(
+    rgb: Tensor, maps: Mapping[str, FeatureMap], basis: PcaBasis | None = None, title: str = ""
+) -> list[Image.Image]:
+    """The tiles of an image (3, H, W) and its maps; the basis is fitted to these maps where None."""
+    size_hw = tile_size(maps[DENSE])
+    title = title or "image {} x {}".format(*maps[DENSE].image_hw)
+    return [image_tile(rgb.numpy(), size_hw, title), *map_tiles(maps, size_hw, basis)]
 
 
 def _teacher_px(dense: FeatureMap, scale: int) -> int:

@@ -24,6 +24,11 @@ VIDEO_SUFFIXES = (
 _ROUNDING_S = 1e-6  # so that frames at a multiple of 1/fps are taken at it, whatever their time was rounded to
 
 
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a video by its name."""
+    return os.path.splitext(path)[1].lower() in VIDEO_SUFFIXES
+
+
 @dataclass(frozen=True)
 class FrameSelection:
     """Which frames of a video are wanted; the arguments of :func:`frames`."""
@@ -107,22 +112,15 @@ def sample_frames(path: str | os.PathLike[str], count: int, selection: FrameSele
 def _at_rate(decoded: Iterable[DecodedFrame], fps: float, start: float, stop: float) -> Iterator[DecodedFrame]:
     """At each time ``start + k / fps`` before ``stop`` the frame that is shown then, once."""
     count = 0  # of the times that have passed
-
-    def due_s() -> float:
-        return start + count / fps
-
-    last = None
-    for last, following in pairwise(_with_end(decoded)):
-        assert last is not None
-        if due_s() >= stop:
+    for shown, following in pairwise(_with_end(decoded)):
+        assert shown is not None
+        until = (shown.end_s if following is None else following.time_s) - _ROUNDING_S
+        due = start + count / fps
+        if due >= stop:
             return
-        until = math.inf if following is None else following.time_s - _ROUNDING_S
-        if due_s() < until:
-            yield last
-            if following is None:
-                return
-            count = math.ceil((until - start) * fps - 1e-9)
-            count += due_s() < until
+        if due < until:
+            yield shown
+            count = math.floor((until - start) * fps) + 1
 
 
 def _with_end(decoded: Iterable[DecodedFrame]) -> Iterator[DecodedFrame | None]:

@@ -1,11 +1,11 @@
 """Labels carried through a video by the similarity of features, without training.
 
-As the DAVIS evaluation of self-supervised features does it, in the form of Jabri et al., "Space-Time Correspondence as a
-Contrastive Random Walk" (https://arxiv.org/abs/2006.14613), and of DINO (https://arxiv.org/abs/2104.14294): the labels
-of a cell are a weighted mean of the labels of the cells in earlier frames that resemble it most: those near its place,
-in the first frame and in the last few. Labels stay soft between frames. Differences: the shares of labels in a cell are
-exact areas in place of the nearest pixel, the neighbourhood is a share of the image, so that it does not depend on the
-grid, and masks are not stretched to [0, 1] by label before the largest is taken.
+As the DAVIS evaluation of self-supervised features does it, in the form of Jabri et al., "Space-Time Correspondence as
+a Contrastive Random Walk" (https://arxiv.org/abs/2006.14613), and of DINO (https://arxiv.org/abs/2104.14294): the
+labels of a cell are a weighted mean of the labels of the cells in earlier frames that resemble it most: those near its
+place, in the first frame and in the last few. Labels stay soft between frames. Differences: the shares of labels in a
+cell are exact areas in place of the nearest pixel, the neighbourhood is a share of the image, so that it does not
+depend on the grid, and masks are not stretched to [0, 1] by label before the largest is taken.
 
 Shapes: D channels, Hf x Wf cells, L labels, H x W pixels.
 """
@@ -204,8 +204,7 @@ def carried_shares(
     for top, left in itertools.product(range(0, height, _QUERY_CELLS), range(0, width, _QUERY_CELLS)):
         square = slice(top, top + _QUERY_CELLS), slice(left, left + _QUERY_CELLS)
         near = tuple(
-            slice(max(0, part.start - reach), part.stop + reach)
-            for part, reach in zip(square, reach_hw, strict=True)
+            slice(max(0, part.start - reach), part.stop + reach) for part, reach in zip(square, reach_hw, strict=True)
         )
         queries = cells[square].flatten(0, 1)  # Q D
         rows, columns = (torch.arange(size, device=cells.device) for size in (height, width))

@@ -53,10 +53,12 @@ class DecodedFrame:
     Args:
         index: Its number, from 0.
         time_s: When it is shown, in seconds from the start of the video.
+        end_s: When its own duration ends; the next frame may come later or earlier.
     """
 
     index: int
     time_s: float
+    end_s: float
     _decoded: "VideoFrame" = field(repr=False)
     _pixel_aspect: Fraction = Fraction(1)
 
@@ -200,9 +202,9 @@ class _Decoding:
         if time_s <= self._time_s:
             self._warn(f"the timestamp of frame {self._given} is not later than the one before; its rate is used")
             time_s = self._time_s + 1 / self._rate
-        found = DecodedFrame(self._given, time_s, decoded, self._pixel_aspect())
-        shown_s = self._seconds(decoded.duration) if decoded.duration else 1 / self._rate
-        self._given, self._time_s, self._end_s = self._given + 1, time_s, time_s + shown_s
+        end_s = time_s + (self._seconds(decoded.duration) if decoded.duration else 1 / self._rate)
+        found = DecodedFrame(self._given, time_s, end_s, decoded, self._pixel_aspect())
+        self._given, self._time_s, self._end_s = self._given + 1, time_s, end_s
         return found
 
     def _seconds(self, stamp: int) -> float:
@@ -283,7 +285,8 @@ def _over_white(rgba: Array) -> Array:
 
 def _upright(rgb: Array, decoded: "VideoFrame") -> Array:
     """The pixels turned as the display matrix says, which holds x' = (a x + c y), y' = (b x + d y) in 16.16."""
-    data = next((bytes(side) for side in decoded.side_data if side.type.name == "DISPLAYMATRIX"), None)
+    sides: Any = decoded.side_data
+    data = next((bytes(side) for side in sides if side.type.name == "DISPLAYMATRIX"), None)
     if data is None:
         return rgb
     a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()

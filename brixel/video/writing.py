@@ -37,9 +37,10 @@ def write_video(path: str | os.PathLike[str], images: Iterable[ImageInput], fps:
         ImageError: An image cannot be read.
         BrixelError: Another ending, a missing folder, no images, or images of several sizes.
     """
-    path, fps = check_field("path", path, path_like()), check_field("fps", fps, number(above=0))
-    check_video_path(path)
-    with video_writer(path, fps) as writer:
+    target: Path = check_field("path", path, path_like())
+    fps = check_field("fps", fps, number(above=0))
+    check_video_path(target)
+    with video_writer(target, fps) as writer:
         for position, image in enumerate(images):
             rgb = load_image(image)
             pixels = (rgb if not rgb.is_floating_point() else (rgb * 255).round().byte()).permute(1, 2, 0).numpy()
@@ -64,12 +65,14 @@ def video_writer(path: Path, fps: float) -> Iterator["VideoWriter"]:
     ``fps``: frames per second, about: a hint for players, and how long the last frame is shown.
     """
     av = import_av()
-    with atomic_path(path) as temporary:
-        with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            container.metadata["comment"] = _MARK
-            writer = VideoWriter(container, fps, path)
-            yield writer
-            writer.finish()
+    with (
+        atomic_path(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container,
+    ):
+        container.metadata["comment"] = _MARK
+        writer = VideoWriter(container, fps, path)
+        yield writer
+        writer.finish()
 
 
 class VideoWriter:
