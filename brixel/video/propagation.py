@@ -113,11 +113,12 @@ def _as_labels(mask: object) -> Tensor:
                 f"the mask has mode {mask.mode}; expected one whole number per pixel: grey or palette, not colours"
             )
         mask = np.asarray(mask)
-    labels = torch.as_tensor(mask) if isinstance(mask, np.ndarray | Tensor) else None
-    if labels is None or labels.ndim != 2 or 0 in labels.shape or labels.is_floating_point() or labels.is_complex():
-        given = short_repr(mask) if labels is None else f"{labels.dtype} {tuple(labels.shape)}"
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "biu":
+        mask = torch.from_numpy(mask.astype(np.int64))
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or 0 in mask.shape or mask.dtype.is_floating_point:
+        given = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, np.ndarray | Tensor) else short_repr(mask)
         raise BrixelError(f"the mask is {given}; expected (H, W) whole numbers, a label for every pixel")
-    return labels.detach().cpu().long()
+    return mask.detach().cpu().long()
 
 
 def _as_maps(frames: object, model: BrixelFeatures | None) -> Iterator[FeatureMap]:
