@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from brixel.errors import BrixelError
 from brixel.images.frame import Frame
-from brixel.utils.fields import check_field, check_fields, number, optional, path_like, whole_number
+from brixel.utils.fields import check_field, check_fields, number, optional, text, whole_number
 from brixel.video.reading import DecodedFrame, check_video, decode
 
 VIDEO_SUFFIXES = (
@@ -90,9 +90,9 @@ def frames(
         ImageError: It is no video, has no frames, or is damaged or cut off, which is raised after the frames before.
         BrixelError: An argument is out of range, both ``fps`` and ``every`` are given, or PyAV is not installed.
     """
-    path, selection = check_field("path", path, path_like()), FrameSelection(fps, every, start, stop)
-    check_video(path)
-    return (frame.convert() for frame in selection.of(decode(path)))
+    name, selection = check_field("path", path, text()), FrameSelection(fps, every, start, stop)
+    check_video(name)
+    return (frame.convert() for frame in selection.of(decode(name)))
 
 
 def sample_frames(path: str | os.PathLike[str], count: int, selection: FrameSelection) -> list[Frame]:

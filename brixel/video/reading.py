@@ -36,7 +36,7 @@ _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<ASX", b"<asx")
 _BT709, _BT601, _UNKNOWN_MATRIX = 1, 5, 2  # of swscale, and what FFmpeg calls unspecified
 _HDR = (16, 18)  # transfer functions: PQ, HLG
 _TALLEST_SD, _WIDEST_SD = 576, 1279  # frames without a stated matrix up to this size are BT.601, as players take them
-_END_TOLERANCE_S = 0.25  # between the end that a file states and that of its last frame
+_MISSING_S = 0.5  # between the end that a file states and that of its last frame: more is an error, less a warning
 _DEFAULT_RATE = 25.0  # where neither timestamps nor a rate are stated
 _LOG = logging.getLogger("brixel")
 
@@ -150,7 +150,7 @@ class _Decoding:
         self._time_s = -1 / self._rate  # of the last frame
         self._end_s = 0.0  # of the last frame
         self._packets = 0
-        self._unreadable = 0  # packets before the first frame
+        self._early: list[int | None] = []  # timestamps of the packets before the first frame is there
         self._warned: set[str] = set()
 
     def frames(self) -> Iterator[DecodedFrame]:
@@ -159,6 +159,8 @@ class _Decoding:
         try:
             for packet in self._container.demux(self._stream):
                 self._packets += packet.size > 0
+                if not self._given and packet.size and not packet.is_discard:
+                    self._early.append(packet.pts)
                 if packet.is_corrupt and self._given:
                     yield from self._before(packet)
                     raise self._damage("a packet is incomplete")
@@ -175,7 +177,6 @@ class _Decoding:
         except av.InvalidDataError:
             if self._given:
                 raise
-            self._unreadable += 1
             return []
 
     def _before(self, damaged: "Packet[VideoStream]") -> Iterator[DecodedFrame]:
@@ -193,8 +194,8 @@ class _Decoding:
     def _next(self, decoded: "VideoFrame") -> DecodedFrame:
         if decoded.is_corrupt:
             raise self._damage("the frame is incomplete")
-        if self._unreadable and not self._given:
-            self._warn(f"{self._unreadable} packets before the first frame cannot be decoded and are passed over")
+        if not self._given:
+            self._warn_of_early(decoded.pts)
         if decoded.color_trc in _HDR:
             self._warn("has HDR colours, which are not mapped to a normal range: its frames look pale")
         stamp = decoded.pts if decoded.pts is not None else decoded.dts
@@ -206,6 +207,13 @@ class _Decoding:
         found = DecodedFrame(self._given, time_s, end_s, decoded, self._pixel_aspect())
         self._given, self._time_s, self._end_s = self._given + 1, time_s, end_s
         return found
+
+    def _warn_of_early(self, first: int | None) -> None:
+        """Name the frames before the first one that could be decoded."""
+        missing = sum(stamp is not None and first is not None and stamp < first for stamp in self._early)
+        if missing:
+            self._warn(f"{missing} frames before the first key frame cannot be decoded and are left out")
+        self._early = []
 
     def _seconds(self, stamp: int) -> float:
         return float(stamp * self._stream.time_base) if self._stream.time_base else stamp / self._rate
@@ -226,14 +234,20 @@ class _Decoding:
         listed = len(self._stream.index_entries)
         if self._packets < listed:
             raise self._damage(f"{listed} frames are listed, and the file ends before")
-        stated_s = self._stated_end_s()
-        if stated_s is not None and self._end_s < stated_s - max(_END_TOLERANCE_S, 2 / self._rate):
-            raise self._damage(f"it should last {stated_s:.3f} s, and ends after {self._end_s:.3f} s")
+        stated_s = self._stated_end_s() or 0.0
+        message = f"it should last {stated_s:.3f} s, and ends after {self._end_s:.3f} s"
+        if stated_s - self._end_s > max(_MISSING_S, 2 / self._rate):
+            raise self._damage(message)
+        if stated_s - self._end_s > max(1e-3, 0.9 / self._rate):
+            self._warn(f"may lack its last frames: {message}")
 
     def _stated_end_s(self) -> float | None:
         """The end of the stream that the file states, if any; the end of the file may be that of the sound."""
+        if self._container.format.name == "avi" and self._stream.frames:  # its duration is that of what is there
+            return self._stream.frames / self._rate
         if self._stream.duration is not None:
-            return self._seconds(self._stream.duration)
+            start_s = (self._origin_s or 0.0) if self._stream.start_time is None else 0.0
+            return self._seconds(self._stream.duration) - start_s
         text = self._stream.metadata.get("DURATION", "")
         try:
             hours, minutes, seconds = (float(part) for part in text.split(":"))

@@ -19,8 +19,8 @@ from brixel.video.reading import import_av
 
 ENDING = ".mp4"
 _MARK = "drawn by brixel"  # the comment in videos of ours, by which they are known
-_TICKS = 90_000  # timestamps per second
-_ENCODERS = {"libx264": {"crf": "16", "preset": "veryfast"}, "mpeg4": {"qscale": "3"}}
+_TICKS = 60_000  # timestamps per second
+_ENCODERS = {"libx264": {"crf": "16", "preset": "veryfast"}, "mpeg4": {"qmin": "2", "qmax": "4"}}
 _BT709, _LIMITED = 1, 1  # FFmpeg's numbers, the same for matrix, primaries and transfer
 
 
