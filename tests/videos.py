@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from PIL import Image
 
 
 def grey_levels(count, height=24, width=32):
@@ -51,3 +52,24 @@ def _add_silence(container, stream):
     frame.sample_rate = 8000
     container.mux(stream.encode(frame))
     container.mux(stream.encode(None))
+
+
+def write_davis(folder, videos=("boat", "cat"), count=4, size="480p"):
+    """Videos of 24 x 36 px: object 1 moves to the right, object 3 stays."""
+    for number, name in enumerate(videos):
+        for kind in ("JPEGImages", "Annotations"):
+            (folder / kind / size / name).mkdir(parents=True)
+        for time in range(count):
+            mask = np.zeros((24, 36), np.uint8)
+            mask[4:12, 2 + 4 * time : 12 + 4 * time] = 1
+            mask[14:22, 20:30] = 3
+            colours = np.full((24, 36, 3), 60, np.uint8)
+            colours[mask == 1] = [220, 40, 40 + 30 * number]
+            colours[mask == 3] = [40, 60, 220]
+            Image.fromarray(colours).save(folder / "JPEGImages" / size / name / f"{time:05d}.jpg", quality=95)
+            palette = Image.fromarray(mask).convert("P")
+            palette.putpalette([value for i in range(5) for value in (40 * i, 250 - 50 * i, 99)])
+            palette.save(folder / "Annotations" / size / name / f"{time:05d}.png")
+    (folder / "ImageSets" / "2017").mkdir(parents=True)
+    (folder / "ImageSets" / "2017" / "val.txt").write_text("\n".join(videos) + "\n\n")
+    return folder

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from videos import grey_levels, write
 
 from brixel import FeatureMap, MapFolder
 
@@ -213,3 +214,27 @@ def test_a_file_of_another_ending_is_not_made_a_folder(run, model_folder, image_
         in capsys.readouterr().err
     )
     assert not (tmp_path / "one.txt").exists()
+
+
+def test_extract_takes_videos(run, model_folder, tmp_path, capsys, caplog):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    clip = write(folder / "clip.mp4", grey_levels(6))
+    assert run("extract", clip, "--model", model_folder, "-o", tmp_path / "out", "--every", 2) == 0
+    assert capsys.readouterr().out == "3 written, 0 already there, 0 failed\n"
+    assert list(MapFolder(tmp_path / "out")) == [f"clip.mp4/{i:06d}_{0.04 * i:.3f}s" for i in (0, 2, 4)]
+    assert run("extract", "--verify", clip, "-o", tmp_path / "out") == 0
+    assert run("extract", folder, "--model", model_folder, "-o", tmp_path / "two", "--fps", 10) == 0
+    assert capsys.readouterr().out.endswith("3 written, 0 already there, 0 failed\n")
+    Image.new("RGB", (28, 28)).save(folder / "a.png")
+    assert run("extract", folder, "--model", model_folder, "-o", tmp_path / "three") == 0
+    assert "1 written, 0 already there, 0 failed; 1 file left out: 1 .mp4" in capsys.readouterr().out
+    assert "videos in folders are extracted with --fps or --every" in caplog.text
+    for arguments, message in (
+        ((clip, "-o", tmp_path / "a.npy"), "is the name of one map; for a video, which has many, give a folder"),
+        ((folder / "a.png", "-o", tmp_path / "x", "--fps", 2), "--fps and --every choose frames of videos, and none"),
+        ((clip, "-o", tmp_path / "x", "--fps", 2, "--every", 2), "fps is 2 and every is 2; give one of them"),
+        ((clip, "-o", tmp_path / "x", "--fps", 0), "--fps: '0'; expected a number above zero"),
+    ):
+        assert run("extract", *arguments, "--model", model_folder) == 2
+        assert message in capsys.readouterr().err
