@@ -13,6 +13,7 @@ import numpy.typing as npt
 from brixel.errors import BrixelError
 from brixel.images.frame import Frame
 from brixel.images.load import ImageInput, load_image
+from brixel.inference.stream import several_images
 from brixel.utils.atomic_files import atomic_path, check_folder
 from brixel.utils.fields import check_field, number, path_like
 from brixel.video.reading import import_av
@@ -39,6 +40,7 @@ def write_video(path: str | os.PathLike[str], images: Iterable[ImageInput], fps:
     """
     target: Path = check_field("path", path, path_like())
     fps = check_field("fps", fps, number(above=0))
+    images = several_images(images)
     check_video_path(target)
     with video_writer(target, fps) as writer:
         for position, image in enumerate(images):
