@@ -36,6 +36,7 @@ _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"[playlist]", b"<ASX", b"<asx")
 _BT709, _BT601, _UNKNOWN_MATRIX = 1, 5, 2  # of swscale, and what FFmpeg calls unspecified
 _HDR = (16, 18)  # transfer functions: PQ, HLG
 _TALLEST_SD, _WIDEST_SD = 576, 1279  # frames without a stated matrix up to this size are BT.601, as players take them
+_UPRIGHT = (1, 0, 0, 1)
 _MISSING_S = 0.5  # between the end that a file states and that of its last frame: more is an error, less a warning
 _DEFAULT_RATE = 25.0  # where neither timestamps nor a rate are stated
 _LOG = logging.getLogger("brixel")
@@ -60,11 +61,13 @@ class DecodedFrame:
     time_s: float
     end_s: float
     _decoded: "VideoFrame" = field(repr=False)
-    _pixel_aspect: Fraction = Fraction(1)
+    _pixel_aspect: Fraction
+    _axes: tuple[int, ...]
 
     def convert(self) -> Frame:
         """The frame as it is shown: RGB, square pixels, upright."""
-        return Frame(_upright(_to_rgb(self._decoded, self._pixel_aspect), self._decoded), self.index, self.time_s)
+        rgb = _to_rgb(self._decoded, self._pixel_aspect)
+        return Frame(_turned(rgb, self._axes), self.index, self.time_s)
 
 
 def check_video(path: str | os.PathLike[str]) -> None:
@@ -150,6 +153,7 @@ class _Decoding:
         self._time_s = -1 / self._rate  # of the last frame
         self._end_s = 0.0  # of the last frame
         self._packets = 0
+        self._begun = False  # whether a key frame was decoded
         self._early: list[int | None] = []  # timestamps of the packets before the first frame is there
         self._warned: set[str] = set()
 
@@ -161,7 +165,7 @@ class _Decoding:
                 self._packets += packet.size > 0
                 if not self._given and packet.size and not packet.is_discard:
                     self._early.append(packet.pts)
-                if packet.is_corrupt and self._given:
+                if packet.is_corrupt and self._begun:
                     yield from self._before(packet)
                     raise self._damage("a packet is incomplete")
                 yield from map(self._next, self._decoded(packet))
@@ -170,14 +174,16 @@ class _Decoding:
         self._check_end()
 
     def _decoded(self, packet: "Packet[VideoStream]") -> Sequence["VideoFrame"]:
-        """The frames of a packet; of one that cannot be decoded before the first frame, none."""
+        """The frames of a packet; of one that cannot be decoded before the first key frame, none."""
         av = import_av()
         try:
-            return packet.decode()
+            frames: Sequence[VideoFrame] = packet.decode()
         except av.InvalidDataError:
-            if self._given:
+            if self._begun:
                 raise
             return []
+        self._begun = self._begun or packet.is_keyframe
+        return frames
 
     def _before(self, damaged: "Packet[VideoStream]") -> Iterator[DecodedFrame]:
         """What the decoder holds back of the frames that are shown before a packet that is incomplete."""
@@ -197,14 +203,16 @@ class _Decoding:
         if not self._given:
             self._warn_of_early(decoded.pts)
         if decoded.color_trc in _HDR:
-            self._warn("has HDR colours, which are not mapped to a normal range: its frames look pale")
+            self._warn("HDR", "has HDR colours, which are not mapped to a normal range: its frames look pale")
+        if decoded.interlaced_frame:
+            self._warn("interlaced", "is interlaced, and its frames are not made whole: what moves has combed outlines")
         stamp = decoded.pts if decoded.pts is not None else decoded.dts
         time_s = self._time_s + 1 / self._rate if stamp is None else self._since_start(stamp)
         if time_s <= self._time_s:
-            self._warn(f"the timestamp of frame {self._given} is not later than the one before; its rate is used")
+            self._warn("times", f"frame {self._given} has no later time than the one before; the frame rate is used")
             time_s = self._time_s + 1 / self._rate
         end_s = time_s + (self._seconds(decoded.duration) if decoded.duration else 1 / self._rate)
-        found = DecodedFrame(self._given, time_s, end_s, decoded, self._pixel_aspect())
+        found = DecodedFrame(self._given, time_s, end_s, decoded, self._pixel_aspect(), self._axes(decoded))
         self._given, self._time_s, self._end_s = self._given + 1, time_s, end_s
         return found
 
@@ -212,20 +220,33 @@ class _Decoding:
         """Name the frames before the first one that could be decoded."""
         missing = sum(stamp is not None and first is not None and stamp < first for stamp in self._early)
         if missing:
-            self._warn(f"{missing} frames before the first key frame cannot be decoded and are left out")
+            self._warn("early", f"{missing} frames before the first key frame cannot be decoded and are left out")
         self._early = []
 
     def _seconds(self, stamp: int) -> float:
         return float(stamp * self._stream.time_base) if self._stream.time_base else stamp / self._rate
 
     def _since_start(self, stamp: int) -> float:
-        if self._origin_s is None:
-            self._origin_s = self._seconds(stamp)
-        return self._seconds(stamp) - self._origin_s
+        seconds = self._seconds(stamp)
+        if self._origin_s is None or (not self._given and seconds < self._origin_s):
+            self._origin_s = seconds
+        return seconds - self._origin_s
 
     def _pixel_aspect(self) -> Fraction:
         aspect = self._stream.sample_aspect_ratio or self._stream.codec_context.sample_aspect_ratio
         return Fraction(aspect) if aspect else Fraction(1)
+
+    def _axes(self, decoded: "VideoFrame") -> tuple[int, ...]:
+        """The signs (a, b, c, d) of the display matrix: x' = a x + c y and y' = b x + d y are what is shown."""
+        sides: Any = decoded.side_data
+        data = next((bytes(side) for side in sides if side.type.name == "DISPLAYMATRIX"), None)
+        if data is None:
+            return _UPRIGHT
+        a, b, _, c, d, *_ = np.sign(np.frombuffer(data, np.int32)).tolist()
+        if (a == d == 0) != (b == c == 0):
+            return a, b, c, d
+        self._warn("angle", "is to be turned by an angle that is no multiple of 90 degrees; it is left as it is")
+        return _UPRIGHT
 
     def _check_end(self) -> None:
         """Raise ImageError where the file ends before its last frame."""
@@ -239,7 +260,7 @@ class _Decoding:
         if stated_s - self._end_s > max(_MISSING_S, 2 / self._rate):
             raise self._damage(message)
         if stated_s - self._end_s > max(1e-3, 0.9 / self._rate):
-            self._warn(f"may lack its last frames: {message}")
+            self._warn("end", f"may lack its last frames: {message}")
 
     def _stated_end_s(self) -> float | None:
         """The end of the stream that the file states, if any; the end of the file may be that of the sound."""
@@ -263,8 +284,8 @@ class _Decoding:
             "fetch it again, or cut it there"
         )
 
-    def _warn(self, message: str) -> None:
-        kind = message.split(" ", 3)[-1]
+    def _warn(self, kind: str, message: str) -> None:
+        """Log a message, once per kind."""
         if kind not in self._warned:
             self._warned.add(kind)
             _LOG.warning("%s: %s", self._name, message)
@@ -297,16 +318,9 @@ def _over_white(rgba: Array) -> Array:
     return ((rgba[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _upright(rgb: Array, decoded: "VideoFrame") -> Array:
-    """The pixels turned as the display matrix says, which holds x' = (a x + c y), y' = (b x + d y) in 16.16."""
-    sides: Any = decoded.side_data
-    data = next((bytes(side) for side in sides if side.type.name == "DISPLAYMATRIX"), None)
-    if data is None:
-        return rgb
-    a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
-    if (a == d == 0) != (b == c == 0):
-        turned = rgb if a or d else rgb.swapaxes(0, 1)
-        turned = turned[:, ::-1] if (a or c) < 0 else turned
-        return np.ascontiguousarray(turned[::-1] if (d or b) < 0 else turned)
-    _LOG.warning("a frame is to be turned by an angle that is no multiple of 90 degrees; it is left as it is")
-    return rgb
+def _turned(rgb: Array, axes: tuple[int, ...]) -> Array:
+    """Pixels (H, W, 3) turned and mirrored as :meth:`_Decoding._axes` says."""
+    a, b, c, d = axes
+    turned = rgb if a else rgb.swapaxes(0, 1)
+    turned = turned[:, ::-1] if (a or c) < 0 else turned
+    return np.ascontiguousarray(turned[::-1] if (d or b) < 0 else turned)

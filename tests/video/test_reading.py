@@ -87,10 +87,10 @@ def test_a_matrix_of_a_phone_in_the_file_turns_frames(tmp_path):
     assert corners(frame.rgb) == [150, 40, 220, 90]
 
 
-def test_an_odd_angle_is_left_with_a_warning(tmp_path, caplog):
-    [frame] = frames(write(tmp_path / "a.mp4", [QUADRANTS], rotation=(13,)))
-    assert corners(frame.rgb) == [40, 90, 150, 220]
-    assert "no multiple of 90 degrees" in caplog.text
+def test_an_odd_angle_is_left_with_one_warning(tmp_path, caplog):
+    for frame in frames(write(tmp_path / "a.mp4", [QUADRANTS] * 3, rotation=(13,))):
+        assert corners(frame.rgb) == [40, 90, 150, 220]
+    assert caplog.text.count("no multiple of 90 degrees") == 1
 
 
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200), (128, 128, 128), (235, 235, 235))
@@ -248,6 +248,26 @@ def test_damage_inside_is_an_error_at_its_frame(tmp_path):
         for frame in frames(path):
             found.append(frame.index)
     assert found == list(range(6))
+
+
+def test_damage_before_the_first_frame_is_shown_is_an_error(tmp_path):
+    """The decoder holds frames back, to bring them into order: what it cannot decode meanwhile is not left out."""
+    noise = np.random.default_rng(0)
+    pixels = [noise.integers(0, 256, (24, 32, 3), np.uint8) for _ in range(12)]
+    path = write(tmp_path / "a.mp4", pixels, options={"bf": "3", "b_strategy": "0"})
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data, (start, size) = bytearray(path.read_bytes()), packets[1]
+    data[start + 60 : start + size] = bytes(size - 60)
+    path.write_bytes(data)
+    with pytest.raises(ImageError, match=r"is damaged or cut off at frame [01], 0\.0[04]0 s"):
+        list(frames(path))
+
+
+def test_interlaced_video_is_named(tmp_path, caplog):
+    write(tmp_path / "a.mp4", grey_levels(3), options={"x264-params": "tff=1"})
+    assert len(list(frames(tmp_path / "a.mp4"))) == 3
+    assert caplog.text.count("is interlaced") == 1
 
 
 def test_a_recording_that_begins_between_key_frames_says_so(tmp_path, caplog):
