@@ -16,6 +16,7 @@ MODULES = (
     "brixel.evaluate",
     "brixel.extraction",
     "brixel.train",
+    "brixel.video",
 )
 PATH = ROOT / "docs" / "api.txt"
 

@@ -21,6 +21,7 @@ LAYERS = (
     "inference",
     "brixel_features",
     "data",
+    "video",
     "extraction",
     "evaluate",
     "train",
@@ -98,7 +99,7 @@ import sys
 loaded = set(sys.modules)
 import brixel
 assert state() == before, [pair for pair in zip(before, state()) if pair[0] != pair[1]]
-late = {"transformers", "timm", "tqdm", "huggingface_hub"} & (set(sys.modules) - loaded)
+late = {"transformers", "timm", "tqdm", "huggingface_hub", "av"} & (set(sys.modules) - loaded)
 assert not late, late
 from brixel.backbones.wrappers import as_backbone
 try:  # told from those of other packages without importing them

@@ -11,6 +11,7 @@ import brixel
 from brixel import BrixelError, BrixelFeatures, FeatureMap, FeatureTable, MapFolder, PcaBasis, Reduce
 from brixel.images.find_images import SCENE
 from brixel.train import TrainConfig, distill
+from brixel.video import frames, propagate, write_video
 
 WRONG = {
     "None": None,
@@ -90,6 +91,11 @@ CALLS = {
     "view, path": lambda _, found, value: brixel.view(found, value) if value is not None else fail(),
     "view, images": lambda _, found, value: brixel.view(found, images=value) if value is not None else fail(),
     "view, names": lambda _, found, value: brixel.view(found, names=value) if value is not None else fail(),
+    "frames": lambda tiny, _, value: frames(value),
+    "write_video": lambda tiny, _, value: write_video(value, [IMAGE]),
+    "write_video, images": lambda tiny, _, value: write_video("video.mp4", value) if value is not None else fail(),
+    "propagate": lambda tiny, found, value: list(propagate(value, [found])),
+    "propagate, frames": lambda tiny, _, value: list(propagate(np.zeros((48, 48), int), value, tiny)),
     "distill": lambda tiny, _, value: distill(value),
     "TrainConfig": lambda tiny, _, value: TrainConfig(backbone=value, images=value, out=value),
     "the model": lambda tiny, _, value: tiny(value),

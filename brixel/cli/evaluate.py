@@ -35,7 +35,7 @@ from brixel.evaluate.datasets.depth_normals import DEPTH_LAYOUTS, NORMALS_LAYOUT
 from brixel.evaluate.datasets.labelled import LAYOUTS
 from brixel.evaluate.plots import cost_figure, plots_available, save_plot
 from brixel.evaluate.report import Report, check_markdown, write_report
-from brixel.evaluate.tasks import BOUNDARY_PX, COMPARED, DEFAULT_SOURCES, FIELDS, Task
+from brixel.evaluate.tasks import BOUNDARY_PX, COMPARED, DEFAULT_SOURCES, FIELDS, OF_DATA, VIDEO, Task
 from brixel.feature_maps.panel import check_panel_path, save_panel
 from brixel.images.find_images import find_images
 from brixel.utils.atomic_files import check_output_folder
@@ -48,6 +48,7 @@ _TASKS: Mapping[str, tuple[str, Iterable[str]]] = {  # by kind: what it measures
     "segmentation": ("semantic segmentation by a linear probe on frozen features", LAYOUTS),
     "depth": ("depth in metres by a small convolutional readout on frozen features", DEPTH_LAYOUTS),
     "normals": ("surface normals by a small convolutional readout on frozen features", NORMALS_LAYOUTS),
+    "video": ("objects of a first frame carried through videos by their features: J and F of DAVIS 2017", ()),
     "matching": ("points of an image found in a warp of it by their features", ()),
 }
 _TEACHER_PX: Mapping[str, Any] = {
@@ -75,15 +76,17 @@ def add(commands: Any) -> None:
 def _add_task(kinds: Any, kind: str, text: str, layouts: tuple[str, ...]) -> None:
     one = _add_report(kinds, kind, _run, text)
     one.set_defaults(kind=kind)
-    if layouts:
+    if kind in OF_DATA:
         add_flag(one, "--data", type=Path, required=True, metavar="DIR", help="the data set's folder, as unpacked")
+        add_flag(one, "--val", default="val", metavar="SPLIT", help="split that is reported")
+        text = "use only the first N images of each split"
+        add_flag(one, "--limit", type=positive, metavar="N", help=text, note="N videos" if kind == VIDEO else "")
+    if layouts:
         add_flag(one, "--layout", choices=layouts, default="plain", help="the data set's layout")
         add_flag(one, "--train", default="train", metavar="SPLIT", help="split that is trained on")
-        add_flag(one, "--val", default="val", metavar="SPLIT", help="split that is reported")
         add_flag(one, "--cache", type=Path, metavar="DIR", help="keep features here, for later runs", usual="in memory")
         add_flag(one, "--steps", type=positive, metavar="N", help="steps of training", usual="by the kind of probe")
-        add_flag(one, "--limit", type=positive, metavar="N", help="use only the first N images of each split")
-    else:
+    if kind not in OF_DATA:
         text = "images, and folders of them"
         add_flag(one, "--images", nargs="+", type=Path, required=True, metavar="PATH", help=text)
     if kind == "fidelity":

@@ -1,6 +1,7 @@
 """`brixel extract`: the dense maps of many images, written into a folder."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.cli.extract_raster import add_raster_options, extract_raster, is_raster
 from brixel.cli.options import (
     add_flag,
+    add_frame_options,
     add_map_options,
     add_model_options,
     add_output,
@@ -29,12 +31,14 @@ from brixel.extraction.fitted_reduction import SAMPLE, fit_reduction
 from brixel.extraction.map_folder import missing_maps, verify
 from brixel.extraction.writers import convert
 from brixel.feature_maps.storage import check_writable
-from brixel.images.find_images import describe_left_out, find_images
+from brixel.images.find_images import FoundImages, describe_left_out, find_images
 from brixel.utils.atomic_files import check_output_folder
 from brixel.utils.devices import DTYPES
 from brixel.utils.processes import own_device
+from brixel.video.frames import VIDEO_SUFFIXES, is_video
 
 _ENDINGS = (".safetensors", ".npy")
+_LOG = logging.getLogger("brixel")
 _OF_MAPS = ("scale", "short_side_px", "memory_limit", "tiles")
 
 
@@ -42,7 +46,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     text = "write the dense map of every image into a folder; a second run continues where the first stopped"
     parser = command(commands, "extract", _extract, text, "brixel extract photos -o maps")
-    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="images, and folders of images")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="images, videos, and folders of images")
     note = f"for one image also a file that ends in {' or '.join(_ENDINGS)}"
     add_output(parser, required=True, metavar="FOLDER", note=note)
     formats = [ending[1:] for ending in _ENDINGS]
@@ -67,6 +71,7 @@ def add(commands: Any) -> None:
     text = "compute nothing: compare the files in FOLDER with its manifest, and the images at PATH with their maps"
     parser.add_argument("--verify", action="store_true", help=text)
     add_flag(parser, "--json")
+    add_frame_options(parser)
     add_model_options(parser)
     add_map_options(parser)
     add_raster_options(parser)
@@ -83,7 +88,7 @@ def _extract(options: argparse.Namespace) -> int:
         return extract_raster(options, _model)
     if options.fit_only and (options.reduce is None or options.overwrite):
         raise BrixelError("--fit-only goes with --reduce, such as --reduce pca:32,int8, and without --overwrite")
-    images = find_images(options.paths)
+    images = _find(options)
     options.save_dtype = None if options.save_dtype is None else DTYPES[options.save_dtype]
     if options.output.suffix in _ENDINGS and not options.output.is_dir():
         return _extract_one(options)
@@ -103,7 +108,8 @@ def _extract(options: argparse.Namespace) -> int:
         options.output,
         ending=_ENDINGS[0] if options.format is None else f".{options.format}",
         shard_bytes=options.shard_size,
-        **given(options, "save_dtype", "overwrite", "batch_size", "workers", "reduce", "reduce_sample", *_OF_MAPS),
+        **given(options, "save_dtype", "overwrite", "batch_size", "workers", "reduce", "reduce_sample"),
+        **given(options, "fps", "every", *_OF_MAPS),
     )
     share = ProcessShare.from_environment()
     if options.json:
@@ -118,6 +124,8 @@ def _extract_one(options: argparse.Namespace) -> int:
     path = options.output
     if not _is_one_image(options.paths):
         raise BrixelError(f"{path} is the name of one map; for several images give a folder, such as {path.stem}")
+    if is_video(options.paths[0]):
+        raise BrixelError(f"{path} is the name of one map; for a video, which has many, give a folder")
     if options.shard_size is not None or options.format not in (None, path.suffix[1:]):
         raise BrixelError(f"{path} is the name of one map: --format and --shard-size go with a folder")
     check_writable(path)
@@ -140,7 +148,7 @@ def _extract_one(options: argparse.Namespace) -> int:
 
 def _fit(options: argparse.Namespace, images: Sequence[tuple[Path, Path]]) -> int:
     """The basis of a reduction alone."""
-    settings = given(options, "batch_size", "workers", *_OF_MAPS)
+    settings = given(options, "batch_size", "workers", "fps", "every", *_OF_MAPS)
     reduce = fit_reduction(_model(options), images, options.output, options.reduce, options.reduce_sample, **settings)
     basis = reduce.basis
     if basis is None:
@@ -148,6 +156,17 @@ def _fit(options: argparse.Namespace, images: Sequence[tuple[Path, Path]]) -> in
     facts = {"reduce": reduce.spec, "basis": basis.digest, "kept_variance": basis.kept_variance}
     print_json(facts) if options.json else print(f"{reduce.identity}: {basis.kept_variance:.1%} of the variance kept")
     return 0
+
+
+def _find(options: argparse.Namespace) -> FoundImages:
+    """The images and videos; videos in folders only where it is said which of their frames are meant."""
+    chosen = options.fps is not None or options.every is not None
+    images = find_images(options.paths, also=VIDEO_SUFFIXES if chosen else ())
+    if any(ending in VIDEO_SUFFIXES for ending in images.left_out):
+        _LOG.warning("videos in folders are extracted with --fps or --every, and without when they are named")
+    if chosen and not any(is_video(path) for path, _ in images):
+        raise BrixelError("--fps and --every choose frames of videos, and none is among the paths")
+    return images
 
 
 def _model(options: argparse.Namespace) -> BrixelFeatures:
@@ -182,7 +201,7 @@ def _facts(summary: ExtractionSummary, share: ProcessShare) -> dict[str, Any]:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    images = find_images(options.paths)
+    images = _find(options)
     files, without_map = verify(options.output), missing_maps(options.output, images)
     if options.json:
         print_json({"files": files, "images": without_map, "images_checked": len(images)})

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from brixel.images.find_images import SCENE, find_images
 from brixel.images.patch_grid import NATIVE
 from brixel.inference.memory.planner import TileMode
 from brixel.utils.memory import format_bytes, parse_bytes
+from brixel.video.frames import FrameSelection
 
 MODEL_HELP = "a folder that save_pretrained wrote, ORG/NAME[@REVISION] on the Hub, brixel-small or brixel-tiny"
 
@@ -115,6 +117,17 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """A finite number above zero."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not (0 < found < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above zero")
+    return found
+
+
 def pixels_or_native(text: str) -> int | str:
     """A number of pixels, or "native"."""
     if text != NATIVE and (not text.isdecimal() or int(text) == 0):
@@ -195,6 +208,8 @@ SHARED: Mapping[str, Mapping[str, Any]] = {
         "action": "store_true",
         "help": "also the backbone's map of the image at four times the size",
     },
+    "--fps": {"type": positive_number, "metavar": "N", "help": "of videos, so many frames per second"},
+    "--every": {"type": positive, "metavar": "N", "help": "of videos, each N-th frame"},
     "--overwrite": {"action": "store_true", "help": "write over what is there"},
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
 }
@@ -229,16 +244,28 @@ def add_output(parser: argparse.ArgumentParser, **settings: Any) -> None:
     add_flag(parser, "--output", "-o", **settings)
 
 
-def add_shown_images(parser: argparse.ArgumentParser) -> None:
+def add_shown_images(parser: argparse.ArgumentParser, note: str = "") -> None:
     """The images to be looked at; :func:`shown_images` lists them."""
-    text = f"images, and folders, of which the first {_MAX_SHOWN} are shown; default: a scene that brixel contains"
+    text = f"images, and folders, of which the first {_MAX_SHOWN} are shown"
+    text = "; ".join(filter(None, (text, note, "default: a scene that brixel contains")))
     parser.add_argument("images", nargs="*", metavar="PATH", help=text)
 
 
-def add_panel_output(parser: argparse.ArgumentParser) -> None:
+def add_panel_output(parser: argparse.ArgumentParser, note: str = "") -> None:
     """The image that a command draws."""
-    add_output(parser, default=Path("panel.png"), metavar="IMAGE")
-    add_flag(parser, "--overwrite", note="without it, brixel replaces only images that it has drawn")
+    add_output(parser, default=Path("panel.png"), metavar="IMAGE", note=note)
+    add_flag(parser, "--overwrite", note="without it, brixel replaces only what it has drawn")
+
+
+def add_frame_options(parser: argparse.ArgumentParser) -> None:
+    """Which frames of videos are taken; :func:`frame_selection` reads them."""
+    add_flag(parser, "--fps", usual="all frames")
+    add_flag(parser, "--every", usual="all frames")
+
+
+def frame_selection(options: argparse.Namespace) -> FrameSelection:
+    """The frames that the options choose."""
+    return FrameSelection(**given(options, "fps", "every"))
 
 
 def add_device_options(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@
 
 from brixel.evaluate.cost.scaling import cost
 from brixel.evaluate.cost.throughput import throughput
+from brixel.evaluate.datasets.davis import read_davis
 from brixel.evaluate.datasets.depth_normals import read_measured
 from brixel.evaluate.datasets.labelled import ImageDataset, read_labelled
 from brixel.evaluate.feature_sources import FeatureSource, sources_of
@@ -23,6 +24,7 @@ from brixel.evaluate.probes.training import ProbeSettings
 from brixel.evaluate.report import Report
 from brixel.evaluate.suite import run_suite
 from brixel.evaluate.suite_file import read_suite
+from brixel.evaluate.video import video
 
 __all__ = [
     "FeatureSource",
@@ -34,6 +36,7 @@ __all__ = [
     "fidelity",
     "matching",
     "panel_of",
+    "read_davis",
     "read_labelled",
     "read_measured",
     "read_suite",
@@ -41,6 +44,7 @@ __all__ = [
     "segmentation",
     "sources_of",
     "throughput",
+    "video",
 ]
 
 

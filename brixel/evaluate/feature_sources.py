@@ -74,10 +74,10 @@ class FeatureSource:
         return (self.identity, self.scale) if self.identity else self
 
     def features(self, crops: Tensor) -> Tensor:
-        """Dense maps of square crops.
+        """Dense maps of crops, square or not.
 
         Args:
-            crops: (B, 3, T, T), RGB in [0, 1].
+            crops: (B, 3, T, T), RGB in [0, 1]; both sides four whole patches.
 
         Returns:
             (B, D, h, w), float32 on the CPU.
@@ -103,7 +103,8 @@ class FeatureSource:
         Raises:
             BrixelError: T does not fit the patch size, or the source gives another shape or values that are not finite.
         """
-        check_teacher_px(crops.shape[-1], self.patch_px)
+        for side_px in crops.shape[-2:]:
+            check_teacher_px(side_px, self.patch_px)
         seen = crops.clamp(0, 1) if self.scale == DOWNSAMPLING else student_view(crops)
         with torch.no_grad():
             found = self.maps(normalised(seen, self.mean, self.std))

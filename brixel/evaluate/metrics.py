@@ -6,6 +6,8 @@ says that it is of one image. Pixels whose label is below zero have none and are
 Legend: H x W pixels, K classes, N points or valid pixels.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,6 +82,43 @@ def _near_another(labels: Tensor, within_px: int) -> Tensor:
     for shape, padding in (((side, 1), (within_px, 0)), ((1, side), (0, within_px))):
         near = [F.max_pool2d(signed, shape, stride=1, padding=padding) for signed in near]
     return (labels >= 0) & ((near[0][0] != labels) | (-near[1][0] != labels))
+
+
+def region_j(predicted: Tensor, mask: Tensor) -> float:
+    """J of DAVIS: intersection over union of two sets of pixels (H, W), boolean; 1 where both are empty."""
+    _check_shapes(predicted, mask)
+    union = int((predicted | mask).sum())
+    return int((predicted & mask).sum()) / union if union else 1.0
+
+
+def boundary_f(predicted: Tensor, mask: Tensor, within: float = 0.008) -> float:
+    """F of DAVIS: the F-measure of the outlines of two sets of pixels (H, W), boolean; 1 where both have none.
+
+    A pixel of an outline is found where one of the other outline lies within ``within`` of the image's diagonal,
+    rounded up to whole pixels.
+    """
+    _check_shapes(predicted, mask)
+    radius = math.ceil(within * math.hypot(*mask.shape))
+    ours, theirs = _outline(predicted), _outline(mask)
+    counts = int(ours.sum()), int(theirs.sum())
+    if 0 in counts:
+        return float(counts == (0, 0))
+    precision = int((ours & _dilated(theirs, radius)).sum()) / counts[0]
+    recall = int((theirs & _dilated(ours, radius)).sum()) / counts[1]
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _outline(mask: Tensor) -> Tensor:
+    """The pixels that differ from the next one to the right, below, or both."""
+    padded = F.pad(mask[None, None].float(), (0, 1, 0, 1), mode="replicate")[0, 0].bool()
+    return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
+
+
+def _dilated(outline: Tensor, radius: int) -> Tensor:
+    """The pixels within ``radius`` of an outline."""
+    offsets = torch.arange(-radius, radius + 1)
+    disk = (offsets[:, None] ** 2 + offsets**2 <= radius**2).float()
+    return F.conv2d(outline[None, None].float(), disk[None, None], padding=radius)[0, 0] > 0.5
 
 
 def pck(distances: Tensor, thresholds: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ _METRICS = {  # by task: key of a row, key of its interval, label
     ),
     "segmentation": (("miou", "miou_interval", "mIoU"), ("boundary_iou", "boundary_interval", "boundary IoU")),
     "matching": (("pck_0.05", "pck_0.05_interval", "share of points within 5 %"),),
+    "video": (("jf", "jf_interval", "J&F"),),
     "depth": (("rmse", "interval", "RMSE in m, lower is better"),),
     "normals": (("mean_deg", "interval", "mean angle in degrees, lower is better"),),
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from brixel.errors import BrixelError
-from brixel.evaluate.tasks import KINDS, PROBES, Task
+from brixel.evaluate.tasks import KINDS, PROBES, VIDEO, Task
 from brixel.utils.fields import check_field, check_names, several, short_repr, text, whole_number
 from brixel.utils.structured_files import read_toml
 
@@ -25,6 +25,7 @@ _PROBE_KEYS = {
     **{"data": text(), "layout": text(), "train": text(), "val": text()},
     **{"steps": whole_number(1), "limit": whole_number(1)},
 }
+_VIDEO_KEYS = {name: _PROBE_KEYS[name] for name in ("data", "val", "limit")}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def _task_fields(run: object, where: str) -> dict[str, Any]:
         raise BrixelError(f"{where} is {short_repr(run)}; expected a table, [[run]]")
     kind = run.get("task", "")
     check_names([kind], KINDS, f"{where} has the unknown task")
-    rules = _COMMON_KEYS | (_PROBE_KEYS if kind in PROBES else {"images": _TEXTS})
+    own_keys = _PROBE_KEYS if kind in PROBES else _VIDEO_KEYS if kind == VIDEO else {"images": _TEXTS}
+    rules = _COMMON_KEYS | own_keys
     rules |= {"boundary_px": whole_number(1)} if kind == "segmentation" else {}
     check_names(run, rules, f"{where} ({kind}) has the unknown key")
     fields = {key: check_field(f"{key} in {where}", value, rules[key]) for key, value in run.items()}

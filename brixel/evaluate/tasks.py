@@ -9,6 +9,7 @@ from typing import Any
 
 from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
+from brixel.evaluate.datasets.davis import VideoDataset, read_davis
 from brixel.evaluate.datasets.depth_normals import read_measured
 from brixel.evaluate.datasets.labelled import ImageDataset, read_labelled
 from brixel.evaluate.feature_sources import BASE, INTERPOLATED, SOURCES, STUDENT, TEACHER, FeatureSource, sources_of
@@ -17,6 +18,7 @@ from brixel.evaluate.matching import matching
 from brixel.evaluate.probes.depth_normals import CONVOLUTIONAL, depth_normals
 from brixel.evaluate.probes.segmentation import LINEAR, segmentation
 from brixel.evaluate.report import Report
+from brixel.evaluate.video import video
 from brixel.images.crops import check_teacher_px
 from brixel.images.find_images import find_images
 from brixel.utils.fields import check_names
@@ -24,7 +26,10 @@ from brixel.utils.torch_defaults import plain_defaults
 
 COMPARED = (BASE, STUDENT, TEACHER)
 PROBES = ("segmentation", "depth", "normals")
-DEFAULT_SOURCES = {"fidelity": (*INTERPOLATED, STUDENT), **dict.fromkeys(("matching", *PROBES), COMPARED)}
+VIDEO = "video"
+OF_DATA = (*PROBES, VIDEO)
+"""The tasks on a data set; the others are on images."""
+DEFAULT_SOURCES = {"fidelity": (*INTERPOLATED, STUDENT), **dict.fromkeys(("matching", *OF_DATA), COMPARED)}
 KINDS = tuple(DEFAULT_SOURCES)
 BOUNDARY_PX = 8
 
@@ -36,7 +41,8 @@ class Task:
     ``images``: images and folders, for fidelity and matching. For probes: ``data``, ``layout`` and the splits ``train``
     and ``val``; ``steps`` of the training, None for the default; ``limit``, only so many images of each split;
     ``cache``, the folder in which features are kept; ``boundary_px``, for segmentation. For fidelity: ``reduce``,
-    reductions of the student's maps, and ``reduce_images``, what their bases are fitted to. ``sources``: names from
+    reductions of the student's maps, and ``reduce_images``, what their bases are fitted to. For videos:
+    ``data`` in the layout of DAVIS 2017, its split ``val``, and ``limit``, only so many videos. ``sources``: names from
     ``SOURCES``; empty for the defaults of the kind.
     """
 
@@ -57,7 +63,7 @@ class Task:
 
     def __post_init__(self) -> None:
         check_names([self.kind], KINDS, "unknown task")
-        needed, given = ("data", self.data) if self.kind in PROBES else ("images", self.images)
+        needed, given = ("data", self.data) if self.kind in OF_DATA else ("images", self.images)
         if not given:
             raise BrixelError(f"task {self.kind!r} needs {needed!r}, and none is given")
         if not self.teacher_px:
@@ -70,6 +76,8 @@ class Task:
         check_names(self.sources, SOURCES, "unknown source")
         if self.kind in PROBES:
             self._splits()
+        elif self.kind == VIDEO:
+            self._videos()
         else:
             find_images(self.images)
 
@@ -85,6 +93,8 @@ class Task:
         name = name or model.config.backbone.title
         if self.kind in PROBES:
             return self._run_probe(sources_of(model, self.sources), name)
+        if self.kind == VIDEO:
+            return video(sources_of(model, self.sources), self._videos(), self.teacher_px, model=name)
         images = [path for path, _ in find_images(self.images)]
         if self.kind == "fidelity":
             report = fidelity(
@@ -113,6 +123,14 @@ class Task:
         if self.kind == "segmentation":
             return segmentation(sources, train, val, self.teacher_px, within_px=self.boundary_px, **common)
         return depth_normals(self.kind, sources, train, val, self.teacher_px, **common)
+
+    def _videos(self) -> VideoDataset:
+        """The videos; whatever is wrong with the first annotation of one shows before hours of work."""
+        assert self.data is not None
+        data = read_davis(self.data, self.val).first(self.limit)
+        for sequence in data.sequences:
+            sequence.objects()
+        return dataclasses.replace(data, name=f"{data.name} ({self.val})")
 
     def _splits(self) -> tuple[ImageDataset, ImageDataset]:
         """The splits for training and validation; the name of the latter is that for the report."""

@@ -3,7 +3,8 @@
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +18,26 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.checkpoints.fingerprint import digest
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.extraction.background_writer import BackgroundWriter
+from brixel.extraction.clips import Clip, find_clips
 from brixel.extraction.distributed import ProcessShare
 from brixel.extraction.fitted_reduction import SAMPLE, reduction_for
-from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile
-from brixel.extraction.pending_images import ExtractionSummary, count_finished_elsewhere, pending_images
+from brixel.extraction.manifest import Manifest, WrittenFile
+from brixel.extraction.pending_images import (
+    ExtractionSummary,
+    PendingImage,
+    count_finished_elsewhere,
+    pending_images,
+)
 from brixel.extraction.progress import ProgressBar
 from brixel.extraction.writers import FileWriter, MapWriter, ShardWriter, convert
 from brixel.feature_maps.reduction.reduce import REDUCE_KEY, Reduce
 from brixel.images.find_images import FoundImages
+from brixel.images.frame import Frame
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import dtype_name
 from brixel.utils.memory import parse_bytes
+from brixel.video.frames import FrameSelection, is_video
+from brixel.video.reading import import_av
 
 _LOG = logging.getLogger("brixel")
 _MAX_WAITING_WRITES = 2
@@ -50,8 +60,10 @@ def extract_files(
     tiles: str = "auto",
     reduce: Reduce | str | None = None,
     reduce_sample: int = SAMPLE,
+    fps: float | None = None,
+    every: int | None = None,
 ) -> ExtractionSummary:
-    """Extract the dense map of every image into files that :class:`MapFolder` reads.
+    """Extract the dense map of every image, and of the frames of videos, into files that :class:`MapFolder` reads.
 
     The manifest of the folder lists what is finished, so the same call continues a run that was stopped. Under
     `torchrun` every process extracts its share of the images. The first Ctrl-C finishes the maps in progress and raises
@@ -60,7 +72,8 @@ def extract_files(
     Args:
         model: the model to extract with.
         images: pairs of an image's path and its relative path, as `find_images` returns them. The relative path names
-            the map in the output folder.
+            the map in the output folder. A path that ends as those of videos do is a video; the maps of its frames are
+            named by their number and time, such as "clip.mp4/000120_4.004s".
         folder: the output folder; created if it is missing.
         ending: ".safetensors" or ".npy": the map of an image is the file ``folder / relative_path + ending``.
         shard_bytes: write safetensors files of about this many bytes instead, with many maps each.
@@ -78,6 +91,8 @@ def extract_files(
             (`docs/reduction.md`). A basis that it lacks is fitted first, and kept in the folder as
             `reduce.safetensors`, where a later run finds it.
         reduce_sample: images that a basis is fitted to; the same ones in every run.
+        fps: of videos, so many frames per second, as in :func:`brixel.video.frames`; all where neither is given.
+        every: of videos, the frames whose number is a multiple of it.
 
     Returns:
         How many maps were written and skipped in this process, the images that failed (those that cannot be read, that
@@ -90,7 +105,11 @@ def extract_files(
     """
     _check_options(ending, shard_bytes, save_dtype)
     reduce = None if reduce is None else checked_reduction(reduce, ending, save_dtype)
-    share = ProcessShare.from_environment()
+    share, selection = ProcessShare.from_environment(), FrameSelection(fps, every)
+    videos = [pair for pair in images if is_video(pair[0])]
+    if videos:
+        import_av()
+    stills = [pair for pair in images if not is_video(pair[0])] if videos else images
     summary = ExtractionSummary(left_out=images.left_out if isinstance(images, FoundImages) else {})
     model = model.at_scale(scale)
     settings = _settings(model, short_side_px, ending if shard_bytes is None else "shards", save_dtype, tiles)
@@ -98,7 +117,9 @@ def extract_files(
     options: dict[str, Any] = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
     if reduce is not None:
         of_sample = {**options, "batch_size": batch_size, "workers": workers}
-        reduction = reduction_for(folder, reduce, model, images, share, of_sample, reduce_sample, overwrite=overwrite)
+        reduction = reduction_for(
+            folder, reduce, model, images, share, of_sample, reduce_sample, selection=selection, overwrite=overwrite
+        )
         settings = {**settings, REDUCE_KEY: reduction.reduce.identity}
         options["reduce"] = reduction.reduce
     with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _finish_on_interrupt() as interrupted:
@@ -106,20 +127,23 @@ def extract_files(
             writer: MapWriter = FileWriter(folder, ending)
         else:
             writer = ShardWriter(folder, shard_bytes, share.rank, manifest.written)
-        pending = pending_images(images, manifest, writer, summary)
+        pending = pending_images(stills, manifest, writer, summary)
+        clips = find_clips(videos, selection, manifest, writer, summary)
         if isinstance(writer, FileWriter) and manifest.is_new and not manifest.written and not overwrite:
-            _check_none_exists([writer.path(source.relative_path) for _, source in pending])
+            paths = [writer.path(still.source.relative_path) for still in pending]
+            _check_none_exists([*paths, *(folder / clip.source.relative_path for clip in clips)])
         if reduce is not None:
             reduction.save()
         manifest.begin()
-        done = summary.skipped + count_finished_elsewhere(images, manifest, share)
+        done = summary.skipped + count_finished_elsewhere(stills, manifest, share)
         with (
-            ProgressBar(len(images), done, manifest) as bar,
+            ProgressBar(None if clips else done + len(pending), done, manifest) as bar,
             _disk_errors_explained(folder),
             BackgroundWriter[int](summary.add_written, depth=_MAX_WAITING_WRITES) as background,
         ):
             run = _Run(model, options, save_dtype, writer, manifest, summary, bar, background, interrupted)
-            run.extract_to_disk(run.extract_stream(pending, batch_size=batch_size, workers=workers))
+            everything = run.with_frames(pending, clips)
+            run.extract_to_disk(run.extract_stream(everything, batch_size=batch_size, workers=workers))
             run.submit(writer.finish)
         if interrupted():
             raise KeyboardInterrupt
@@ -140,44 +164,56 @@ class _Run:
     background: BackgroundWriter[int]
     interrupted: Callable[[], bool]
 
-    def extract_stream(
-        self, pending: Sequence[tuple[Path, SourceImage]], *, batch_size: int, workers: int
-    ) -> list[tuple[Path, SourceImage]]:
+    def with_frames(self, stills: Sequence[PendingImage], clips: Sequence[Clip]) -> Iterator[PendingImage]:
+        """The images, then the frames of one video after the other, decoded when they are asked for."""
+        yield from stills
+        for clip in clips:
+            yield from clip.pending(self.submit)
+
+    def extract_stream(self, pending: Iterable[PendingImage], *, batch_size: int, workers: int) -> list[PendingImage]:
         """Extract images and submit their maps; returns those too large for memory that a `.npy` file can take."""
-        images, too_large = (image for image, _ in pending), []
+        waiting: deque[PendingImage] = deque()  # handed to the stream, without a result yet
+        too_large = []
         is_whole = self.options.get("reduce") is None and self.save_dtype in (None, self.model.dtype)
         to_disk = self.writer.supports_memmap and is_whole
-        results = self.model.stream_all(images, batch_size=batch_size, workers=workers, **self.options)
-        for (image, source), result in zip(pending, results, strict=False):
-            if to_disk and isinstance(result, MemoryLimitError):
-                too_large.append((image, source))
+
+        def images() -> Iterator[Path | Frame]:
+            for each in pending:
+                waiting.append(each)
+                yield each.image
+
+        for result in self.model.stream_all(images(), batch_size=batch_size, workers=workers, **self.options):
+            each = waiting.popleft()
+            # a frame is gone when its video has been read on
+            if to_disk and isinstance(result, MemoryLimitError) and not isinstance(each.image, Frame):
+                too_large.append(each)
                 continue
             self.bar.add()
             if not isinstance(result, Exception):
                 try:
-                    result = convert(result, self.save_dtype, picture=image.name)  # the key of version 0.1
+                    result = convert(result, self.save_dtype, picture=each.path.name)  # the key of version 0.1
                 except BrixelError as error:
                     result = error
             if isinstance(result, Exception):
-                self.summary.add_failure(image, result)
+                self.summary.add_failure(each.path, result)
             else:
-                self.submit(partial(self.writer.add, source, result))
+                self.submit(partial(self.writer.add, each.source, result))
             if self.interrupted():
                 break
         return too_large
 
-    def extract_to_disk(self, too_large: Sequence[tuple[Path, SourceImage]]) -> None:
+    def extract_to_disk(self, too_large: Sequence[PendingImage]) -> None:
         """Compute maps straight into their files, one by one, when no other map is in memory."""
-        for image, source in too_large:
+        for each in too_large:
             if self.interrupted():
                 return
             assert isinstance(self.writer, FileWriter)
             try:
-                self.model.extract(image, out=self.writer.prepare_path(source), **self.options)
+                self.model.extract(each.image, out=self.writer.prepare_path(each.source), **self.options)
             except BrixelError as error:
-                self.summary.add_failure(image, error)
+                self.summary.add_failure(each.path, error)
             else:
-                self.submit(partial(self.writer.sync, source))
+                self.submit(partial(self.writer.sync, each.source))
             self.bar.add()
 
     def submit(self, write: Callable[[], WrittenFile | None]) -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from brixel.brixel_features import BrixelFeatures
-from brixel.errors import BrixelError
+from brixel.errors import BrixelError, ImageError
 from brixel.extraction.distributed import ProcessShare
 from brixel.feature_maps.channel_basis import ChannelBasis
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.reduction.reduce import Reduce
+from brixel.images.frame import Frame
 from brixel.utils.progress import progress_bar
+from brixel.video.frames import FrameSelection, is_video, sample_frames
 
 REDUCTION_FILE = "reduce.safetensors"
 SAMPLE = 64  # images that a basis is fitted to
@@ -43,6 +45,7 @@ def reduction_for(
     options: Mapping[str, Any],
     sample: int = SAMPLE,
     *,
+    selection: FrameSelection,
     overwrite: bool = False,
 ) -> FolderReduction:
     """The reduction with the basis of the folder, or with a new one that is fitted to a sample of the images.
@@ -55,6 +58,7 @@ def reduction_for(
         share: This process.
         options: Of :meth:`brixel.BrixelFeatures.stream_all`, for the maps of the sample.
         sample: How many images the basis is fitted to.
+        selection: Which frames of videos are wanted.
         overwrite: Whether the basis in the folder may be replaced.
 
     Raises:
@@ -73,7 +77,7 @@ def reduction_for(
                 f"{reduce.spec} needs a basis, which one process fits: run the same command without torchrun and with "
                 "--fit-only first, or give reduce='reduce.safetensors', a fitted one"
             )
-        reduce = reduce.fit(_sample_maps(model, images, sample, options))
+        reduce = reduce.fit(_sample_maps(model, images, sample, selection, options))
     return FolderReduction(reduce, folder, is_new=reduce.needs_basis)
 
 
@@ -85,6 +89,8 @@ def fit_reduction(
     sample: int = SAMPLE,
     *,
     scale: int | None = None,
+    fps: float | None = None,
+    every: int | None = None,
     **options: Any,
 ) -> Reduce:
     """Fit the basis of a reduction to a sample of the images and keep it in an output folder, unless it has one.
@@ -97,7 +103,9 @@ def fit_reduction(
         folder: The output folder; created if it is missing.
         reduce: The reduction.
         sample: How many images the basis is fitted to.
-        scale: As of :func:`brixel.extraction.extract_files`.
+        scale: As of :func:`brixel.extraction.extract_files`, as the next two.
+        fps: Of videos, so many frames per second.
+        every: Of videos, the frames whose number is a multiple of it.
         options: Further arguments of :meth:`brixel.BrixelFeatures.stream_all`.
 
     Returns:
@@ -106,8 +114,8 @@ def fit_reduction(
     Raises:
         BrixelError: The folder has the basis of another reduction, or nothing can be fitted.
     """
-    share, model = ProcessShare.from_environment(), model.at_scale(scale)
-    found = reduction_for(folder, Reduce.of(reduce), model, images, share, options, sample)
+    share, model, selection = ProcessShare.from_environment(), model.at_scale(scale), FrameSelection(fps, every)
+    found = reduction_for(folder, Reduce.of(reduce), model, images, share, options, sample, selection=selection)
     found.save()
     return found.reduce
 
@@ -131,12 +139,26 @@ def _kept(path: Path, reduce: Reduce, model: BrixelFeatures, *, overwrite: bool)
 
 
 def _sample_maps(
-    model: BrixelFeatures, images: Sequence[tuple[Path, Path]], count: int, options: Mapping[str, Any]
+    model: BrixelFeatures,
+    images: Sequence[tuple[Path, Path]],
+    count: int,
+    selection: FrameSelection,
+    options: Mapping[str, Any],
 ) -> Iterator[tuple[str, FeatureMap]]:
     """The maps of some images, the same ones whatever their order; those that fail are left out."""
     chosen = sorted(images, key=lambda pair: hashlib.sha256(os.fsencode(pair[1].as_posix())).digest())[:count]
-    paths = [image for image, _ in chosen]
-    results = model.stream_all(paths, **options)
-    for image, result in zip(paths, progress_bar(results, "sample", total=len(paths)), strict=True):
+    sources = [source for path, _ in chosen for source in _stills(path, -(-count // len(chosen)), selection)]
+    results = model.stream_all(sources, **options)
+    for source, result in zip(sources, progress_bar(results, "sample", total=len(sources)), strict=True):
         if isinstance(result, FeatureMap):
-            yield str(image), result
+            yield "a frame" if isinstance(source, Frame) else str(source), result
+
+
+def _stills(path: Path, count: int, selection: FrameSelection) -> Sequence[Path | Frame]:
+    """An image itself, and of a video some of the frames that are wanted; none where it cannot be read."""
+    if not is_video(path):
+        return [path]
+    try:
+        return list(sample_frames(path, count, selection))
+    except ImageError:  # the run itself reports it
+        return []

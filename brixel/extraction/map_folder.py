@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from brixel.errors import BrixelError, DamagedFileError
+from brixel.extraction.clips import is_frame_list, listed_frames
 from brixel.extraction.fitted_reduction import REDUCTION_FILE
 from brixel.extraction.manifest import SourceImage, WrittenFile, latest_by_image, manifest_paths, read_manifests
 from brixel.extraction.writers import SHARD_KEY, checksum, part_key
@@ -17,16 +18,17 @@ from brixel.utils.devices import DTYPES
 from brixel.utils.fields import check_field, check_table, one_of, path_like
 from brixel.utils.safetensors_files import open_safetensors
 from brixel.utils.structured_files import check_regular, checking_content, parse_json
+from brixel.video.frames import is_video
 
 
 class MapFolder(Mapping[str, FeatureMap]):
     """The maps in a folder that :func:`brixel.extraction.extract_files` or `brixel extract` wrote.
 
     A mapping from the relative path of an image below its input folder, such as ``"cats/7.jpg"``, to its
-    :class:`brixel.FeatureMap`: features (D, Hf, Wf) on the CPU, in the dtype that was saved. A map is read from disk
-    when it is looked up; a reduced one has its basis, so that :meth:`brixel.FeatureMap.restored` undoes the reduction.
-    Features of points and regions are read with :meth:`table`. Iteration follows the order in which the maps were
-    written.
+    :class:`brixel.FeatureMap`: features (D, Hf, Wf) on the CPU, in the dtype that was saved. Frames of a video are
+    named by number and time, such as ``"clip.mp4/000120_4.004s"``. A map is read from disk when it is looked up; a
+    reduced one has its basis, so that :meth:`brixel.FeatureMap.restored` undoes the reduction. Features of points and
+    regions are read with :meth:`table`. Iteration follows the order in which the maps were written.
 
     Args:
         folder: the output folder of an extraction, with files or shards.
@@ -39,7 +41,7 @@ class MapFolder(Mapping[str, FeatureMap]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder: Path = check_field("folder", folder, path_like())
-        self._files = {name: file for name, (_, file) in _read_entries(self.folder).items()}
+        self._files = {name: file for name, (_, file) in _read_entries(self.folder).items() if not is_frame_list(file)}
         self._holds_tables: bool | None = None
 
     def __getitem__(self, image: str) -> FeatureMap:
@@ -112,13 +114,21 @@ def verify(folder: Path) -> list[str]:
 
 
 def missing_maps(folder: Path, images: Sequence[tuple[Path, Path]]) -> list[str]:
-    """A message for each image, as `find_images` returns them, that has no map in a folder or has changed since."""
+    """A message for each image, as `find_images` returns them, that has no map in a folder or has changed since.
+
+    Of a video the frames are counted that the last complete run wanted.
+    """
     entries = _read_entries(folder)
     messages = []
     for image, relative_path in images:
-        source, _ = entries.get(relative_path.as_posix(), (None, None))
-        if source is None:
-            messages.append(f"{image}: has no map")
+        name = relative_path.as_posix()
+        source, file = entries.get(name, (None, None))
+        if source is None or file is None:
+            messages.append(f"{image}: has no list of its frames" if is_video(image) else f"{image}: has no map")
+        elif is_frame_list(file) and (
+            missing := [each for each in listed_frames(folder, name)[1] if each not in entries]
+        ):
+            messages.append(f"{image}: {len(missing)} of its frames have no map")
         elif _changed(image, source):
             messages.append(f"{image}: has changed since its map was made")
     return messages

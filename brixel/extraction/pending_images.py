@@ -9,8 +9,24 @@ from brixel.errors import BrixelError, printable
 from brixel.extraction.distributed import ProcessShare
 from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile, latest_by_image
 from brixel.extraction.writers import MapWriter, file_size
+from brixel.images.frame import Frame
 
 _LOG = logging.getLogger("brixel")
+
+
+@dataclass(frozen=True)
+class PendingImage:
+    """An image that is left to do.
+
+    Args:
+        image: What is read: a path, or a frame of a video.
+        source: Its relative path, and what shows whether it has changed.
+        path: Its name in messages.
+    """
+
+    image: Path | Frame
+    source: SourceImage
+    path: Path
 
 
 @dataclass
@@ -45,11 +61,12 @@ class ExtractionSummary:
 
 def pending_images(
     images: Sequence[tuple[Path, Path]], manifest: Manifest, writer: MapWriter, summary: ExtractionSummary
-) -> list[tuple[Path, SourceImage]]:
+) -> list[PendingImage]:
     """The images of this process that are left to do, as they are now; ``summary`` gets its others."""
     folder, entries = manifest.path.parent, latest_by_image(manifest.written)
-    in_place = {file.file: _is_in_place(folder, file) for _, file in entries.values()}
-    pending, changed = [], 0
+    in_place = {file.file: is_in_place(folder, file) for _, file in entries.values()}
+    pending: list[PendingImage] = []
+    changed = 0
     for image, path in images:
         relative_path = path.as_posix()
         if not manifest.share.contains(relative_path):
@@ -67,7 +84,7 @@ def pending_images(
             summary.skipped += 1
             continue
         changed += listed != source
-        pending.append((image, source))
+        pending.append(PendingImage(image, source, image))
     if changed:
         _LOG.warning("%d images differ from those whose maps are in %s: they are extracted again", changed, folder)
     return pending
@@ -82,7 +99,7 @@ def count_finished_elsewhere(images: Sequence[tuple[Path, Path]], manifest: Mani
     return sum(name in entries and not share.contains(name) for name in names)
 
 
-def _is_in_place(folder: Path, written: WrittenFile) -> bool:
+def is_in_place(folder: Path, written: WrittenFile) -> bool:
     """Whether a file exists with its listed size; `verify` compares the content."""
     try:
         return file_size(folder / written.file) == written.size_bytes

@@ -12,7 +12,7 @@ _EVERY_S = 5.0
 class ProgressBar:
     """Counts the images of this process, and those of the others by what is appended to their manifests."""
 
-    def __init__(self, total: int, done: int, manifest: Manifest) -> None:
+    def __init__(self, total: int | None, done: int, manifest: Manifest) -> None:
         self._own_manifest, share = manifest.path, manifest.share
         self._bar = progress_bar(total=total, initial=done, unit="image", disable=share.rank != 0)
         self._has_others = share.processes > 1 and not self._bar.disable

@@ -57,7 +57,7 @@ class FileWriter:
 
     def sync(self, source: SourceImage) -> WrittenFile:
         """Force the file of an image's map to disk."""
-        return _sync(self._folder, self.path(source.relative_path), (source,))
+        return synced_file(self._folder, self.path(source.relative_path), (source,))
 
     def path(self, relative_path: str) -> Path:
         """The path of an image's map."""
@@ -109,7 +109,7 @@ class ShardWriter:
         }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, {SHARD_KEY: json.dumps(fields)})
-        written = _sync(self._folder, path, tuple(source for source, _, _ in self._waiting))
+        written = synced_file(self._folder, path, tuple(source for source, _, _ in self._waiting))
         self._number += 1
         self._waiting, self._waiting_bytes = [], 0
         return written
@@ -158,8 +158,8 @@ def _files_of_map(path: Path) -> list[Path]:
     return [path, sidecar_path(path)] if path.suffix == ".npy" else [path]
 
 
-def _sync(folder: Path, path: Path, sources: tuple[SourceImage, ...]) -> WrittenFile:
-    """Force a file to disk, and describe it for the manifest."""
+def synced_file(folder: Path, path: Path, sources: tuple[SourceImage, ...]) -> WrittenFile:
+    """Force a file to disk, and describe it for the manifest; ``sources``: what it was made of."""
     for part in _files_of_map(path):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())

@@ -50,9 +50,14 @@ def pil_image(rgb: npt.NDArray[np.generic]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(colours.transpose(1, 2, 0)))
 
 
-def map_tiles(maps: Mapping[str, FeatureMap], size_hw: tuple[int, int]) -> list[Image.Image]:
-    """Tiles of several maps of one image, in the colours of one PCA basis, labelled with name and grid."""
-    basis = PcaBasis.fit([feature_map.features for feature_map in maps.values()])
+def map_tiles(
+    maps: Mapping[str, FeatureMap], size_hw: tuple[int, int], basis: PcaBasis | None = None
+) -> list[Image.Image]:
+    """Tiles of several maps of one image, labelled with name and grid, in the colours of one PCA basis.
+
+    ``basis``: fitted to these maps where None.
+    """
+    basis = PcaBasis.fit([feature_map.features for feature_map in maps.values()]) if basis is None else basis
     return [cells_tile(feature_map, feature_map.pca(basis), size_hw, name) for name, feature_map in maps.items()]
 
 

@@ -73,15 +73,15 @@ def teacher_crop(rgb: Tensor, settings: CropSettings, generator: torch.Generator
     top, left = (int(share * (side - region_px + 1)) for share, side in ((down, height_px), (right, width_px)))
     region = rgb[:, top : top + region_px, left : left + region_px]  # 3 region_px region_px
     region = region.float().div_(255) if region.dtype == torch.uint8 else region.float()
-    crop = _resized(region, crop_px)
+    crop = resized(region, (crop_px, crop_px))
     return crop.flip(-1) if settings.flip and flip < 0.5 else crop.contiguous()
 
 
 def student_view(crop: Tensor) -> Tensor:
-    """Downsample a teacher's crop for the student, antialiased: (..., 3, T, T) in [0, 1] -> (..., 3, T/4, T/4)."""
-    side_px = crop.shape[-1] // DOWNSAMPLING
-    assert crop.shape[-2:] == (DOWNSAMPLING * side_px, DOWNSAMPLING * side_px), tuple(crop.shape)
-    return _resized(crop, side_px)
+    """Downsample a teacher's crop for the student, antialiased: (..., 3, H, W) in [0, 1] -> (..., 3, H/4, W/4)."""
+    height_px, width_px = crop.shape[-2] // DOWNSAMPLING, crop.shape[-1] // DOWNSAMPLING
+    assert crop.shape[-2:] == (DOWNSAMPLING * height_px, DOWNSAMPLING * width_px), tuple(crop.shape)
+    return resized(crop, (height_px, width_px))
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -90,10 +90,10 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return (pixels - means) / deviations
 
 
-def _resized(square: Tensor, side_px: int) -> Tensor:
-    """Resize squares (..., 3, S, S) by bicubic interpolation with antialiasing, clamped to [0, 1]."""
-    if square.shape[-1] == side_px:
-        return square.clamp(0, 1)
-    batch = square.reshape(-1, *square.shape[-3:])
-    batch = F.interpolate(batch, (side_px, side_px), mode="bicubic", antialias=True, align_corners=False)
-    return batch.reshape(*square.shape[:-2], side_px, side_px).clamp_(0, 1)
+def resized(images: Tensor, out_hw: tuple[int, int]) -> Tensor:
+    """Resize images (..., 3, H, W) by bicubic interpolation with antialiasing, clamped to [0, 1]."""
+    if images.shape[-2:] == out_hw:
+        return images.clamp(0, 1)
+    batch = images.reshape(-1, *images.shape[-3:])
+    batch = F.interpolate(batch, out_hw, mode="bicubic", antialias=True, align_corners=False)
+    return batch.reshape(*images.shape[:-2], *out_hw).clamp_(0, 1)

@@ -27,7 +27,7 @@ _OVERSAMPLING = 3  # pixels per wanted pixel along a side after a reduction; wit
 def open_image_file(path: str) -> Iterator[Image.Image]:
     """Open an image file and read its header. Raises `FileNotFoundError` or `ImageError`."""
     name = printable(path)
-    with _open_file(path) as file:
+    with open_regular_file(path) as file:
         with _pillow_errors(name), quiet_decoding():
             image = identify(file, name)
             check_size((image.height, image.width), name)
@@ -82,8 +82,8 @@ def from_pil(image: Image.Image, name: str) -> Tensor:
         return to_rgb_tensor(image, exif_orientation(image), name)
 
 
-def _open_file(path: str) -> BinaryIO:
-    """Open a regular file; what else has a path may never give a byte."""
+def open_regular_file(path: str) -> BinaryIO:
+    """Open a regular file; what else has a path may never give a byte. Raises as :func:`open_image_file`."""
     name = printable(path)
     try:
         mode = os.stat(path).st_mode
@@ -91,11 +91,11 @@ def _open_file(path: str) -> BinaryIO:
             return open(path, "rb")
     except FileNotFoundError as error:
         url = "; a URL must be downloaded first" if "://" in path else ""
-        raise MissingFileError(f"{name}: no such image, check the path{url}", path) from error
+        raise MissingFileError(f"{name}: no such file, check the path{url}", path) from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{name}: cannot be opened ({error}); check path and permissions") from error
     if stat.S_ISDIR(mode):
-        raise ImageError(f"{name}: is a folder; give the images in it one by one")
+        raise ImageError(f"{name}: is a folder; give the files in it one by one")
     raise ImageError(f"{name}: is a pipe, a socket or a device; give a file")
 
 

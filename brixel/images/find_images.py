@@ -39,7 +39,7 @@ class FoundImages(list[tuple[Path, Path]]):
         self.left_out: dict[str, int] = dict(left_out or {})
 
 
-def find_images(paths: Sequence[Path]) -> FoundImages:
+def find_images(paths: Sequence[Path], *, also: Sequence[str] = ()) -> FoundImages:
     """Find images, in a fixed order; what is left out is logged.
 
     Folders are searched recursively, except for files and folders that start with a dot. Links to folders are followed,
@@ -47,6 +47,7 @@ def find_images(paths: Sequence[Path]) -> FoundImages:
 
     Args:
         paths: Images and folders.
+        also: More endings to look for in folders, such as those of videos.
 
     Returns:
         Pairs of an image and its relative path below an output folder: its path inside the searched folder, or its name
@@ -59,7 +60,7 @@ def find_images(paths: Sequence[Path]) -> FoundImages:
     seen: set[str] = set()
     left_out: Counter[str] = Counter()
     for path in map(os.fspath, paths):
-        for image, relative in _images_at(path, left_out):
+        for image, relative in _images_at(path, left_out, _SUFFIXES.union(also)):
             absolute = os.path.abspath(image)
             if absolute in seen:  # given twice, or in two of the folders
                 continue
@@ -89,14 +90,14 @@ def describe_left_out(left_out: Mapping[str, int]) -> str:
     return f"{total} file{'s' * (total != 1)} left out: {', '.join(parts)}{hint}"
 
 
-def _images_at(path: str, left_out: Counter[str]) -> Iterable[tuple[str, str]]:
+def _images_at(path: str, left_out: Counter[str], endings: frozenset[str]) -> Iterable[tuple[str, str]]:
     """Path and relative path of the images at a path, sorted."""
     if not os.path.isdir(path):
         if not os.path.exists(path):
             raise BrixelError(f"no image or folder at {path}")
         return [(path, os.path.basename(path))]
     left_out_here: Counter[str] = Counter()
-    names = sorted(_images_below(path, left_out_here), key=lambda name: name.split("/"))
+    names = sorted(_images_below(path, left_out_here, endings), key=lambda name: name.split("/"))
     if not names:
         others = f" ({describe_left_out(left_out_here)})" if left_out_here else ""
         raise BrixelError(f"no images in {path}{others}; looked for {', '.join(IMAGE_SUFFIXES)}")
@@ -104,7 +105,7 @@ def _images_at(path: str, left_out: Counter[str]) -> Iterable[tuple[str, str]]:
     return ((os.path.join(path, name), name) for name in names)
 
 
-def _images_below(top: str, left_out: Counter[str]) -> Iterator[str]:
+def _images_below(top: str, left_out: Counter[str], endings: frozenset[str]) -> Iterator[str]:
     """Relative paths of the images below a folder, with slashes, in the order of the file system."""
     names_of: Counter[tuple[int, int]] = Counter()
     waiting: deque[tuple[str, frozenset[tuple[int, int]]]] = deque([("", frozenset())])  # a folder, and those around it
@@ -128,7 +129,7 @@ def _images_below(top: str, left_out: Counter[str]) -> Iterator[str]:
                 waiting.append((f"{prefix}{entry.name}/", around | {identity}))
             elif not _holds(entry.is_file):
                 left_out["broken link" if entry.is_symlink() else "special file"] += 1
-            elif (ending := os.path.splitext(entry.name)[1].lower()) in _SUFFIXES:
+            elif (ending := os.path.splitext(entry.name)[1].lower()) in endings:
                 yield prefix + entry.name
             else:
                 left_out[ending or "name without ending"] += 1

@@ -12,7 +12,7 @@ from PIL import Image
 
 from brixel.errors import ImageError
 from brixel.images.bounds import check_jpeg, without_metadata
-from brixel.utils.file_kinds import HEAD_BYTES, other_content
+from brixel.utils.file_kinds import HEAD_BYTES, other_content, video_container
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ def identify(file: BinaryIO, path: str) -> Image.Image:
     head = file.read(HEAD_BYTES)
     if (other := other_content(head)) is not None:
         raise ImageError(f"{path}: is {other}")
+    if (container := video_container(head)) is not None:
+        raise ImageError(
+            f"{path}: is a video or sound file ({container}); read its frames with brixel.video.frames, and give the "
+            "file a name that ends in its usual ending, such as .mp4"
+        )
     reasons: list[str] = []
     cause: Exception | None = None
     for format_ in FORMATS:

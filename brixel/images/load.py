@@ -6,7 +6,7 @@ Shapes: H, W height and width in pixels. Colours are interpreted as sRGB; ICC pr
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,10 +15,11 @@ from torch import Tensor
 
 from brixel.errors import BrixelError, ImageError, printable
 from brixel.images.decode import from_pil, jpeg_hw, open_image_file, reduce_jpeg
+from brixel.images.frame import Frame
 from brixel.images.from_arrays import from_array, from_tensor
 from brixel.utils.fields import short_repr
 
-ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor
+ImageInput: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | Tensor | Frame
 """What `load_image` reads."""
 
 
@@ -30,7 +31,7 @@ def load_image(image: ImageInput) -> Tensor:
 
     Args:
         image: A path or PIL image of any mode; an array (H, W, 3) or (H, W), uint8, uint16 or floats in [0, 1]; or a
-            tensor (3, H, W), uint8 or floats in [0, 1], which is not copied if possible.
+            tensor (3, H, W), uint8 or floats in [0, 1], which is not copied if possible; or a frame of a video.
 
     Returns:
         (3, H, W) on the CPU: uint8, or float32 in [0, 1] for 16-bit and floating-point images.
@@ -61,15 +62,20 @@ class OpenedImage:
     """An image of known upright height and width that may not be decoded yet.
 
     ``read(wanted_hw)`` returns what `load_image` returns, but smaller for a JPEG file if far fewer pixels are wanted.
+    ``meta``: texts for its feature map.
     """
 
     image_hw: tuple[int, int]
     read: Callable[[tuple[int, int]], Tensor]
+    meta: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
 def open_image(image: ImageInput) -> Iterator[OpenedImage]:
     """Open an image of any kind. A JPEG file is decoded when it is read. Raises as `load_image` does."""
+    if isinstance(image, Frame):
+        yield replace(_decoded(_from_memory(image.rgb)), meta=image.meta)
+        return
     if not isinstance(image, (str, os.PathLike)):
         yield _decoded(_from_memory(image))
         return

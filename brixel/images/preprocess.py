@@ -99,7 +99,7 @@ class Preprocessor:
         """Preprocess one image.
 
         Args:
-            image: A path, PIL image, array or tensor, as :func:`brixel.images.load.load_image` takes it.
+            image: A path, PIL image, array, tensor or frame, as :func:`brixel.images.load.load_image` takes it.
             check: Called with the padded height and width before the image is decoded; may raise to refuse them.
 
         Returns:
@@ -118,10 +118,10 @@ class Preprocessor:
                 if not isinstance(image, (str, os.PathLike)):
                     raise
                 raise type(error)(f"{os.fspath(image)}: {error}") from error
-            rgb = source.read(grid.resized_hw)
+            rgb, meta = source.read(grid.resized_hw), source.meta
         del source  # frees the image that Pillow decoded
         height, width = grid.resized_hw
-        placement = ImagePlacement(grid, {**self.meta, "resized_hw": f"{height}x{width}"})
+        placement = ImagePlacement(grid, {**self.meta, **meta, "resized_hw": f"{height}x{width}"})
         return resize_normalise_pad(rgb, grid, self.mean, self.std), placement
 
 

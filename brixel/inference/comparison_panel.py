@@ -1,14 +1,18 @@
 """The maps that are compared by `brixel show` and `brixel view`, and the panel of `brixel show`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.panel import build_panel, image_tile, map_tiles, tile_size
+from brixel.feature_maps.pca import PcaBasis
 from brixel.images.load import ImageInput, load_image
 from brixel.inference.dense_features import DenseFeatures
+
+DENSE = "brixel"
 
 
 def comparison_panel(
@@ -51,11 +55,7 @@ def comparison_panel(
             memory_limit=memory_limit,
             tiles=tiles,
         )
-        dense = maps["brixel"]
-        upsampled = {"backbone, bilinear": maps.pop("backbone").resize(dense.grid_hw), **maps}
-        size_hw = tile_size(dense)
-        title = "image {} x {}".format(*dense.image_hw)
-        rows.append([image_tile(rgb.numpy(), size_hw, title), *map_tiles(upsampled, size_hw)])
+        rows.append(comparison_row(rgb, maps))
     return build_panel(rows)
 
 
@@ -95,6 +95,23 @@ def comparison_maps(
         teacher_px = _teacher_px(dense, model.at_scale(scale).scale)
         maps["teacher"] = model.extract_backbone(rgb, short_side_px=teacher_px, **limits)
     return maps
+
+
+def comparison_row(
+    rgb: Tensor, maps: Mapping[str, FeatureMap], basis: PcaBasis | None = None, title: str = ""
+) -> list[Image.Image]:
+    """The tiles of an image (3, H, W) and of what :func:`comparison_maps` gives, the backbone's map upsampled.
+
+    ``basis``: of the colours, fitted to these maps where None. ``title``: of the image; its size where empty.
+    """
+    dense = maps["brixel"]
+    upsampled = {
+        "backbone, bilinear" if name == "backbone" else name: each.resize(dense.grid_hw) if name == "backbone" else each
+        for name, each in maps.items()
+    }
+    size_hw = tile_size(dense)
+    title = title or "image {} x {}".format(*dense.image_hw)
+    return [image_tile(rgb.numpy(), size_hw, title), *map_tiles(upsampled, size_hw, basis)]
 
 
 def _teacher_px(dense: FeatureMap, scale: int) -> int:

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypedDict, Unpack, cast, overload
 
+import torch
+from torch import Tensor
 
 from brixel.backbones.base import Backbone
 from brixel.errors import BrixelError
@@ -126,7 +128,7 @@ class DenseFeatures(Student):
         The image is resized, then padded to whole patches; the map is cropped back to the image.
 
         Args:
-            image: A path, PIL image, array (H, W, 3) or (H, W), or tensor (3, H, W).
+            image: A path, PIL image, array (H, W, 3) or (H, W), tensor (3, H, W), or frame of a video.
             scale: Cells of the map per patch, on each axis; 4 where None. Trained adapters of the first generation have
                 4 only.
             short_side_px: The short side in pixels after resizing, aspect kept; None for the size the adapter was

@@ -16,6 +16,7 @@ from brixel.errors import BrixelError, MemoryLimitError
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.feature_table import FeatureTable
 from brixel.feature_maps.reduction.reduce import Reduce
+from brixel.images.frame import Frame
 from brixel.images.load import ImageInput
 from brixel.images.preprocess import ImagePlacement, Preprocessor
 from brixel.inference.batching import run_batches
@@ -92,7 +93,7 @@ class FeatureStream:
         return itertools.starmap(self._finish, results)
 
     def _prepare(self, image: ImageInput) -> tuple[Tensor | None, _Image]:
-        name = "" if _in_memory(image) else os.fspath(image)  # type: ignore[arg-type]
+        name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else ""
         try:
             pixels, placement = prepare_image(self._preprocessor, image, self._forward.check)
         except BrixelError as error:
@@ -185,7 +186,7 @@ def prepare_image(
         if not is_out_of_memory(error):
             raise
     # outside the except block, where the traceback holds what was decoded
-    name = f"one image, a {type(image).__name__}" if _in_memory(image) else os.fspath(image)  # type: ignore[arg-type]
+    name = os.fspath(image) if isinstance(image, (str, os.PathLike)) else f"one image, a {type(image).__name__}"
     raise MemoryLimitError(
         f"{name}: memory ran out while it was decoded and made ready; close other programs, let fewer workers decode "
         "at a time, or make the image smaller"
@@ -193,8 +194,8 @@ def prepare_image(
 
 
 def _in_memory(image: ImageInput) -> bool:
-    """Whether an image is no file: its owner may fill the same array again, or seek to another frame."""
-    return not isinstance(image, (str, os.PathLike))
+    """Whether an image is neither a file nor a frame: its owner may fill the same array again, or seek in it."""
+    return not isinstance(image, (str, os.PathLike, Frame))
 
 
 def _pixel_bytes(prepared: tuple[Tensor | None, object]) -> int:

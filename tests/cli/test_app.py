@@ -40,7 +40,7 @@ def test_version(run, capsys):
     [
         (("show", "IMAGE", "--architecture", "dinov2-vits14"), "--architecture goes with --backbone"),
         (("show", "IMAGE", "--model", "nowhere"), "no model at 'nowhere'"),
-        (("show", "missing.png", "--model", "MODEL"), "error: missing.png: no such image, check the path"),
+        (("show", "missing.png", "--model", "MODEL"), "error: missing.png: no such file, check the path"),
         (("show", "http://example.org/a.png", "--model", "MODEL"), "a URL must be downloaded first"),
         (("show", "IMAGE", "--model", "MODEL", "--device", "mps"), "mps"),
         (

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from videos import grey_levels, write
 
 from brixel import FeatureMap, MapFolder, Reduce
 
@@ -259,3 +260,48 @@ def test_reductions_that_cannot_be_done_are_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == before
+
+
+def test_frames_of_a_video_are_reduced_with_a_basis_of_their_own(run, model_folder, tmp_path, capsys):
+    clip = write(tmp_path / "clip.mp4", grey_levels(6))
+    arguments = (
+        "extract",
+        clip,
+        "--model",
+        model_folder,
+        "-o",
+        tmp_path / "out",
+        "--every",
+        2,
+        "--reduce",
+        "pca:4,int8",
+    )
+    assert run(*arguments) == 0
+    assert "3 written" in capsys.readouterr().out
+    maps = MapFolder(tmp_path / "out")
+    assert [maps[name].embed_dim for name in maps] == [4, 4, 4]
+    assert maps[next(iter(maps))].restored().embed_dim == 64
+
+
+def test_extract_takes_videos(run, model_folder, tmp_path, capsys, caplog):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    clip = write(folder / "clip.mp4", grey_levels(6))
+    assert run("extract", clip, "--model", model_folder, "-o", tmp_path / "out", "--every", 2) == 0
+    assert capsys.readouterr().out == "3 written, 0 already there, 0 failed\n"
+    assert list(MapFolder(tmp_path / "out")) == [f"clip.mp4/{i:06d}_{0.04 * i:.3f}s" for i in (0, 2, 4)]
+    assert run("extract", "--verify", clip, "-o", tmp_path / "out") == 0
+    assert run("extract", folder, "--model", model_folder, "-o", tmp_path / "two", "--fps", 10) == 0
+    assert capsys.readouterr().out.endswith("3 written, 0 already there, 0 failed\n")
+    Image.new("RGB", (28, 28)).save(folder / "a.png")
+    assert run("extract", folder, "--model", model_folder, "-o", tmp_path / "three") == 0
+    assert "1 written, 0 already there, 0 failed; 1 file left out: 1 .mp4" in capsys.readouterr().out
+    assert "videos in folders are extracted with --fps or --every" in caplog.text
+    for arguments, message in (
+        ((clip, "-o", tmp_path / "a.npy"), "is the name of one map; for a video, which has many, give a folder"),
+        ((folder / "a.png", "-o", tmp_path / "x", "--fps", 2), "--fps and --every choose frames of videos, and none"),
+        ((clip, "-o", tmp_path / "x", "--fps", 2, "--every", 2), "fps is 2 and every is 2; give one of them"),
+        ((clip, "-o", tmp_path / "x", "--fps", 0), "--fps: '0'; expected a number above zero"),
+    ):
+        assert run("extract", *arguments, "--model", model_folder) == 2
+        assert message in capsys.readouterr().err

@@ -3,6 +3,9 @@ import shutil
 import pytest
 from helpers import ROOT
 from PIL import Image
+from videos import grey_levels, write
+
+from brixel.video import frames
 
 
 def test_show_with_a_model(run, model_folder, image_path, tmp_path, capsys):
@@ -69,3 +72,53 @@ def test_panels_replace_panels_alone(run, model_folder, image_path, tmp_path, mo
         assert run(*arguments) == 2
         assert "panel.png is a folder" in capsys.readouterr().err
         (tmp_path / "panel.png").rmdir()
+
+
+def test_show_draws_a_video_in_the_colours_of_one_basis(run, model_folder, tmp_path, capsys):
+    clip = write(tmp_path / "clip.mp4", [*grey_levels(2), *grey_levels(2)], times=[0, 40, 500, 1000])
+    output = tmp_path / "out.mp4"
+    assert run("show", clip, "--model", model_folder, "--teacher", "-o", output) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    drawn = list(frames(output))
+    assert [frame.time_s for frame in drawn] == [0, 0.04, 0.5, 1.0]
+    assert drawn[0].image_hw[1] > 3 * drawn[0].image_hw[0]  # four tiles
+    maps = [frame.rgb[30:-20, 600:1500].astype(int) for frame in drawn]  # without the image and its time
+    assert abs(maps[0] - maps[2]).mean() < 1  # the same frame has the same colours
+    assert abs(maps[1] - maps[3]).mean() < 1
+    assert run("show", clip, "--model", model_folder, "--fps", 1, "-o", output) == 0  # over its own
+    assert [frame.time_s for frame in frames(output)] == [0, 1.0]
+
+
+def test_show_draws_some_frames_of_a_video_as_a_panel(run, model_folder, image_path, tmp_path):
+    clip = write(tmp_path / "clip.mp4", grey_levels(9))
+    assert run("show", clip, image_path, "--model", model_folder, "-o", tmp_path / "panel.png") == 0
+    with Image.open(tmp_path / "panel.png") as panel:
+        assert 5 * 384 < panel.height < 5 * 460
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("IMAGE", "-o", "a.mp4"), "a.mp4 is the name of a video, which shows one video, and there are 1 images and 0"),
+        (("CLIP", "CLIP", "-o", "a.mp4"), "there are 0 images and 2 videos; give one video"),
+        (("CLIP", "-o", "CLIP"), "is itself the video to be shown"),
+        (("CLIP", "-o", "a.avi"), "expected a name that ends in .png"),
+        (("IMAGE", "--fps", "2"), "--fps and --every choose frames of a video, and none is among the paths"),
+        (("CLIP", "--fps", "2", "--every", "2"), "fps is 2 and every is 2; give one of them"),
+        (("TEXT", "-o", "a.mp4"), "is not a video that is read"),
+        (("CUT", "-o", "a.mp4"), "is damaged or cut off at frame"),
+    ],
+)
+def test_show_says_what_is_wrong_with_a_video(
+    run, model_folder, image_path, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    write("clip.mp4", grey_levels(3))
+    write("cut.mp4", grey_levels(9), movflags="faststart")
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:-200])
+    (tmp_path / "text.mp4").write_text("some text " * 99)
+    names = {"IMAGE": str(image_path), "CLIP": "clip.mp4", "TEXT": "text.mp4", "CUT": "cut.mp4"}
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert run("show", *(names.get(each, each) for each in arguments), "--model", model_folder) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -30,5 +30,5 @@ def test_view_replaces_its_own_pages_alone(run, model_folder, image_path, tmp_pa
     assert run("view", image_path, "--model", "nowhere", "-o", tmp_path / "view.png") == 2
     assert "view.png: expected a name that ends in .html or .htm" in capsys.readouterr().err
     assert run("view", tmp_path / "missing.jpg", "--model", model_folder, "-o", tmp_path / "view.html") == 2
-    assert "missing.jpg: no such image, check the path" in capsys.readouterr().err
+    assert "missing.jpg: no such file, check the path" in capsys.readouterr().err
     assert not (tmp_path / "view.html").exists()

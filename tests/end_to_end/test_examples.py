@@ -13,6 +13,7 @@ from helpers import ROOT
 from PIL import Image
 
 from brixel import BrixelFeatures
+from brixel.evaluate import read_davis
 
 EXAMPLES = ROOT / "examples"
 
@@ -131,3 +132,19 @@ def test_the_main_object_is_cut_out(run, drawn_masks, tmp_path):
     with Image.open(drawn_masks / "masks" / "0.png") as mask:
         disk = np.asarray(mask) > 0
     assert (cut & disk).sum() / (cut | disk).sum() > 0.7
+
+
+@pytest.mark.slow
+def test_objects_are_tracked_through_a_drawn_video(run, tmp_path):
+    printed = run("track.py", "brixel-tiny").splitlines()
+    scores = {line.partition(":")[0]: float(line.split()[2]) for line in printed}
+    assert scores.keys() == {"disk", "square"}
+    assert scores["disk"] > 0.9
+    assert {"drawn.mp4", "tracked.mp4"} == {path.name for path in tmp_path.iterdir()}
+    assert len((EXAMPLES / "track.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_drawn_videos_have_the_layout_of_davis(run, tmp_path):
+    run("draw_videos.py", tmp_path / "drawn", 1, 4)
+    [sequence] = read_davis(tmp_path / "drawn").sequences
+    assert (len(sequence.samples), sequence.objects()) == (24, [1, 2, 3, 4])

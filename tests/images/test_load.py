@@ -464,15 +464,15 @@ def test_other_objects_refused(thing: object, message: str) -> None:
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such image, check the path") as raised:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file, check the path") as raised:
         load_image(tmp_path / "nowhere.png")
     assert raised.value.filename == str(tmp_path / "nowhere.png")
-    with pytest.raises(FileNotFoundError, match="https://example.*: no such image.*a URL must be downloaded first"):
+    with pytest.raises(FileNotFoundError, match="https://example.*: no such file.*a URL must be downloaded first"):
         load_image("https://example.org/cat.jpg")
 
 
 def test_paths_that_hold_no_image(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="is a folder; give the images in it one by one"):
+    with pytest.raises(ImageError, match="is a folder; give the files in it one by one"):
         load_image(tmp_path)
     for name, content in (("notes.txt", b"these are notes\n"), ("notes.jpg", b"not a JPEG"), ("a.png", b"\x89PNG\r\n")):
         (tmp_path / name).write_bytes(content)

@@ -86,7 +86,7 @@ def test_images_that_do_not_fit_their_maps(image_path, tmp_path):
         brixel.view([one, one], names=["a"])
     with pytest.raises(BrixelError, match=r"'waves.png' has 60 x 90 px, and its map is of an image of 90 x 60 px"):
         brixel.view(random_map(image_hw=(90, 60)), images=image_path)
-    with pytest.raises(FileNotFoundError, match="no such image"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         brixel.view(one, images=tmp_path / "missing.png")
     broken = FeatureMap(torch.full((5, 4, 6), torch.nan), (40, 60), (10, 10))
     with pytest.raises(BrixelError, match="holds values that are not finite"):

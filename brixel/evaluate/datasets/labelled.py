@@ -190,7 +190,7 @@ def voc2012(root: Path, split: str) -> ImageDataset:
 def _voc_samples(inner: Path, listed: Path) -> list[Sample]:
     """The images of a list of names; or, as those of SBD's "trainaug" are written, of paths of image and mask."""
     samples = []
-    for number, line in enumerate(_lines(listed), 1):
+    for number, line in enumerate(list_lines(listed), 1):
         paths = [path.lstrip("/") for path in line.replace("\\", "/").split()]
         if len(paths) > 2:
             raise BrixelError(
@@ -205,8 +205,8 @@ def _voc_samples(inner: Path, listed: Path) -> list[Sample]:
     return list(dict.fromkeys(samples))  # a line may stand there twice
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a list."""
+def list_lines(path: Path) -> list[str]:
+    """The lines of a list, such as that of a split. Raises BrixelError where it is no text."""
     try:
         return read_bounded(path, _MOST_BYTES).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -245,7 +245,7 @@ def ade20k(root: Path, split: str) -> ImageDataset:
     samples = [Sample(image, masks / f"{image.stem}.png") for image in _images_in(images)]
     check_samples(samples, "ADE20K", where)
     names = inner / "objectInfo150.txt"  # a table with a head; the name is the last column
-    lines = _lines(names)[1:151] if names.exists() else []
+    lines = list_lines(names)[1:151] if names.exists() else []
     if lines and len(lines) < 150:
         raise BrixelError(f"{names} lists {len(lines)} classes; expected a heading and 150; source: {where}")
     classes = [line.split("\t")[-1].strip() for line in lines] or [f"class {number}" for number in range(1, 151)]
@@ -327,7 +327,7 @@ def kvasir_seg(root: Path, split: str) -> ImageDataset:
     need("a folder of Kvasir-SEG", where, images, masks)
     found = _images_in(images)
     if listed.exists():
-        stems = dict.fromkeys(Path(line.strip()).stem for line in _lines(listed) if line.strip())
+        stems = dict.fromkeys(Path(line.strip()).stem for line in list_lines(listed) if line.strip())
         by_stem = {image.stem: image for image in found}
         found = [by_stem.get(stem, images / f"{stem}.jpg") for stem in stems]
     elif split in ("train", "val"):
