@@ -20,6 +20,7 @@ LAYERS = (
     "checkpoints",
     "inference",
     "brixel_features",
+    "probe",
     "extraction",
     "evaluate",
     "train",

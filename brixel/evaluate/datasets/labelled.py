@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.evaluate.datasets.target_files import check_aspect, read_numbers, read_palette
-from brixel.evaluate.metrics import IGNORE
 from brixel.images.find_images import IMAGE_SUFFIXES, is_hidden
+from brixel.images.target_files import check_aspect, read_numbers, read_palette
+from brixel.probe.metrics import IGNORE
 from brixel.utils.contained_paths import path_below
 from brixel.utils.fields import check_field, check_names, path_like, short_repr, text
 from brixel.utils.structured_files import read_bounded, read_json_value
