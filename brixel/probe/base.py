@@ -1,0 +1,253 @@
+"""What probes of both kinds share: parameters as in scikit-learn, the model, maps of images, saving and loading.
+
+Shapes: D channels, C outputs, Hf x Wf cells of a map, H x W pixels of an image.
+"""
+
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from brixel.brixel_features import BrixelFeatures
+from brixel.checkpoints.locate_files import DEFAULT
+from brixel.errors import BrixelError, NotFittedError
+from brixel.feature_maps.feature_map import FeatureMap
+from brixel.images.load import ImageInput
+from brixel.inference.stream import several_images
+from brixel.probe.pixels import bands
+from brixel.probe.probe_folder import MODEL, ModelRecord, check_is_probe_folder, read_probe, write_probe
+from brixel.probe.readouts import Standardised, standardised_readout
+from brixel.utils.fields import Rule, check_field, check_names, number, optional, path_like, short_repr, whole_number
+
+ProbeInput: TypeAlias = ImageInput | FeatureMap
+"""What probes take: an image of any kind, or the map of one, which is then not computed again."""
+
+ModelInput: TypeAlias = BrixelFeatures | str | os.PathLike[str] | None
+"""A model, what ``BrixelFeatures.from_pretrained`` loads, or None for the bundled model."""
+
+_READOUT_VALUES = 2**24  # of a map that the readout takes at a time, about
+
+COMMON_RULES: Mapping[str, Rule] = {
+    "regularisation": number(above=0),
+    "scale": optional(whole_number(1)),
+    "batch_size": whole_number(1),
+    "seed": whole_number(-(2**63), 2**63),
+}
+
+
+class Probe:
+    """A linear readout of dense features that is fitted, kept and used; see :class:`SegmentationProbe`.
+
+    Attributes:
+        model_: The model whose features it reads; None where it was fitted on maps without one.
+        readout_: From maps (B, D, h, w) to (B, C, h, w).
+    """
+
+    KIND: ClassVar[str]
+    _RULES: ClassVar[Mapping[str, Rule]]
+
+    model: ModelInput
+    regularisation: float
+    scale: int | None
+    short_side_px: int | str | None
+    memory_limit: int | str | None
+    batch_size: int
+    model_: BrixelFeatures | None
+    readout_: nn.Sequential
+
+    @classmethod
+    def _names(cls) -> list[str]:
+        return list(inspect.signature(cls).parameters)
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The parameters of the constructor, by name.
+
+        Args:
+            deep: As scikit-learn passes it; probes hold no estimators.
+        """
+        return {name: getattr(self, name) for name in self._names()}
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters of the constructor. BrixelError for an unknown name."""
+        check_names(params, self._names(), f"{type(self).__name__} has no parameter")
+        for name, value in params.items():
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        parameters = inspect.signature(type(self)).parameters
+        changed = {name: value for name, value in self.get_params().items() if value is not parameters[name].default}
+        shown = (f"{name}={type(each).__name__ if name == 'model' else repr(each)}" for name, each in changed.items())
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "readout_")
+
+    # -------------------------------------------------------------------------------------------- fitting
+
+    def _check_params(self) -> None:
+        """Raise BrixelError for a parameter that is not allowed."""
+        for name, rule in self._RULES.items():
+            check_field(name, getattr(self, name), rule)
+
+    def _begin_fit(self, images: Iterable[ProbeInput]) -> list[ProbeInput]:
+        """The images of a fit as a list, once the parameters are checked and the model is there."""
+        self._check_params()
+        found = list(images) if _are_maps(images) else list(several_images(images))  # type: ignore[arg-type]
+        if not found:
+            raise BrixelError("no images to fit a probe to; expected at least one")
+        if isinstance(self.model, BrixelFeatures):
+            self.model_ = self.model
+        elif self.model is None:
+            self.model_ = None if isinstance(found[0], FeatureMap) else BrixelFeatures.from_pretrained()
+        else:
+            self.model_ = BrixelFeatures.from_pretrained(self.model)
+        return found
+
+    # -------------------------------------------------------------------------------------------- maps
+
+    def _maps(self, images: Iterable[ProbeInput]) -> Iterator[FeatureMap]:
+        """The map of every image, in order; of a map itself."""
+        if _are_maps(images):
+            return map(_check_map, images)
+        if self.model_ is None:
+            raise BrixelError(
+                "this probe was fitted on maps, without a model: give maps, or load it with model= to give images"
+            )
+        return self.model_.stream(
+            several_images(images),  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            scale=self.scale,
+            short_side_px=self.short_side_px,
+            memory_limit=self.memory_limit,
+        )
+
+    def _cells(self, feature_map: FeatureMap) -> Tensor:
+        """What the readout gives for the cells of a map, (C, Hf, Wf), some rows at a time."""
+        width = int(self.readout_[1].in_channels)
+        if feature_map.embed_dim != width:
+            raise BrixelError(
+                f"the map has {feature_map.embed_dim} channels, and the probe reads {width}; expected a map of the "
+                "model that it was fitted with"
+            )
+        rows = max(1, _READOUT_VALUES // (width * feature_map.grid_hw[1]))
+        with torch.no_grad():
+            parts = feature_map.features.detach().cpu().split(rows, dim=1)
+            return torch.cat([self.readout_(part.float()[None])[0] for part in parts], dim=1)
+
+    def _bands(self, feature_map: FeatureMap, size_hw: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+        """The readout at the pixels of the image, or of the image resized to ``size_hw``; see :func:`bands`."""
+        return bands(self._cells(feature_map), stride_of(feature_map, size_hw), size_hw)
+
+    def _check_fitted(self) -> None:
+        if not self.__sklearn_is_fitted__():
+            raise NotFittedError(f"this {type(self).__name__} is not fitted yet: call fit, or load one with load")
+
+    # -------------------------------------------------------------------------------------------- files
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the probe into a folder: `probe.safetensors`, and last `probe.json`, each whole or not at all.
+
+        A model that was given by its name is named; of a model that was given as an object, `model/` holds what
+        ``save_pretrained`` writes, which names the backbone and does not copy it.
+
+        Args:
+            folder: Where to write; made if it is missing. A probe that is there is replaced.
+
+        Raises:
+            NotFittedError: The probe is not fitted.
+            BrixelError: ``folder`` is a file, or holds something else.
+        """
+        self._check_fitted()
+        path: Path = check_field("folder", folder, path_like())
+        check_is_probe_folder(path)
+        path.mkdir(parents=True, exist_ok=True)
+        scale, layer = self.readout_
+        weights = {"mean": scale.mean, "deviation": scale.deviation, "weight": layer.weight, "bias": layer.bias}
+        flat = {name: tensor.detach().flatten(1 if name == "weight" else 0) for name, tensor in weights.items()}
+        record = None if self.model_ is None else ModelRecord.of(self.model_, self._model_name())
+        if self.model_ is not None and self._model_name() is None:
+            self.model_.save_pretrained(path / MODEL)
+        write_probe(path, flat, self.KIND, self._saved_params(), self._learned(), record)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        model: BrixelFeatures | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+    ) -> Self:
+        """Read a probe that :meth:`save` wrote, with its model.
+
+        Args:
+            folder: The folder.
+            model: The model, where it is loaded already, or is no longer where the probe was saved with.
+            device: Of the model, where none is given, as for ``BrixelFeatures.from_pretrained``.
+            dtype: As ``device``.
+
+        Returns:
+            The fitted probe.
+
+        Raises:
+            MissingFileError: A file is not there.
+            DamagedFileError: A file is damaged, or not of this probe.
+            CheckpointError: The model is another one than the probe was fitted with, or the probe of another kind.
+            BrixelError: ``folder`` is no path.
+        """
+        path: Path = check_field("folder", folder, path_like())
+        saved = read_probe(path, cls.KIND)
+        probe = cls(**{name: saved.params[name] for name in cls._names() if name in saved.params})
+        with saved.checking():
+            probe._check_params()
+            probe._set_learned(saved.learned, outputs=len(saved.tensors["weight"]))
+        probe.model = probe.model_ = saved.find_model(path, model, device=device, dtype=dtype)
+        if saved.model is not None and saved.model.name is not None and model is None:
+            probe.model = saved.model.name
+        scale = Standardised(saved.tensors["mean"], saved.tensors["deviation"])
+        probe.readout_ = standardised_readout(scale, saved.tensors["weight"], saved.tensors["bias"])
+        return probe
+
+    def _model_name(self) -> str | None:
+        """What loads the model again: a name, or an absolute path; None for one that was given as an object."""
+        if self.model is None:
+            return DEFAULT
+        if isinstance(self.model, BrixelFeatures):
+            return None
+        return os.path.abspath(self.model) if os.path.isdir(self.model) else os.fspath(self.model)
+
+    def _saved_params(self) -> dict[str, Any]:
+        return {name: value for name, value in self.get_params().items() if name != "model"}
+
+    def _learned(self) -> dict[str, Any]:
+        """What was learned beside the weights, as JSON values."""
+        return {}
+
+    def _set_learned(self, learned: Mapping[str, Any], outputs: int) -> None:
+        """The inverse of :meth:`_learned`, of values from a file. BrixelError where they are not allowed."""
+        check_names(learned, (), "unknown field")
+        if outputs != 1:
+            raise BrixelError(f"it has weights for {outputs} outputs; expected 1")
+
+
+def stride_of(feature_map: FeatureMap, size_hw: Sequence[int]) -> tuple[float, float]:
+    """The cells' distance (y, x) in pixels of the image resized to ``size_hw``."""
+    (step_y, step_x), (height, width) = feature_map.stride, feature_map.image_hw
+    return step_y * size_hw[0] / height, step_x * size_hw[1] / width
+
+
+def _are_maps(images: object) -> bool:
+    if isinstance(images, FeatureMap):
+        raise BrixelError("one map was given; expected several, such as a list: give [feature_map]")
+    return isinstance(images, Sequence) and bool(images) and isinstance(images[0], FeatureMap)
+
+
+def _check_map(image: ProbeInput) -> FeatureMap:
+    if not isinstance(image, FeatureMap):
+        raise BrixelError(f"after maps came {short_repr(image)}; expected maps alone, or images alone")
+    return image
