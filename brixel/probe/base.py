@@ -97,7 +97,7 @@ class Probe:
     def _begin_fit(self, images: Iterable[ProbeInput]) -> list[ProbeInput]:
         """The images of a fit as a list, once the parameters are checked and the model is there."""
         self._check_params()
-        found = list(images) if _are_maps(images) else list(several_images(images))  # type: ignore[arg-type]
+        found: list[ProbeInput] = list(images if _are_maps(images) else several_images(images))  # type: ignore[arg-type]
         if not found:
             raise BrixelError("no images to fit a probe to; expected at least one")
         if isinstance(self.model, BrixelFeatures):
@@ -128,7 +128,7 @@ class Probe:
 
     def _cells(self, feature_map: FeatureMap) -> Tensor:
         """What the readout gives for the cells of a map, (C, Hf, Wf), some rows at a time."""
-        width = int(self.readout_[1].in_channels)
+        width = len(self.readout_[0].get_buffer("mean"))
         if feature_map.embed_dim != width:
             raise BrixelError(
                 f"the map has {feature_map.embed_dim} channels, and the probe reads {width}; expected a map of the "
@@ -166,9 +166,9 @@ class Probe:
         path: Path = check_field("folder", folder, path_like())
         check_is_probe_folder(path)
         path.mkdir(parents=True, exist_ok=True)
-        scale, layer = self.readout_
-        weights = {"mean": scale.mean, "deviation": scale.deviation, "weight": layer.weight, "bias": layer.bias}
-        flat = {name: tensor.detach().flatten(1 if name == "weight" else 0) for name, tensor in weights.items()}
+        names = {"mean": "0.mean", "deviation": "0.deviation", "weight": "1.weight", "bias": "1.bias"}
+        state = self.readout_.state_dict()
+        flat = {name: state[key].flatten(1 if name == "weight" else 0) for name, key in names.items()}
         record = None if self.model_ is None else ModelRecord.of(self.model_, self._model_name())
         if self.model_ is not None and self._model_name() is None:
             self.model_.save_pretrained(path / MODEL)
@@ -206,7 +206,7 @@ class Probe:
         with saved.checking():
             probe._check_params()
             probe._set_learned(saved.learned, outputs=len(saved.tensors["weight"]))
-        probe.model = probe.model_ = saved.find_model(path, model, device=device, dtype=dtype)
+        probe.model = probe.model_ = saved.find_model(model, device=device, dtype=dtype)
         if saved.model is not None and saved.model.name is not None and model is None:
             probe.model = saved.model.name
         scale = Standardised(saved.tensors["mean"], saved.tensors["deviation"])

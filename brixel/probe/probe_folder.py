@@ -84,18 +84,15 @@ class ModelRecord:
     def of(cls, model: BrixelFeatures, name: str | None) -> "ModelRecord":
         """The record of a model that is loaded."""
         vit, adapter = model.config.backbone.vit, model.config.adapter
-        return cls(
-            **{"name": name, "title": model.config.backbone.title},
-            **{field: getattr(vit, field) for field in ("width", "patch_px", "mean", "std")},
-            **{field: getattr(adapter, field) for field in _OF_ADAPTER},
-            backbone=fingerprint(model.backbone),
-            upsampler=fingerprint(model.upsampler),
-        )
+        facts: dict[str, Any] = {field: getattr(vit, field) for field in _OF_BACKBONE}
+        facts |= {field: getattr(adapter, field) for field in _OF_ADAPTER}
+        prints = fingerprint(model.backbone), fingerprint(model.upsampler)
+        return cls(name, model.config.backbone.title, **facts, backbone=prints[0], upsampler=prints[1])
 
     def check(self, model: BrixelFeatures, where: str) -> None:
         """Raise CheckpointError where a model gives other features than the recorded one."""
         found = ModelRecord.of(model, None)
-        for field in ("width", "patch_px", "mean", "std", *_OF_ADAPTER):
+        for field in (*_OF_BACKBONE, *_OF_ADAPTER):
             ours, theirs = getattr(self, field), getattr(found, field)
             if ours != theirs:
                 raise CheckpointError(
@@ -114,6 +111,7 @@ class ModelRecord:
         return f"{self.name} ({self.title})" if self.name else self.title
 
 
+_OF_BACKBONE = ("width", "patch_px", "mean", "std")
 _OF_ADAPTER = ("kind", "generation", "blocks", "own_share", "residual_detour", "short_side_px")
 _RECORD_RULES = {
     "name": optional(text()),

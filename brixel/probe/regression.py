@@ -201,11 +201,10 @@ class RegressionProbe(Probe):
                 continue
             ours, theirs = predicted[known].double(), truth[known].double()
             around = float(theirs.mean()) if around is None else around
-            total, squares = total + float((theirs - around).sum()), squares + float((theirs - around).square().sum())
-            errors, absolute = (
-                errors + float((ours - theirs).square().sum()),
-                absolute + float((ours - theirs).abs().sum()),
-            )
+            total += float((theirs - around).sum())
+            squares += float((theirs - around).square().sum())
+            errors += float((ours - theirs).square().sum())
+            absolute += float((ours - theirs).abs().sum())
             count += len(theirs)
         spread = squares - total**2 / count
         return {

@@ -32,9 +32,9 @@ _LABEL = whole_number(-(2**63), 2**63)
 class SegmentationProbe(Probe):
     """A linear classifier of the pixels of images, on dense features, with the manners of scikit-learn.
 
-    Multinomial logistic regression with an L2 penalty, solved exactly: it is the same at every fit, and works from three
-    clicks a class. Features are standardised by all cells of the images that it is fitted to, labelled or not. Logits
-    are interpolated bilinearly from cells to pixels.
+    Multinomial logistic regression with an L2 penalty, solved to convergence: it is the same at every fit, and works
+    from three clicks a class. Features are standardised by all cells of the images that it is fitted to, labelled or
+    not. Logits are interpolated bilinearly from cells to pixels.
 
     >>> probe = SegmentationProbe().fit(["a.jpg", "b.jpg"], ["a_mask.png", "b_mask.png"])
     >>> probe = SegmentationProbe().fit(["a.jpg"], clicks=[[(120, 88, 1), (30, 200, 0)]])
@@ -162,8 +162,8 @@ class SegmentationProbe(Probe):
             )
         if len(classes) > MOST_CLASSES:
             raise BrixelError(
-                f"{what} hold {len(classes)} different numbers; expected at most {MOST_CLASSES} classes: these look like "
-                "numbers of instances, or values for a RegressionProbe"
+                f"{what} hold {len(classes)} different numbers; expected at most {MOST_CLASSES} classes: these look "
+                "like numbers of instances, or values for a RegressionProbe"
             )
         return classes
 

@@ -3,7 +3,6 @@
 Shapes: H x W pixels of an image or a mask, N clicks.
 """
 
-import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,8 +88,10 @@ def read_clicks(
     for click in clicks:
         try:
             y, x, label = click
-            point, label = (float(y), float(x)), operator.index(label if not hasattr(label, "item") else label.item())
-        except (TypeError, ValueError, AttributeError) as error:
+            point = (float(y), float(x))
+            if label != int(label) or isinstance(label, str | bool):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError) as error:
             raise BrixelError(
                 f"a click on image {number} is {short_repr(click)}; expected (y, x, class), the class a whole number"
             ) from error
@@ -99,7 +100,7 @@ def read_clicks(
                 f"a click on image {number} is at {point}, outside the image: expected (y, x) from (0, 0) to {image_hw}"
             )
         points.append(point)
-        classes.append(label)
+        classes.append(int(label))
     return np.array(points), classes
 
 
