@@ -35,7 +35,6 @@ COMMON_RULES: Mapping[str, Rule] = {
     "regularisation": number(above=0),
     "scale": optional(whole_number(1)),
     "batch_size": whole_number(1),
-    "seed": whole_number(-(2**63), 2**63),
 }
 
 
@@ -80,9 +79,11 @@ class Probe:
 
     def __repr__(self) -> str:
         parameters = inspect.signature(type(self)).parameters
-        changed = {name: value for name, value in self.get_params().items() if value is not parameters[name].default}
-        shown = (f"{name}={type(each).__name__ if name == 'model' else repr(each)}" for name, each in changed.items())
-        return f"{type(self).__name__}({', '.join(shown)})"
+        given = self.get_params()
+        changed = {name: given[name] for name in given if name == "model" or given[name] != parameters[name].default}
+        if isinstance(self.model, BrixelFeatures):
+            changed["model"] = self.model.config.backbone.title
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "readout_")

@@ -56,7 +56,11 @@ class SegmentationProbe(Probe):
     """
 
     KIND: ClassVar[str] = "segmentation"
-    _RULES: ClassVar[Mapping[str, Rule]] = {**COMMON_RULES, "ignore_label": optional(_LABEL)}
+    _RULES: ClassVar[Mapping[str, Rule]] = {
+        **COMMON_RULES,
+        "ignore_label": optional(_LABEL),
+        "seed": _LABEL,
+    }
 
     classes_: npt.NDArray[np.int64]
 

@@ -1,0 +1,206 @@
+"""`brixel probe`: linear probes on dense features, fitted, used and scored."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brixel.cli.options import (
+    add_device_options,
+    add_flag,
+    add_model_options,
+    add_output,
+    command,
+    given,
+    load,
+    pixels_or_native,
+    print_json,
+    print_table,
+)
+from brixel.errors import BrixelError, printable
+from brixel.feature_maps.panel import check_replaceable, save_image
+from brixel.images.find_images import describe_left_out, find_images
+from brixel.images.load import load_image
+from brixel.probe import RegressionProbe, SegmentationProbe, load_probe
+from brixel.probe.label_images import check_writable_classes, labels_over, mask_image, values_over
+from brixel.probe.labelled_folders import pair_by_name, read_class_names, read_clicks_file
+from brixel.probe.probe_folder import DESCRIPTION, KINDS, check_is_probe_folder
+from brixel.utils.atomic_files import atomic_path, check_output_folder
+from brixel.utils.npy_files import open_npy
+
+_LOG = logging.getLogger("brixel")
+_ENDINGS = {SegmentationProbe.KIND: (".png",), RegressionProbe.KIND: (".npy", ".png")}
+_MODEL_FLAGS = ("model", "backbone", "architecture", "dtype")
+AnyProbe = SegmentationProbe | RegressionProbe
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's, with one of its own for each step."""
+    text = "fit a linear probe to your masks, clicks or values, and use it"
+    parser = commands.add_parser("probe", help=text, description=f"{text[0].upper()}{text[1:]}.")
+    steps = parser.add_subparsers(required=True, metavar="STEP")
+    _add_fit(steps)
+    _add_predict(steps)
+    _add_score(steps)
+
+
+def _add_fit(steps: Any) -> None:
+    text = "fit a probe to images with masks, clicks or values"
+    one = command(steps, "fit", _fit, text, "brixel probe fit --images photos --masks masks -o probe")
+    _add_pairs(one, required=False)
+    text = "in place of --masks: a JSON or CSV file of clicks, see docs/probes.md"
+    one.add_argument("--clicks", type=Path, metavar="FILE", help=text)
+    text = "what is predicted: classes, or values such as depth"
+    add_flag(one, "--kind", choices=KINDS, default=KINDS[0], help=text)
+    text = "names of classes: a JSON list by number, or a table by class"
+    one.add_argument("--classes", type=Path, metavar="JSON", help=text)
+    add_flag(one, "--ignore-label", type=int, metavar="N", default=255, help="number in masks that means no label")
+    add_flag(one, "--log", action="store_true", help="fit the logarithm of values, as suits depth")
+    text = "value of 1 in 16-bit PNG files of values"
+    add_flag(one, "--png-unit", type=float, metavar="X", default=0.001, help=text, note="0.001: millimetres to metres")
+    text = "number in files of values that means none, such as 0"
+    add_flag(one, "--ignore-value", type=float, metavar="X", help=text)
+    text = "weight of the penalty on the probe's weights"
+    add_flag(one, "--regularisation", type=float, metavar="X", default=0.1, help=text)
+    add_output(one, required=True, metavar="FOLDER")
+    add_flag(one, "--overwrite", note="a probe that is in FOLDER is replaced")
+    note = "'native' keeps the size of an image"
+    add_flag(one, "--short-side-px", type=pixels_or_native, note=note, usual="as the adapter was trained")
+    add_flag(one, "--scale", usual="4; trained adapters of the first generation have no other")
+    add_flag(one, "--memory-limit", usual="what is free, less a tenth")
+    add_flag(one, "--batch-size", default=1)
+    add_model_options(one)
+
+
+def _add_predict(steps: Any) -> None:
+    text = "predict the masks or values of images, and draw them over the images"
+    one = command(steps, "predict", _predict, text, "brixel probe predict probe photos -o predicted")
+    _add_probe(one)
+    one.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="images, and folders of images")
+    note = "masks/NAME.png (values/NAME.npy for values), and overlays/NAME.jpg"
+    add_output(one, required=True, metavar="FOLDER", note=note)
+    one.add_argument("--no-overlays", action="store_true", help="do not draw the predictions over the images")
+    add_flag(one, "--overwrite", note="without it, only what a probe has predicted is replaced")
+    add_flag(one, "--json")
+    add_model_options(one)
+
+
+def _add_score(steps: Any) -> None:
+    text = "compare a probe's predictions with masks or values"
+    one = command(steps, "score", _score, text, "brixel probe score probe --images photos --masks masks")
+    _add_probe(one)
+    _add_pairs(one, required=True)
+    add_flag(one, "--json")
+    add_model_options(one)
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("probe", type=Path, metavar="PROBE", help="folder that `brixel probe fit` wrote")
+
+
+def _add_pairs(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    text = "folder of images with masks or values"
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help=text)
+    text = "folder of masks as NAME.png for NAME of an image, or of values as NAME.npy or 16-bit NAME.png"
+    parser.add_argument("--masks", type=Path, required=required, metavar="DIR", help=text)
+
+
+# ------------------------------------------------------------------------------------------------ fit
+
+
+def _fit(options: argparse.Namespace) -> int:
+    if (options.masks is None) == (options.clicks is None):
+        raise BrixelError("expected --masks, or --clicks in their place")
+    segments = options.kind == SegmentationProbe.KIND
+    if not segments and (options.clicks is not None or options.classes is not None):
+        raise BrixelError("--clicks and --classes go with --kind segmentation")
+    check_is_probe_folder(options.output)
+    if (options.output / DESCRIPTION).exists() and not options.overwrite:
+        raise BrixelError(f"{options.output} holds a probe: give another folder, or --overwrite")
+    common = given(options, "regularisation", "scale", "short_side_px", "memory_limit", "batch_size")
+    probe: AnyProbe
+    if segments:
+        names = None if options.classes is None else read_class_names(options.classes)
+        probe = SegmentationProbe(class_names=names, ignore_label=options.ignore_label, **common)
+    else:
+        probe = RegressionProbe(**given(options, "log", "png_unit", "ignore_value"), **common)
+    if options.clicks is not None:
+        images, clicks = read_clicks_file(options.clicks, options.images)
+        assert isinstance(probe, SegmentationProbe)
+        probe.set_params(model=_model(options)).fit(images, clicks=clicks)
+    else:
+        images, masks = _pairs(options, options.kind)
+        probe.set_params(model=_model(options)).fit(images, masks)
+    if options.model is not None and options.backbone is None:
+        probe.model = options.model  # loaded by its name again, not copied
+    elif options.backbone is None:
+        probe.model = None
+    probe.save(options.output)
+    classes = f", {len(probe.classes_)} classes" if isinstance(probe, SegmentationProbe) else ""
+    print(f"{options.output}: fitted to {len(images)} images{classes}")
+    return 0
+
+
+def _model(options: argparse.Namespace) -> Any:
+    return load(options)
+
+
+def _pairs(options: argparse.Namespace, kind: str) -> tuple[list[Path], list[Path]]:
+    pairs, without = pair_by_name(options.images, options.masks, _ENDINGS[kind])
+    if without:
+        _LOG.warning("%d of %d images have no file in %s, and are left out", without, without + len(pairs), options.masks)
+    return [image for image, _ in pairs], [mask for _, mask in pairs]
+
+
+# ------------------------------------------------------------------------------------------------ predict
+
+
+def _predict(options: argparse.Namespace) -> int:
+    images = find_images(options.images)
+    check_output_folder(options.output)
+    probe = _load(options)
+    segments = isinstance(probe, SegmentationProbe)
+    if segments:
+        check_writable_classes(probe.classes_.tolist())
+    folder, ending = ("masks", ".png") if segments else ("values", ".npy")
+    targets = [options.output / folder / relative.with_suffix(ending) for _, relative in images]
+    overlays = [options.output / "overlays" / relative.with_suffix(".jpg") for _, relative in images]
+    _check_targets([image for image, _ in images], targets)
+    if not options.overwrite:
+        for path in targets if segments else overlays:
+            check_replaceable(path)
+    failures: list[tuple[Path, Exception]] = []
+    written = 0
+    for (image, _), target, overlay, found in zip(
+        images, targets, overlays, probe.stream_all(image for image, _ in images), strict=True
+    ):
+        if isinstance(found, Exception):
+            failures.append((image, found))
+            print(f"brixel: {printable(str(found))}", file=sys.stderr)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not options.no_overlays:
+            overlay.parent.mkdir(parents=True, exist_ok=True)
+            rgb = load_image(image).numpy()
+            save_image(labels_over(rgb, found) if segments else values_over(rgb, found), overlay)
+        if segments:
+            save_image(mask_image(found), target)
+        else:
+            with atomic_path(target) as temporary:
+                np.save(temporary, found)
+        written += 1
+    facts = {
+        "written": written,
+        "failed": [{"image": str(image), "error": str(error)} for image, error in failures],
+        "left_out": dict(images.left_out),
+    }
+    if options.json:
+        print_json(facts)
+    else:
+        parts = (f"{written} written into {options.output}, {len(failures)} failed", describe_left_out(images.left_out))
+        print("; ".join(filter(None, parts)))
+    return 1 if failures else 0
