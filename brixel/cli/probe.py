@@ -3,14 +3,13 @@
 import argparse
 import logging
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from brixel.cli.options import (
-    add_device_options,
     add_flag,
     add_model_options,
     add_output,
@@ -30,12 +29,9 @@ from brixel.probe.label_images import check_writable_classes, labels_over, mask_
 from brixel.probe.labelled_folders import pair_by_name, read_class_names, read_clicks_file
 from brixel.probe.probe_folder import DESCRIPTION, KINDS, check_is_probe_folder
 from brixel.utils.atomic_files import atomic_path, check_output_folder
-from brixel.utils.npy_files import open_npy
 
 _LOG = logging.getLogger("brixel")
 _ENDINGS = {SegmentationProbe.KIND: (".png",), RegressionProbe.KIND: (".npy", ".png")}
-_MODEL_FLAGS = ("model", "backbone", "architecture", "dtype")
-AnyProbe = SegmentationProbe | RegressionProbe
 
 
 def add(commands: Any) -> None:
@@ -84,7 +80,7 @@ def _add_predict(steps: Any) -> None:
     note = "masks/NAME.png (values/NAME.npy for values), and overlays/NAME.jpg"
     add_output(one, required=True, metavar="FOLDER", note=note)
     one.add_argument("--no-overlays", action="store_true", help="do not draw the predictions over the images")
-    add_flag(one, "--overwrite", note="without it, only what a probe has predicted is replaced")
+    add_flag(one, "--overwrite", note="without it, only masks that a probe has predicted are replaced")
     add_flag(one, "--json")
     add_model_options(one)
 
@@ -122,7 +118,7 @@ def _fit(options: argparse.Namespace) -> int:
     if (options.output / DESCRIPTION).exists() and not options.overwrite:
         raise BrixelError(f"{options.output} holds a probe: give another folder, or --overwrite")
     common = given(options, "regularisation", "scale", "short_side_px", "memory_limit", "batch_size")
-    probe: AnyProbe
+    probe: SegmentationProbe | RegressionProbe
     if segments:
         names = None if options.classes is None else read_class_names(options.classes)
         probe = SegmentationProbe(class_names=names, ignore_label=options.ignore_label, **common)
@@ -131,28 +127,23 @@ def _fit(options: argparse.Namespace) -> int:
     if options.clicks is not None:
         images, clicks = read_clicks_file(options.clicks, options.images)
         assert isinstance(probe, SegmentationProbe)
-        probe.set_params(model=_model(options)).fit(images, clicks=clicks)
+        probe.set_params(model=load(options)).fit(images, clicks=clicks)
     else:
         images, masks = _pairs(options, options.kind)
-        probe.set_params(model=_model(options)).fit(images, masks)
-    if options.model is not None and options.backbone is None:
-        probe.model = options.model  # loaded by its name again, not copied
-    elif options.backbone is None:
-        probe.model = None
+        probe.set_params(model=load(options)).fit(images, masks)
+    if options.backbone is None:
+        probe.model = options.model  # to be loaded by its name again, and not copied
     probe.save(options.output)
     classes = f", {len(probe.classes_)} classes" if isinstance(probe, SegmentationProbe) else ""
     print(f"{options.output}: fitted to {len(images)} images{classes}")
     return 0
 
 
-def _model(options: argparse.Namespace) -> Any:
-    return load(options)
-
-
 def _pairs(options: argparse.Namespace, kind: str) -> tuple[list[Path], list[Path]]:
     pairs, without = pair_by_name(options.images, options.masks, _ENDINGS[kind])
     if without:
-        _LOG.warning("%d of %d images have no file in %s, and are left out", without, without + len(pairs), options.masks)
+        count = without + len(pairs)
+        _LOG.warning("%d of %d images have no file in %s, and are left out", without, count, options.masks)
     return [image for image, _ in pairs], [mask for _, mask in pairs]
 
 
@@ -164,43 +155,76 @@ def _predict(options: argparse.Namespace) -> int:
     check_output_folder(options.output)
     probe = _load(options)
     segments = isinstance(probe, SegmentationProbe)
-    if segments:
+    if isinstance(probe, SegmentationProbe):
         check_writable_classes(probe.classes_.tolist())
     folder, ending = ("masks", ".png") if segments else ("values", ".npy")
     targets = [options.output / folder / relative.with_suffix(ending) for _, relative in images]
     overlays = [options.output / "overlays" / relative.with_suffix(".jpg") for _, relative in images]
-    _check_targets([image for image, _ in images], targets)
-    if not options.overwrite:
-        for path in targets if segments else overlays:
-            check_replaceable(path)
-    failures: list[tuple[Path, Exception]] = []
-    written = 0
-    for (image, _), target, overlay, found in zip(
-        images, targets, overlays, probe.stream_all(image for image, _ in images), strict=True
-    ):
-        if isinstance(found, Exception):
-            failures.append((image, found))
-            print(f"brixel: {printable(str(found))}", file=sys.stderr)
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not options.no_overlays:
-            overlay.parent.mkdir(parents=True, exist_ok=True)
-            rgb = load_image(image).numpy()
-            save_image(labels_over(rgb, found) if segments else values_over(rgb, found), overlay)
-        if segments:
-            save_image(mask_image(found), target)
+    _check_targets([image for image, _ in images], targets, overlays, overwrite=options.overwrite)
+    failures: list[dict[str, str]] = []
+    found = probe.stream_all([image for image, _ in images])
+    for (image, _), target, overlay, result in zip(images, targets, overlays, found, strict=True):
+        if isinstance(result, Exception):
+            failures.append({"image": str(image), "error": str(result)})
+            print(f"brixel: {printable(str(result))}", file=sys.stderr)
         else:
-            with atomic_path(target) as temporary:
-                np.save(temporary, found)
-        written += 1
-    facts = {
-        "written": written,
-        "failed": [{"image": str(image), "error": str(error)} for image, error in failures],
-        "left_out": dict(images.left_out),
-    }
+            _write(result, target, None if options.no_overlays else overlay, image)
+    written = len(images) - len(failures)
     if options.json:
-        print_json(facts)
+        print_json({"written": written, "failed": failures, "left_out": dict(images.left_out)})
     else:
         parts = (f"{written} written into {options.output}, {len(failures)} failed", describe_left_out(images.left_out))
         print("; ".join(filter(None, parts)))
     return 1 if failures else 0
+
+
+def _check_targets(images: list[Path], targets: list[Path], overlays: list[Path], *, overwrite: bool) -> None:
+    """Raise BrixelError where two images have one name, or something that is not ours would be replaced."""
+    by_target: dict[Path, Path] = {}
+    for image, target in zip(images, targets, strict=True):
+        if other := by_target.get(target):
+            raise BrixelError(f"{other} and {image} would both be written as {target.name}; predict them separately")
+        by_target[target] = image
+    for path in () if overwrite else (*targets, *overlays):
+        if path.suffix == ".npy" and path.exists():
+            raise BrixelError(f"{path} exists; give another folder, or --overwrite")
+        check_replaceable(path)
+
+
+def _write(found: npt.NDArray[Any], target: Path, overlay: Path | None, image: Path) -> None:
+    """Write a mask or values, and the drawing of them over the image."""
+    segments = target.suffix == ".png"
+    for path in filter(None, (target, overlay)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if overlay is not None:
+        rgb = load_image(image).numpy()
+        save_image(labels_over(rgb, found) if segments else values_over(rgb, found), overlay)
+    if segments:
+        save_image(mask_image(found), target)
+    else:
+        with atomic_path(target) as temporary:
+            np.save(temporary, found)
+
+
+# ------------------------------------------------------------------------------------------------ score
+
+
+def _score(options: argparse.Namespace) -> int:
+    probe = _load(options)
+    images, masks = _pairs(options, probe.KIND)
+    found: dict[str, Any] = probe.evaluate(images, masks)
+    if options.json:
+        print_json(found)
+        return 0
+    if isinstance(probe, SegmentationProbe):
+        by_class = {f"IoU of {probe.name_of(label)}": iou for label, iou in found.pop("iou_by_class").items()}
+        found |= {name: "in no mask or prediction" if iou is None else iou for name, iou in by_class.items()}
+    print_table({name: f"{value:.4f}" if isinstance(value, float) else value for name, value in found.items()})
+    return 0
+
+
+def _load(options: argparse.Namespace) -> SegmentationProbe | RegressionProbe:
+    """The probe with the model that the options name, or the one that it names itself."""
+    if options.model is None and options.backbone is None:
+        return load_probe(options.probe, device=options.device, dtype=options.dtype)
+    return load_probe(options.probe, model=load(options))

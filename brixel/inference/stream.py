@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,7 @@ from brixel.inference.prefetch import prefetch
 from brixel.utils.fields import Rule, check_field, short_repr, whole_number
 from brixel.utils.out_of_memory import is_out_of_memory
 
+Result = TypeVar("Result")
 _POSITIVE = Rule("a positive whole number", whole_number(1).convert)
 _ZERO_OR_POSITIVE = Rule("zero or a positive whole number", whole_number().convert)
 
@@ -100,8 +102,8 @@ def several_images(images: Iterable[ImageInput]) -> Iterable[ImageInput]:
     return images
 
 
-def raise_errors(results: Iterable[FeatureMap | Exception]) -> Iterator[FeatureMap]:
-    """The maps; an error in the place of one is raised in its turn."""
+def raise_errors(results: Iterable[Result | Exception]) -> Iterator[Result]:
+    """The results, such as maps; an error in the place of one is raised in its turn."""
     for result in results:
         if isinstance(result, Exception):
             raise result

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeAlias
 
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from brixel.checkpoints.locate_files import DEFAULT
 from brixel.errors import BrixelError, NotFittedError
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.images.load import ImageInput
-from brixel.inference.stream import several_images
+from brixel.inference.stream import raise_errors, several_images
 from brixel.probe.pixels import bands
 from brixel.probe.probe_folder import MODEL, ModelRecord, check_is_probe_folder, read_probe, write_probe
 from brixel.probe.readouts import Standardised, standardised_readout
@@ -109,17 +110,58 @@ class Probe:
             self.model_ = BrixelFeatures.from_pretrained(self.model)
         return found
 
+    # -------------------------------------------------------------------------------------------- prediction
+
+    def stream(self, images: Iterable[ProbeInput]) -> Iterator[npt.NDArray[Any]]:
+        """Predict many images, lazily and in order; see ``predict``.
+
+        Args:
+            images: Images of any kind, or their maps.
+
+        Yields:
+            What ``predict`` returns, for every image.
+
+        Raises:
+            NotFittedError: The probe is not fitted.
+            ImageError: An image cannot be used; raised after the results of those before it.
+        """
+        return raise_errors(self.stream_all(images))
+
+    def stream_all(self, images: Iterable[ProbeInput]) -> Iterator[npt.NDArray[Any] | Exception]:
+        """Do what :meth:`stream` does, but go on after an image that cannot be used.
+
+        Args:
+            images: As for :meth:`stream`.
+
+        Yields:
+            What ``predict`` returns, or the error in its place.
+
+        Raises:
+            NotFittedError: The probe is not fitted.
+        """
+        self._check_fitted()
+        results = self._maps_or_errors(images)
+        return (each if isinstance(each, Exception) else self._predicted(each) for each in results)
+
+    def _predicted(self, feature_map: FeatureMap) -> npt.NDArray[Any]:
+        """The prediction for the pixels of a map's image."""
+        raise NotImplementedError
+
     # -------------------------------------------------------------------------------------------- maps
 
     def _maps(self, images: Iterable[ProbeInput]) -> Iterator[FeatureMap]:
-        """The map of every image, in order; of a map itself."""
+        """The map of every image, in order; a map is its own."""
+        return raise_errors(self._maps_or_errors(images))
+
+    def _maps_or_errors(self, images: Iterable[ProbeInput]) -> Iterator[FeatureMap | Exception]:
+        """The map of every image, or the error in its place."""
         if _are_maps(images):
             return map(_check_map, images)
         if self.model_ is None:
             raise BrixelError(
                 "this probe was fitted on maps, without a model: give maps, or load it with model= to give images"
             )
-        return self.model_.stream(
+        return self.model_.stream_all(
             several_images(images),  # type: ignore[arg-type]
             batch_size=self.batch_size,
             scale=self.scale,

@@ -4,7 +4,7 @@ Shapes: D channels, n cells, Hf x Wf cells of a map, H x W pixels of an image.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -152,10 +152,8 @@ class RegressionProbe(Probe):
         """
         return next(self.stream([image]))
 
-    def stream(self, images: Iterable[ProbeInput]) -> Iterator[npt.NDArray[np.float32]]:
-        """Predict the values of the pixels of many images, lazily and in order; see :meth:`predict`."""
-        self._check_fitted()
-        return (self._pixels(each, each.image_hw).numpy() for each in self._maps(images))
+    def _predicted(self, feature_map: FeatureMap) -> npt.NDArray[np.float32]:
+        return self._pixels(feature_map, feature_map.image_hw).numpy()
 
     @plain_defaults()
     def _pixels(self, feature_map: FeatureMap, size_hw: Sequence[int]) -> Tensor:

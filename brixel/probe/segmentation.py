@@ -3,7 +3,7 @@
 Shapes: D channels, K classes, n cells or clicks, Hf x Wf cells of a map, H x W pixels of an image.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -211,10 +211,8 @@ class SegmentationProbe(Probe):
         """
         return next(self.stream([image]))
 
-    def stream(self, images: Iterable[ProbeInput]) -> Iterator[npt.NDArray[np.int64]]:
-        """Classify the pixels of many images, lazily and in order; see :meth:`predict`."""
-        self._check_fitted()
-        return (self.classes_[self._places(each, each.image_hw).numpy()] for each in self._maps(images))
+    def _predicted(self, feature_map: FeatureMap) -> npt.NDArray[np.int64]:
+        return self.classes_[self._places(feature_map, feature_map.image_hw).numpy()]
 
     @plain_defaults()
     def predict_proba(self, image: ProbeInput) -> npt.NDArray[np.float32]:
