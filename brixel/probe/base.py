@@ -3,6 +3,7 @@
 Shapes: D channels, C outputs, Hf x Wf cells of a map, H x W pixels of an image.
 """
 
+import importlib
 import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -88,6 +89,11 @@ class Probe:
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "readout_")
+
+    def __sklearn_tags__(self) -> Any:
+        # only scikit-learn calls it; no estimator_type, since a mask is no label to stratify by
+        found = importlib.import_module("sklearn.utils")
+        return found.Tags(estimator_type=None, target_tags=found.TargetTags(required=True))
 
     # -------------------------------------------------------------------------------------------- fitting
 
