@@ -25,7 +25,14 @@ def test_names_of_version_0_1_are_imported_from_where_they_were(module):
 
 
 def test_dir_shows_the_public_names_and_no_modules():
-    for module in ("brixel", "brixel.train", "brixel.evaluate", "brixel.extraction", "brixel.backbones"):
+    for module in (
+        "brixel",
+        "brixel.train",
+        "brixel.probe",
+        "brixel.evaluate",
+        "brixel.extraction",
+        "brixel.backbones",
+    ):
         found = importlib.import_module(module)
         assert dir(found) == sorted(found.__all__), module
     assert set(dir(importlib.import_module("brixel"))) == {*NAMES["brixel"], "Matches", "upsample"}

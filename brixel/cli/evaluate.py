@@ -103,7 +103,6 @@ def _add_clicks(kinds: Any) -> None:
     _add_data(one, LAYOUTS)
     add_flag(one, "--val", default="val", metavar="SPLIT", help="split that is reported")
     add_flag(one, "--counts", nargs="+", type=positive, default=COUNTS, metavar="N", help="numbers of clicks a class")
-    add_flag(one, "--seed", type=whole, default=0, metavar="N", help="seed of the clicks")
     add_flag(one, "--cache", type=Path, metavar="DIR", help="keep features here, for later runs", usual="in memory")
     add_flag(one, "--limit", type=positive, metavar="N", help="use only the first N images of each split")
     one.add_argument("--teacher-px", nargs="+", **_TEACHER_PX)
@@ -222,7 +221,7 @@ def _clicks(options: argparse.Namespace) -> Report:
     data = read_labelled(options.layout, options.data, options.val).first(options.limit)
     data = dataclasses.replace(data, name=f"{options.data.as_posix()} ({options.val})")
     name = model.config.backbone.title if options.model is None else options.model
-    settings = given(options, "counts", "seed", "cache")
+    settings = given(options, "counts", "cache")
     return clicks(sources_of(model, options.sources), data, options.teacher_px, model=name, **settings)
 
 

@@ -99,8 +99,8 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pairs(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    text = "folder of images with masks or values"
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help=text)
+    text, note = "images, and folders of them", "one folder, whose images belong to files of their name"
+    add_flag(parser, "--images", type=Path, required=True, metavar="DIR", help=text, note=note)
     text = "folder of masks as NAME.png for NAME of an image, or of values as NAME.npy or 16-bit NAME.png"
     parser.add_argument("--masks", type=Path, required=required, metavar="DIR", help=text)
 
