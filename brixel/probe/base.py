@@ -103,18 +103,22 @@ class Probe:
             check_field(name, getattr(self, name), rule)
 
     def _begin_fit(self, images: Iterable[ProbeInput]) -> list[ProbeInput]:
-        """The images of a fit as a list, once the parameters are checked and the model is there."""
+        """The images of a fit as a list, once the parameters are checked; an earlier fit is forgotten."""
         self._check_params()
+        vars(self).pop("readout_", None)
         found: list[ProbeInput] = list(images if _are_maps(images) else several_images(images))  # type: ignore[arg-type]
         if not found:
             raise BrixelError("no images to fit a probe to; expected at least one")
+        return found
+
+    def _take_model(self, images: Sequence[ProbeInput]) -> None:
+        """Set ``model_`` for a fit to these images."""
         if isinstance(self.model, BrixelFeatures):
             self.model_ = self.model
         elif self.model is None:
-            self.model_ = None if isinstance(found[0], FeatureMap) else BrixelFeatures.from_pretrained()
+            self.model_ = None if isinstance(images[0], FeatureMap) else BrixelFeatures.from_pretrained()
         else:
             self.model_ = BrixelFeatures.from_pretrained(self.model)
-        return found
 
     # -------------------------------------------------------------------------------------------- prediction
 
@@ -251,8 +255,9 @@ class Probe:
         """
         path: Path = check_field("folder", folder, path_like())
         saved = read_probe(path, cls.KIND)
-        probe = cls(**{name: saved.params[name] for name in cls._names() if name in saved.params})
         with saved.checking():
+            check_names(saved.params, cls._names(), "unknown parameter")
+            probe = cls(**saved.params)
             probe._check_params()
             probe._set_learned(saved.learned, outputs=len(saved.tensors["weight"]))
         probe.model = probe.model_ = saved.find_model(model, device=device, dtype=dtype)
@@ -271,7 +276,8 @@ class Probe:
         return os.path.abspath(self.model) if os.path.isdir(self.model) else os.fspath(self.model)
 
     def _saved_params(self) -> dict[str, Any]:
-        return {name: value for name, value in self.get_params().items() if name != "model"}
+        params = {name: value for name, value in self.get_params().items() if name != "model"}
+        return {name: value.item() if hasattr(value, "item") else value for name, value in params.items()}
 
     def _learned(self) -> dict[str, Any]:
         """What was learned beside the weights, as JSON values."""

@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from brixel.errors import BrixelError
+
 
 class Standardised(nn.Module):
     """Channels less a fixed mean and over a fixed deviation."""
@@ -69,10 +71,15 @@ def standardised(batches: Iterable[Tensor]) -> Standardised:
 
 
 def standardised_readout(scale: Standardised, weight: Tensor, bias: Tensor) -> nn.Sequential:
-    """A linear readout of standardised channels, from weights (C, D) and biases (C,); frozen, in float32."""
+    """A linear readout of standardised channels, from weights (C, D) and biases (C,); frozen, in float32.
+
+    Raises BrixelError where they are not finite, as the features of a fit were not.
+    """
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise BrixelError("the probe has weights that are not finite: the features that it was fitted to are not")
     outputs, width = weight.shape
     layer = linear_readout(width, outputs)
     layer.weight.data.copy_(weight[:, :, None, None])
     assert layer.bias is not None
     layer.bias.data.copy_(bias)
-    return nn.Sequential(scale, layer).eval().requires_grad_(False)
+    return nn.Sequential(scale, layer.float()).eval().requires_grad_(False)

@@ -96,6 +96,7 @@ class RegressionProbe(Probe):
         """
         found = self._begin_fit(images)
         self._check_all(found, values)
+        self._take_model(found)
         statistics, sums = ChannelStatistics(), RidgeSums()
         for target, feature_map in zip(values, progress_bar(self._maps(found), "maps", total=len(found)), strict=True):
             statistics.add(feature_map.features[None])

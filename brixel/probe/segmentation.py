@@ -130,6 +130,7 @@ class SegmentationProbe(Probe):
             if self.ignore_label in present:
                 raise BrixelError(f"a click has the class {self.ignore_label}, which is ignore_label; give another")
         classes = self._checked_classes(present, what)
+        self._take_model(found)
         statistics, rows, shares = ChannelStatistics(), [], []
         generator = torch.Generator().manual_seed(self.seed)
         for at, feature_map in enumerate(progress_bar(self._maps(found), "maps", total=len(found))):
@@ -230,7 +231,7 @@ class SegmentationProbe(Probe):
         """
         self._check_fitted()
         feature_map = next(self._maps([image]))
-        found = torch.empty(len(self.classes_), *feature_map.image_hw)
+        found = torch.empty(len(self.classes_), *feature_map.image_hw, dtype=torch.float32)
         for rows, logits in self._bands(feature_map, feature_map.image_hw):
             found[:, rows] = logits.softmax(-1).permute(2, 0, 1)
         return found.numpy()

@@ -112,6 +112,7 @@ def change_weights(folder, **tensors):
         (lambda folder: change_json(folder, kind="dance"), "kind in the file is 'dance'"),
         (lambda folder: change_json(folder, learned={"classes": [1, 0]}), r"classes are \[1, 0\] for 2 outputs"),
         (lambda folder: change_json(folder, params={"regularisation": -1}), "regularisation is -1; expected"),
+        (lambda folder: change_json(folder, params={"colour": 1}), "unknown parameter 'colour'"),
         (lambda folder: change_json(folder, model={"name": 1}), "model lacks title"),
         (lambda folder: (folder / "probe.safetensors").write_bytes(b"x" * 40), "damaged or no safetensors file"),
         (lambda folder: change_weights(folder, bias=torch.zeros(3)), r"'bias': \(3,\).* expected finite float32"),

@@ -235,6 +235,34 @@ def test_a_probe_of_maps_takes_maps_alone(pairs):
         list(probe.stream([feature_map, pairs[0][0]]))
 
 
+def test_features_that_are_not_finite_are_refused():
+    feature_map, labels = planted()
+    feature_map.features[2, 3, 4] = torch.nan
+    with pytest.raises(BrixelError, match="weights that are not finite: the features that it was fitted to are not"):
+        SegmentationProbe().fit([feature_map], [labels])
+
+
+def test_a_fit_that_fails_leaves_no_probe(settings, pairs):
+    images, masks = pairs
+    probe = SegmentationProbe(**settings).fit(images, masks)
+    with pytest.raises(BrixelError, match="hold only the class 3"):
+        probe.fit(images, [np.full((24, 32), 3)] * 3)
+    with pytest.raises(NotFittedError):
+        probe.predict(images[0])
+
+
+def test_the_default_dtype_of_a_program_changes_nothing(settings, pairs):
+    images, masks = pairs
+    expected = SegmentationProbe(**settings).fit(images, masks).predict_proba(images[0])
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = SegmentationProbe(**settings).fit(images, masks).predict_proba(images[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == np.float32
+    assert np.allclose(found, expected, atol=1e-6)
+
+
 # ---------------------------------------------------------------- manners
 
 
