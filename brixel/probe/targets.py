@@ -106,11 +106,10 @@ def read_clicks(
 
 def check_count(images: Sequence[object], targets: object, what: str) -> Sequence[Any]:
     """The targets, one for each image; BrixelError for another number, or for what is no sequence."""
-    if isinstance(targets, str | bytes | os.PathLike) or not hasattr(targets, "__len__"):
+    if isinstance(targets, str | bytes) or not isinstance(targets, Sequence | np.ndarray | Tensor):
         raise BrixelError(f"{what} are {short_repr(targets)}; expected a list with one entry for each image")
     if len(targets) != len(images):
         raise BrixelError(f"{len(images)} images and {len(targets)} {what}; expected one for each image")
-    assert isinstance(targets, Sequence | np.ndarray | Tensor)
     return targets  # type: ignore[return-value]
 
 
