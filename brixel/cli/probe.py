@@ -31,6 +31,7 @@ from brixel.probe.probe_folder import DESCRIPTION, KINDS, check_is_probe_folder
 from brixel.utils.atomic_files import atomic_path, check_output_folder
 
 _LOG = logging.getLogger("brixel")
+_REGULARISATION = {kind.KIND: kind().regularisation for kind in (SegmentationProbe, RegressionProbe)}
 _ENDINGS = {SegmentationProbe.KIND: (".png",), RegressionProbe.KIND: (".npy", ".png")}
 
 
@@ -61,7 +62,8 @@ def _add_fit(steps: Any) -> None:
     text = "number in files of values that means none, such as 0"
     add_flag(one, "--ignore-value", type=float, metavar="X", help=text)
     text = "weight of the penalty on the probe's weights"
-    add_flag(one, "--regularisation", type=float, metavar="X", default=0.1, help=text)
+    usual = ", ".join(f"{default:g} for {kind}" for kind, default in _REGULARISATION.items())
+    add_flag(one, "--regularisation", type=float, metavar="X", help=text, usual=usual)
     add_output(one, required=True, metavar="FOLDER")
     add_flag(one, "--overwrite", note="a probe that is in FOLDER is replaced")
     note = "'native' keeps the size of an image"
@@ -117,6 +119,8 @@ def _fit(options: argparse.Namespace) -> int:
     check_is_probe_folder(options.output)
     if (options.output / DESCRIPTION).exists() and not options.overwrite:
         raise BrixelError(f"{options.output} holds a probe: give another folder, or --overwrite")
+    if options.regularisation is None:
+        options.regularisation = _REGULARISATION[options.kind]
     common = given(options, "regularisation", "scale", "short_side_px", "memory_limit", "batch_size")
     probe: SegmentationProbe | RegressionProbe
     if segments:

@@ -62,7 +62,7 @@ class RegressionProbe(Probe):
         log: bool = False,
         ignore_value: float | None = None,
         png_unit: float = 0.001,
-        regularisation: float = 0.1,
+        regularisation: float = 0.003,
         scale: int | None = None,
         short_side_px: int | str | None = None,
         memory_limit: int | str | None = None,

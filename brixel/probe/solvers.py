@@ -1,8 +1,8 @@
 """Exact fits of linear readouts: multinomial logistic regression and ridge regression, in float64, deterministic.
 
 Both standardise the channels and divide them by the square root of D, so that a feature has length 1 on average, and
-one ``regularisation`` suits backbones of any width. It is the weight of the squared norm of the readout beside the sum
-over examples: many examples outweigh it, a few clicks do not.
+one ``regularisation`` suits backbones of any width. It is the weight of the squared norm of the readout: for classes
+beside the sum over examples, so that many outweigh it, for values beside their mean. Why: `docs/results/probes.md`.
 
 Shapes: N examples (clicks or cells), D channels, K classes.
 """
@@ -99,9 +99,9 @@ class RidgeSums:
         return self._count
 
     def readout(self, scale: Standardised, regularisation: float) -> nn.Sequential:
-        """The readout that minimises ``sum of squared errors + regularisation * D * |weight|^2``; the bias is free.
+        """The readout that minimises ``mean of squared errors + regularisation * D * |weight|^2``; the bias is free.
 
-        As ``sklearn.linear_model.Ridge`` with alpha = regularisation.
+        As ``sklearn.linear_model.Ridge`` with alpha = regularisation * N.
 
         Args:
             scale: What standardises the channels.
@@ -114,7 +114,7 @@ class RidgeSums:
         scatter = self._products - self._count * torch.outer(mean, mean)  # D+1 D+1, around the mean
         unit = scale.deviation.flatten().double() * math.sqrt(len(mean) - 1)  # of a scaled feature
         gram = scatter[:-1, :-1] / torch.outer(unit, unit)
-        gram.diagonal().add_(regularisation)
+        gram.diagonal().add_(regularisation * self._count)
         solved = torch.linalg.solve(gram, (scatter[:-1, -1] / unit)[:, None])[:, 0]
         weight = solved / math.sqrt(len(unit))  # of standardised channels
         centre = (self._around + mean[:-1] - scale.mean.flatten().double()) / scale.deviation.flatten().double()
