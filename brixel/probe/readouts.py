@@ -56,8 +56,10 @@ class ChannelStatistics:
         self._total, self._squares = self._total + cells.sum(1), self._squares + cells.square().sum(1)
 
     def standardised(self) -> Standardised:
-        """What standardises the channels of all maps together."""
+        """What standardises the channels of all maps together. BrixelError where they are not finite."""
         offset = self._total / self._count
+        if not (offset.isfinite().all() and self._squares.isfinite().all()):
+            raise BrixelError("features hold values that are not finite; leave such images out")
         deviation = (self._squares / self._count - offset.square()).clamp(min=0).sqrt()
         return Standardised((self._around + offset).float(), deviation.clamp(min=1e-6).float())
 
@@ -71,12 +73,7 @@ def standardised(batches: Iterable[Tensor]) -> Standardised:
 
 
 def standardised_readout(scale: Standardised, weight: Tensor, bias: Tensor) -> nn.Sequential:
-    """A linear readout of standardised channels, from weights (C, D) and biases (C,); frozen, in float32.
-
-    Raises BrixelError where they are not finite, as the features of a fit were not.
-    """
-    if not (weight.isfinite().all() and bias.isfinite().all()):
-        raise BrixelError("the probe has weights that are not finite: the features that it was fitted to are not")
+    """A linear readout of standardised channels, from weights (C, D) and biases (C,); frozen, in float32."""
     outputs, width = weight.shape
     layer = linear_readout(width, outputs)
     layer.weight.data.copy_(weight[:, :, None, None])

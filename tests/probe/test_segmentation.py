@@ -238,7 +238,7 @@ def test_a_probe_of_maps_takes_maps_alone(pairs):
 def test_features_that_are_not_finite_are_refused():
     feature_map, labels = planted()
     feature_map.features[2, 3, 4] = torch.nan
-    with pytest.raises(BrixelError, match="weights that are not finite: the features that it was fitted to are not"):
+    with pytest.raises(BrixelError, match="features hold values that are not finite; leave such images out"):
         SegmentationProbe().fit([feature_map], [labels])
 
 
