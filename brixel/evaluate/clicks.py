@@ -110,8 +110,8 @@ def clicks(
         "A probe is fitted to each image alone, by its clicks; mIoU over the classes and the other pixels of the "
         "image, then the mean over images. Intervals: bootstrap over the images, of differences on the same images.",
         "Colour: averages over squares of 4 px of the crop, their squares and products, and in the second baseline "
-        f"those of the position too, in the same probe; its regularisation is {_COLOUR_REGULARISATION:g}, near the best "
-        "on training images, in place of 0.1.",
+        f"those of the position too, in the same probe; regularisation {_COLOUR_REGULARISATION:g}, near the best on "
+        "training images, in place of 0.1.",
     )
     return Report("clicks", "Segmentation from a few clicks", columns, rows, recipe, notes)
 
