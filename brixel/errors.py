@@ -59,6 +59,10 @@ class MissingFileError(BrixelError, FileNotFoundError):
         return one_line(str(self.strerror))
 
 
+class NotFittedError(BrixelError, AttributeError):
+    """A probe is used before it was fitted."""
+
+
 class MemoryLimitError(BrixelError, MemoryError):
     """A map cannot be computed within the memory limit, or within the memory that is free."""
 

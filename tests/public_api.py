@@ -15,6 +15,7 @@ MODULES = (
     "brixel.data",
     "brixel.evaluate",
     "brixel.extraction",
+    "brixel.probe",
     "brixel.train",
     "brixel.video",
 )

@@ -21,6 +21,7 @@ LAYERS = (
     "inference",
     "brixel_features",
     "data",
+    "probe",
     "video",
     "extraction",
     "evaluate",

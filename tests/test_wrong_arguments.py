@@ -10,6 +10,7 @@ from PIL import Image
 import brixel
 from brixel import BrixelError, BrixelFeatures, FeatureMap, FeatureTable, MapFolder, PcaBasis, Reduce
 from brixel.images.find_images import SCENE
+from brixel.probe import RegressionProbe, SegmentationProbe, load_probe
 from brixel.train import TrainConfig, distill
 from brixel.video import frames, propagate, write_video
 
@@ -27,6 +28,7 @@ WRONG = {
     "three numbers": (1, 2, 3),
 }
 IMAGE = np.zeros((48, 48, 3), np.uint8)
+MASK = np.eye(48, dtype=int)
 FEATURES = torch.zeros(1, 4, 3, 3)
 
 
@@ -98,6 +100,19 @@ CALLS = {
     "propagate, frames": lambda tiny, _, value: list(propagate(np.zeros((48, 48), int), value, tiny)),
     "distill": lambda tiny, _, value: distill(value),
     "TrainConfig": lambda tiny, _, value: TrainConfig(backbone=value, images=value, out=value),
+    "probe": lambda tiny, _, value: SegmentationProbe(tiny).fit(value, [MASK]),
+    "probe, masks": lambda tiny, _, value: SegmentationProbe(tiny).fit([IMAGE], value),
+    "probe, clicks": lambda tiny, _, value: SegmentationProbe(tiny).fit([IMAGE], clicks=value),
+    "probe, model": lambda tiny, _, value: (
+        SegmentationProbe(value).fit([IMAGE], [MASK]) if value is not None else fail()
+    ),
+    "probe, values": lambda tiny, _, value: RegressionProbe(tiny).fit([IMAGE], value),
+    "probe, regularisation": lambda tiny, _, value: (
+        SegmentationProbe(tiny, regularisation=value).fit([IMAGE], [MASK])
+        if not isinstance(value, int | float)
+        else fail()
+    ),
+    "load_probe": lambda tiny, _, value: load_probe(value),
     "the model": lambda tiny, _, value: tiny(value),
 }
 ALLOWED = {  # what these values mean there

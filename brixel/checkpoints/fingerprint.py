@@ -1,7 +1,7 @@
 """Distinguishing sets of weights of the same shape."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -17,8 +17,8 @@ _FINGERPRINT_TENSORS = 32
 _FINGERPRINT_TOLERANCE = 1e-2  # relative: a copy in bfloat16 is within it
 
 
-def fingerprint(backbone: Backbone) -> tuple[float, ...]:
-    """Two weights of some tensors of a backbone, rounded to four digits.
+def fingerprint(backbone: Backbone | nn.Module) -> tuple[float, ...]:
+    """Two weights of some tensors of a backbone, or of another module, rounded to four digits.
 
     The tensors of our own ViT are the final norm, the patch embedding and the first layer of every block; of any other
     module at most 32 from first to last, matrices and kernels if it has any, as vectors are often all ones or zeros.
@@ -27,7 +27,7 @@ def fingerprint(backbone: Backbone) -> tuple[float, ...]:
     return tuple(float(f"{value:.4g}") for value in values)
 
 
-def _weights(backbone: Backbone) -> list[Tensor]:
+def _weights(backbone: Backbone | nn.Module) -> list[Tensor]:
     return _known_weights(backbone) if isinstance(backbone, ViT) else _some_weights(cast("nn.Module", backbone))
 
 
@@ -53,14 +53,24 @@ def digest(modules: Iterable[nn.Module]) -> str:
     return found.hexdigest()[:16]
 
 
+def same_fingerprint(ours: Sequence[float], theirs: Sequence[float], steps: Tensor | None = None) -> bool:
+    """Whether two fingerprints are of the same weights, perhaps in other dtypes. ``steps``: what is allowed beside."""
+    if len(ours) != len(theirs):
+        return False
+    one, other = torch.tensor(ours, dtype=torch.float32), torch.tensor(theirs, dtype=torch.float32)
+    allowed = 1e-5 + _FINGERPRINT_TOLERANCE * one.abs()
+    if steps is not None:
+        allowed = allowed + steps
+    return bool(((one - other).abs() <= allowed).all())
+
+
 def check_fingerprint(config: BackboneConfig, backbone: Backbone, source: str) -> None:
     """Raise CheckpointError if ``backbone``, from ``source``, has other weights than the adapter was made for."""
-    theirs, ours = torch.tensor(fingerprint(backbone)), torch.tensor(config.fingerprint)
-    allowed = 1e-5 + _FINGERPRINT_TOLERANCE * ours.abs()
-    if config.int8 and theirs.shape == ours.shape:  # two weights of each tensor
-        steps = [float(weight.abs().max()) / LARGEST for weight in _weights(backbone)]
-        allowed = allowed + torch.tensor(steps).repeat_interleave(2)
-    if theirs.shape != ours.shape or not ((theirs - ours).abs() <= allowed).all():
+    steps = torch.zeros(1)
+    if config.int8:  # two weights of each tensor
+        steps = torch.tensor([float(weight.abs().max()) / LARGEST for weight in _weights(backbone)])
+        steps = steps.repeat_interleave(2)
+    if not same_fingerprint(config.fingerprint, fingerprint(backbone), steps):
         origin = f", which came from {', '.join(config.sources)}" if config.sources else ""
         raise CheckpointError(
             f"the backbone at {source} has the shape of {config.title} but other weights than the adapter was made "

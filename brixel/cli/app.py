@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from brixel import __version__
-from brixel.cli import convert, evaluate, export, extract, info, plan, show, train, view
+from brixel.cli import convert, evaluate, export, extract, info, plan, probe, show, train, view
 from brixel.cli.options import Parser, in_flags
 from brixel.errors import BrixelError, one_line
 
@@ -77,6 +77,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"brixel {__version__}", help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    for module in (show, view, extract, info, plan, convert, export, train, evaluate):
+    for module in (show, view, extract, probe, info, plan, convert, export, train, evaluate):
         module.add(commands)
     return parser

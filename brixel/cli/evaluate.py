@@ -1,6 +1,7 @@
 """`brixel evaluate`: how good a model is, and what it costs."""
 
 import argparse
+import dataclasses
 import functools
 import sys
 import tempfile
@@ -26,13 +27,15 @@ from brixel.cli.options import (
 )
 from brixel.errors import BrixelError, printable
 from brixel.evaluate import cost, panel_of, read_suite, run_suite, sources_of, throughput
+from brixel.evaluate.clicks import COUNTS, clicks
 from brixel.evaluate.cost.engines import ENGINES, engines
 from brixel.evaluate.cost.memory import ARCHITECTURES, SIDES, limit_table, memory_table
 from brixel.evaluate.cost.resident import resident_table
 from brixel.evaluate.cost.throughput import draw_images
 from brixel.evaluate.cost.timing import random_model, torch_threads
 from brixel.evaluate.datasets.depth_normals import DEPTH_LAYOUTS, NORMALS_LAYOUTS
-from brixel.evaluate.datasets.labelled import LAYOUTS
+from brixel.evaluate.datasets.labelled import LAYOUTS, read_labelled
+from brixel.evaluate.feature_sources import BASE, STUDENT, UNIVERSAL
 from brixel.evaluate.plots import cost_figure, plots_available, save_plot
 from brixel.evaluate.report import Report, check_markdown, write_report
 from brixel.evaluate.tasks import BOUNDARY_PX, COMPARED, DEFAULT_SOURCES, FIELDS, OF_DATA, VIDEO, Task
@@ -65,6 +68,7 @@ def add(commands: Any) -> None:
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     for kind, (text, layouts) in _TASKS.items():
         _add_task(kinds, kind, text, tuple(layouts))
+    _add_clicks(kinds)
     _add_cost(kinds)
     _add_engines(kinds)
     _add_throughput(kinds)
@@ -77,12 +81,9 @@ def _add_task(kinds: Any, kind: str, text: str, layouts: tuple[str, ...]) -> Non
     one = _add_report(kinds, kind, _run, text)
     one.set_defaults(kind=kind)
     if kind in OF_DATA:
-        add_flag(one, "--data", type=Path, required=True, metavar="DIR", help="the data set's folder, as unpacked")
-        add_flag(one, "--val", default="val", metavar="SPLIT", help="split that is reported")
-        text = "use only the first N images of each split"
-        add_flag(one, "--limit", type=positive, metavar="N", help=text, note="N videos" if kind == VIDEO else "")
+        _add_data(one, note="N videos" if kind == VIDEO else "")
     if layouts:
-        add_flag(one, "--layout", choices=layouts, default="plain", help="the data set's layout")
+        add_flag(one, "--layout", choices=tuple(layouts), default="plain", help="the data set's layout")
         add_flag(one, "--train", default="train", metavar="SPLIT", help="split that is trained on")
         add_flag(one, "--cache", type=Path, metavar="DIR", help="keep features here, for later runs", usual="in memory")
         add_flag(one, "--steps", type=positive, metavar="N", help="steps of training", usual="by the kind of probe")
@@ -100,6 +101,26 @@ def _add_task(kinds: Any, kind: str, text: str, layouts: tuple[str, ...]) -> Non
     one.add_argument("--teacher-px", nargs="+", **_TEACHER_PX)
     add_flag(one, "--sources", default=DEFAULT_SOURCES[kind])
     add_model_options(one)
+
+
+def _add_clicks(kinds: Any) -> None:
+    text = "segmentation of an image from a few clicks a class, by a probe on frozen features, and on colours"
+    one = _add_report(kinds, "clicks", _clicks, text)
+    _add_data(one)
+    add_flag(one, "--layout", choices=tuple(LAYOUTS), default="plain", help="the data set's layout")
+    add_flag(one, "--counts", nargs="+", type=positive, default=COUNTS, metavar="N", help="numbers of clicks a class")
+    add_flag(one, "--cache", type=Path, metavar="DIR", help="keep features here, for later runs", usual="in memory")
+    one.add_argument("--teacher-px", nargs="+", **_TEACHER_PX)
+    add_flag(one, "--sources", default=(BASE, UNIVERSAL, STUDENT))
+    add_model_options(one)
+
+
+def _add_data(one: Any, note: str = "") -> None:
+    """The data set, and which part of it."""
+    add_flag(one, "--data", type=Path, required=True, metavar="DIR", help="the data set's folder, as unpacked")
+    add_flag(one, "--val", default="val", metavar="SPLIT", help="split that is reported")
+    text = "use only the first N images of each split"
+    add_flag(one, "--limit", type=positive, metavar="N", help=text, note=note)
 
 
 def _add_report(kinds: Any, name: str, make: Callable[[argparse.Namespace], Report], text: str) -> Any:
@@ -200,6 +221,15 @@ def _run(options: argparse.Namespace) -> Report:
     settings = given(options, *(name for name in FIELDS if name in options))
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     return Task(**settings | lists).run(load(options))
+
+
+def _clicks(options: argparse.Namespace) -> Report:
+    model = load(options)
+    data = read_labelled(options.layout, options.data, options.val).first(options.limit)
+    data = dataclasses.replace(data, name=f"{options.data.as_posix()} ({options.val})")
+    name = model.config.backbone.title if options.model is None else options.model
+    settings = given(options, "counts", "cache")
+    return clicks(sources_of(model, options.sources), data, options.teacher_px, model=name, **settings)
 
 
 def _cost(options: argparse.Namespace) -> Report:

@@ -1,4 +1,4 @@
-"""Metrics in plain torch: of classes, boundaries, points, depth and surface normals.
+"""Metrics in plain torch: of boundaries, points, depth and surface normals; those of classes are `probe.metrics`.
 
 `docs/evaluation.md` defines them. Counts are summed over images before anything is divided, except where a function
 says that it is of one image. Pixels whose label is below zero have none and are ignored.
@@ -13,36 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from brixel.errors import BrixelError
-
-IGNORE = -1  # a pixel without a label
-
-
-def confusion(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Confusion matrix, labels in rows and predictions in columns: two tensors of one shape -> (K, K), int64."""
-    _check_shapes(predicted, labels)
-    valid = labels >= 0
-    if valid.any() and int(labels[valid].max()) >= classes:
-        raise BrixelError(f"labels reach {int(labels.max())}; with {classes} classes they must be lower")
-    pairs = labels[valid].long() * classes + predicted[valid].long()
-    return torch.bincount(pairs, minlength=classes * classes).view(classes, classes)
-
-
-def pixel_accuracy(counts: Tensor) -> float:
-    """Share of labelled pixels whose class is predicted, of counts (K, K)."""
-    return float(counts.diagonal().sum() / counts.sum().clamp(min=1))
-
-
-def intersection_union(counts: Tensor) -> Tensor:
-    """Pixels in the intersection and in the union of label and prediction, by class: (K, K) -> (2, K)."""
-    intersection = counts.diagonal()
-    return torch.stack([intersection, counts.sum(0) + counts.sum(1) - intersection])
-
-
-def mean_iou(areas: Tensor) -> Tensor:
-    """Mean IoU of intersections and unions, (..., 2, K) -> (...), over classes that occur; 0 where none does."""
-    intersection, union = areas.double().unbind(-2)
-    present = union > 0
-    return (intersection / union.clamp(min=1)).sum(-1) / present.sum(-1).clamp(min=1)
+from brixel.probe.metrics import IGNORE, check_shapes, mean_iou
 
 
 def iou_terms(areas: Tensor) -> Tensor:
@@ -64,7 +35,7 @@ def boundary_intersection_union(predicted: Tensor, labels: Tensor, classes: int,
     A strip contains the pixels within ``within_px`` (in the larger of the two axes) of a pixel of another class. Pixels
     without a label are ignored, and the image's frame is not an outline.
     """
-    _check_shapes(predicted, labels)
+    check_shapes(predicted, labels)
     known = torch.where(labels >= 0, predicted, IGNORE)
     strips = [torch.where(_near_another(classes_hw, within_px), classes_hw, IGNORE) for classes_hw in (labels, known)]
     of_labels, of_predicted, of_both = (
@@ -86,7 +57,7 @@ def _near_another(labels: Tensor, within_px: int) -> Tensor:
 
 def region_j(predicted: Tensor, mask: Tensor) -> float:
     """J of DAVIS: intersection over union of two sets of pixels (H, W), boolean; 1 where both are empty."""
-    _check_shapes(predicted, mask)
+    check_shapes(predicted, mask)
     union = int((predicted | mask).sum())
     return int((predicted & mask).sum()) / union if union else 1.0
 
@@ -97,7 +68,7 @@ def boundary_f(predicted: Tensor, mask: Tensor, within: float = 0.008) -> float:
     A pixel of an outline is found where one of the other outline lies within ``within`` of the image's diagonal,
     rounded up to whole pixels.
     """
-    _check_shapes(predicted, mask)
+    check_shapes(predicted, mask)
     radius = math.ceil(within * math.hypot(*mask.shape))
     ours, theirs = _outline(predicted), _outline(mask)
     counts = int(ours.sum()), int(theirs.sum())
@@ -132,7 +103,7 @@ def depth_errors(predicted: Tensor, depth: Tensor) -> dict[str, float]:
 
     Pixels without a measurement (0 or not finite) are left out. Raises BrixelError where none is left.
     """
-    _check_shapes(predicted, depth)
+    check_shapes(predicted, depth)
     valid = depth.isfinite() & (depth > 0)
     if not valid.any():
         raise BrixelError("a depth map has no value above zero; leave its image out")
@@ -147,7 +118,7 @@ def depth_errors(predicted: Tensor, depth: Tensor) -> dict[str, float]:
 
 def angles(predicted: Tensor, normals: Tensor) -> Tensor:
     """Degrees between vectors (3, H, W), where the second is not zero: (N,). Lengths do not matter."""
-    _check_shapes(predicted, normals)
+    check_shapes(predicted, normals)
     valid = normals.isfinite().all(0) & (normals.square().sum(0) > 1e-6)
     ours, theirs = (F.normalize(vectors[:, valid].double(), dim=0) for vectors in (predicted, normals))  # 3 N
     # atan2 is exact for small angles, where the arc cosine of a product near 1 is not
@@ -162,8 +133,3 @@ def normal_errors(degrees: Tensor) -> dict[str, float]:
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     within = {f"within_{limit:g}": float((degrees <= limit).double().mean()) for limit in (11.25, 22.5, 30.0)}
     return {"mean_deg": float(degrees.mean()), "median_deg": float(middle), **within}
-
-
-def _check_shapes(ours: Tensor, theirs: Tensor) -> None:
-    if ours.shape != theirs.shape:
-        raise BrixelError(f"the prediction has shape {tuple(ours.shape)}, the data {tuple(theirs.shape)}")

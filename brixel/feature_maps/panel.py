@@ -102,21 +102,32 @@ def check_panel_path(path: Path, images: Sequence[str | Path] = (), *, overwrite
     if any(path.resolve() == Path(image).resolve() for image in images):
         raise BrixelError(f"{path} is itself an image to be shown; give another name for the panel")
     check_output_file(path, (".png", ".jpg", ".jpeg", ".webp"), "an image")
-    if not overwrite and path.exists() and not _is_ours(path):
-        raise BrixelError(f"{path} exists, and brixel has not drawn it; give another name, or --overwrite")
+    if not overwrite:
+        check_replaceable(path)
 
 
 def save_panel(panel: Image.Image, path: Path) -> None:
     """Write a panel, completely or not at all, in the format of the suffix."""
     check_panel_path(path)
+    save_image(panel, path)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image that we have drawn, completely or not at all; its metadata say so."""
     exif = Image.Exif()
     exif[ExifTags.Base.Software] = _SOFTWARE
     with atomic_path(path) as temporary:
-        panel.save(temporary, exif=exif)
+        image.save(temporary, exif=exif)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise BrixelError where there is a file that :func:`save_image` did not write."""
+    if path.exists() and not _is_ours(path):
+        raise BrixelError(f"{path} exists, and brixel has not drawn it; give another name, or --overwrite")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is a panel that `save_panel` wrote."""
+    """Whether a file is an image that `save_image` wrote."""
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
             return image.getexif().get(ExifTags.Base.Software) == _SOFTWARE

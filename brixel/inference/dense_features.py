@@ -160,7 +160,8 @@ class DenseFeatures(Student):
                 reduce=reduce,
                 workers=0,
             )
-            return next(raise_errors(results))
+            maps: Iterator[FeatureMap | FeatureTable] = raise_errors(results)
+            return next(maps)
         if reduce is not None:
             raise BrixelError(
                 "a map that is written to out= while it is computed is never there as a whole to be reduced; leave out "

@@ -25,7 +25,7 @@ from brixel.inference.prefetch import prefetch
 from brixel.utils.fields import Rule, check_field, short_repr, whole_number
 from brixel.utils.out_of_memory import is_out_of_memory
 
-Result = TypeVar("Result", bound=FeatureMap | FeatureTable)
+Result = TypeVar("Result")
 _POSITIVE = Rule("a positive whole number", whole_number(1).convert)
 _ZERO_OR_POSITIVE = Rule("zero or a positive whole number", whole_number().convert)
 
@@ -163,7 +163,7 @@ def several_images(images: Iterable[ImageInput]) -> Iterable[ImageInput]:
 
 
 def raise_errors(results: Iterable[Result | Exception]) -> Iterator[Result]:
-    """The maps; an error in the place of one is raised in its turn."""
+    """The results, such as maps; an error in the place of one is raised in its turn."""
     for result in results:
         if isinstance(result, Exception):
             raise result

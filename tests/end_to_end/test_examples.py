@@ -80,6 +80,18 @@ def test_the_raster_stays_under_sixty_lines():
 
 
 @pytest.mark.slow
+def test_segmentation_with_few_masks(run, tmp_path):
+    printed = run("segment_with_few_masks.py")
+    masks, clicks = (float(line.split("mean IoU ")[1][:5]) for line in printed.splitlines())
+    assert masks > 0.6
+    assert clicks > 0.5
+    with Image.open(tmp_path / "mask.png") as mask:
+        assert (mask.mode, mask.size) == ("P", (224, 224))
+    assert (tmp_path / "overlay.png").exists()
+    assert len((EXAMPLES / "segment_with_few_masks.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+@pytest.mark.slow
 def test_the_linear_probe_stays_under_sixty_lines_and_runs_on_own_masks(tmp_path, capsys):
     for split in ("train", "val"):
         for kind in ("images", "masks"):

@@ -7,31 +7,34 @@ import torch
 from brixel import BrixelError
 from brixel.evaluate import metrics
 from brixel.evaluate.bootstrap import interval
+from brixel.probe import metrics as class_metrics
 
 LABELS = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [-1, 2, 2, 2]])
 PREDICTED = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 0], [0, 2, 2, 1]])
 
 
 def test_confusion_and_what_follows_from_it():
-    counts = metrics.confusion(PREDICTED, LABELS, 4)
+    counts = class_metrics.confusion(PREDICTED, LABELS, 4)
     assert counts.tolist() == [[3, 1, 0, 0], [1, 3, 0, 0], [0, 1, 2, 0], [0, 0, 0, 0]]
-    assert metrics.pixel_accuracy(counts) == pytest.approx(8 / 11)
-    assert metrics.intersection_union(counts).tolist() == [[3, 3, 2, 0], [5, 6, 3, 0]]
+    assert class_metrics.pixel_accuracy(counts) == pytest.approx(8 / 11)
+    assert class_metrics.intersection_union(counts).tolist() == [[3, 3, 2, 0], [5, 6, 3, 0]]
     # class 3 occurs nowhere and is left out
-    assert float(metrics.mean_iou(metrics.intersection_union(counts))) == pytest.approx((3 / 5 + 3 / 6 + 2 / 3) / 3)
+    assert float(class_metrics.mean_iou(class_metrics.intersection_union(counts))) == pytest.approx(
+        (3 / 5 + 3 / 6 + 2 / 3) / 3
+    )
 
 
 def test_labels_beyond_the_classes_are_refused():
     with pytest.raises(BrixelError, match="labels reach 2; with 2 classes"):
-        metrics.confusion(PREDICTED, LABELS, 2)
+        class_metrics.confusion(PREDICTED, LABELS, 2)
     with pytest.raises(BrixelError, match=r"\(3, 4\), the data \(2, 4\)"):
-        metrics.confusion(PREDICTED, LABELS[:2], 3)
+        class_metrics.confusion(PREDICTED, LABELS[:2], 3)
 
 
 def test_without_any_label_nothing_counts():
     nothing = torch.full((2, 2), -1)
-    counts = metrics.confusion(torch.zeros(2, 2).long(), nothing, 2)
-    assert metrics.mean_iou(metrics.intersection_union(counts)) == metrics.pixel_accuracy(counts) == 0
+    counts = class_metrics.confusion(torch.zeros(2, 2).long(), nothing, 2)
+    assert class_metrics.mean_iou(class_metrics.intersection_union(counts)) == class_metrics.pixel_accuracy(counts) == 0
     assert not metrics.boundary_intersection_union(torch.zeros(2, 2).long(), nothing, 2, 1).any()
 
 
@@ -44,7 +47,7 @@ def test_boundary_of_two_halves():
     assert metrics.boundary_intersection_union(moved, labels, 2, 1).tolist() == [[0, 0], [8, 8]]
     # strips of two: 2, 3 | 4, 5 against 3, 4 | 5, 6
     assert metrics.boundary_intersection_union(moved, labels, 2, 2).tolist() == [[4, 4], [12, 12]]
-    assert metrics.mean_iou(metrics.boundary_intersection_union(labels, labels, 2, 2)) == 1
+    assert class_metrics.mean_iou(metrics.boundary_intersection_union(labels, labels, 2, 2)) == 1
 
 
 def test_pixels_without_label_are_no_outline():
@@ -112,13 +115,13 @@ def test_shares_in_a_mean_iou_average_to_it_and_move_as_it_does():
     either = torch.tensor([[40.0, 0, 0]] * 9 + [[40.0, 10, 0]])
     both = either * torch.linspace(0.5, 0.95, 10)[:, None]
     rows = torch.stack([both, either], 1)
-    terms, whole = metrics.iou_terms(rows), metrics.mean_iou(rows.sum(0))
+    terms, whole = metrics.iou_terms(rows), class_metrics.mean_iou(rows.sum(0))
     assert float(terms.mean()) == pytest.approx(float(whole)) == pytest.approx((0.725 + 0.95) / 2)
     low, high = interval(terms)
     assert low < float(whole) < high
     weights = torch.full((10,), 1.0, dtype=torch.float64)
     weights[3] += 1e-6  # a little more of one image: the derivative, of which there is this much in its term
-    moved = metrics.mean_iou((weights[:, None, None] * rows).sum(0)) - whole
+    moved = class_metrics.mean_iou((weights[:, None, None] * rows).sum(0)) - whole
     assert float(moved) / 1e-6 * 10 == pytest.approx(float(terms[3] - whole), rel=1e-4)
 
 

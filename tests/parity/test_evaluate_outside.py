@@ -28,8 +28,10 @@ from brixel.evaluate.feature_sources import FeatureSource
 from brixel.evaluate.fidelity import l1_and_cosine, teacher_edges
 from brixel.evaluate.matching import match_distances, random_homography
 from brixel.evaluate.probes.segmentation import segment
-from brixel.evaluate.probes.training import Cells, ProbeSettings, linear_readout, train_probe
+from brixel.evaluate.probes.training import Cells, ProbeSettings, train_probe
 from brixel.model.losses import edge_loss, principal_directions, spectral_loss
+from brixel.probe import metrics as class_metrics
+from brixel.probe.readouts import linear_readout
 
 CLASSES = 7  # of which 5 is in no label, 6 in neither label nor prediction
 
@@ -45,7 +47,7 @@ def labelled():
     labels = smooth(numbers, (5, 50, 70)).argmax(0)
     wrong = smooth(numbers, (6, 50, 70)).argmax(0)
     predicted = np.where(smooth(numbers, (1, 50, 70))[0] > 0, labels, wrong)
-    labels[smooth(numbers, (1, 50, 70))[0] > 0.03] = metrics.IGNORE
+    labels[smooth(numbers, (1, 50, 70))[0] > 0.03] = class_metrics.IGNORE
     assert 0.1 < (labels < 0).mean() < 0.5
     assert 5 in predicted[labels >= 0]
     return torch.from_numpy(predicted), torch.from_numpy(labels)
@@ -54,14 +56,14 @@ def labelled():
 def test_areas(labelled):
     predicted, labels = labelled
     ours, theirs = predicted[labels >= 0], labels[labels >= 0]
-    counts = metrics.confusion(predicted, labels, CLASSES)
+    counts = class_metrics.confusion(predicted, labels, CLASSES)
     assert counts.tolist() == confusion_matrix(theirs, ours, labels=range(CLASSES)).tolist()
-    assert metrics.pixel_accuracy(counts) == pytest.approx(accuracy_score(theirs, ours))
-    both, either = metrics.intersection_union(counts)
+    assert class_metrics.pixel_accuracy(counts) == pytest.approx(accuracy_score(theirs, ours))
+    both, either = class_metrics.intersection_union(counts)
     expected = jaccard_score(theirs, ours, average=None)  # of the classes that are in either, as the mean below
     assert (both / either)[:6].tolist() == pytest.approx(expected.tolist())
     assert either[6] == 0
-    mean = float(metrics.mean_iou(metrics.intersection_union(counts)))
+    mean = float(class_metrics.mean_iou(class_metrics.intersection_union(counts)))
     assert mean == pytest.approx(jaccard_score(theirs, ours, average="macro"))
 
 
@@ -78,7 +80,7 @@ def test_strips_along_outlines(labelled, within_px):
     found = metrics.boundary_intersection_union(predicted, labels, CLASSES, within_px)
     assert found.tolist() == [(ours & theirs).sum(0).tolist(), (ours | theirs).sum(0).tolist()]
     expected = jaccard_score(theirs[:, :6], ours[:, :6], average="macro")
-    assert float(metrics.mean_iou(found)) == pytest.approx(expected)
+    assert float(class_metrics.mean_iou(found)) == pytest.approx(expected)
 
 
 def test_depth():
@@ -273,5 +275,5 @@ def test_segmentation_reaches_what_logistic_regression_reaches(tmp_path):
     expected = accuracy_score(classes["val"], theirs)
     assert 0.6 < expected < 0.95
     assert ours.accuracy == pytest.approx(expected, abs=0.01)
-    miou = float(metrics.mean_iou(ours.areas.sum(0)))
+    miou = float(class_metrics.mean_iou(ours.areas.sum(0)))
     assert miou == pytest.approx(jaccard_score(classes["val"], theirs, average="macro"), abs=0.015)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from brixel.errors import BrixelError
 from brixel.evaluate.datasets.labelled import NONE, Sample, check_samples, list_lines, need, unpacked, visible_files
-from brixel.evaluate.datasets.target_files import check_aspect, read_numbers
 from brixel.images.find_images import IMAGE_SUFFIXES
+from brixel.images.target_files import check_aspect, read_numbers
 from brixel.utils.contained_paths import path_below
 from brixel.utils.fields import check_field, path_like, text
 

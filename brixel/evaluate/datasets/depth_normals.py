@@ -14,7 +14,7 @@ from torch import Tensor
 from brixel.errors import BrixelError
 from brixel.evaluate.datasets.labelled import ImageDataset, Sample, check_samples, need, paired, unpacked, visible_files
 from brixel.evaluate.datasets.normals_from_depth import normals_from_depth
-from brixel.evaluate.datasets.target_files import read_colours, read_floats, read_numbers
+from brixel.images.target_files import read_colours, read_floats, read_numbers
 from brixel.utils.contained_paths import path_below
 from brixel.utils.fields import check_field, check_names, json_table, number, path_like, several, text, whole_number
 from brixel.utils.structured_files import read_json_value

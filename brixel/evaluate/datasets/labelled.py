@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.evaluate.datasets.target_files import check_aspect, read_black_and_white, read_numbers, read_palette
-from brixel.evaluate.metrics import IGNORE
 from brixel.images.find_images import IMAGE_SUFFIXES, is_hidden
+from brixel.images.target_files import check_aspect, read_black_and_white, read_numbers, read_palette
+from brixel.probe.label_images import voc_colour
+from brixel.probe.metrics import IGNORE
 from brixel.utils.contained_paths import path_below
 from brixel.utils.fields import check_field, check_names, path_like, short_repr, text
 from brixel.utils.structured_files import read_bounded, read_json_value
@@ -219,7 +220,7 @@ def _explain_voc(path: Path, numbers: Tensor) -> str | None:
     if palette is None:
         return None
     used = [number for number in numbers.tolist() if 0 <= number < len(palette)]
-    ours = {tuple(_voc_colour(number)): number for number in (*range(21), NONE)}
+    ours = {tuple(voc_colour(number)): number for number in (*range(21), NONE)}
     meant = [ours.get(tuple(palette[number].tolist())) for number in used]
     if None in meant or meant == used:
         return None
@@ -228,11 +229,6 @@ def _explain_voc(path: Path, numbers: Tensor) -> str | None:
         f"it has the colour of class {other} under the number {number}: a program has sorted its palette; take the "
         "file from the archive"
     )
-
-
-def _voc_colour(number: int) -> list[int]:
-    """The colour of a class in VOC's palette: its bits in turn go to red, green and blue, from the highest bit down."""
-    return [sum((number >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
 
 
 def ade20k(root: Path, split: str) -> ImageDataset:

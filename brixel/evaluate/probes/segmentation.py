@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import reduce
 from torch import Tensor, nn
 
 from brixel.errors import BrixelError
@@ -21,21 +20,16 @@ from brixel.evaluate.bootstrap import interval
 from brixel.evaluate.datasets.labelled import ImageDataset, centre_square
 from brixel.evaluate.feature_cache import Features, features_of
 from brixel.evaluate.feature_sources import BASE, TEACHER, FeatureSource, check_source_names, cost_of
-from brixel.evaluate.metrics import (
-    boundary_intersection_union,
-    confusion,
-    intersection_union,
-    iou_terms,
-    mean_iou,
-    pixel_accuracy,
-)
-from brixel.evaluate.probes.training import Cells, Probe, ProbeSettings, items_of, linear_readout, train_probe
+from brixel.evaluate.metrics import boundary_intersection_union, iou_terms
+from brixel.evaluate.probes.training import Cells, Probe, ProbeSettings, items_of, train_probe
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
+from brixel.probe.cells import cell_shares, cross_entropy
+from brixel.probe.metrics import confusion, intersection_union, mean_iou, pixel_accuracy
+from brixel.probe.readouts import linear_readout
 from brixel.utils.devices import describe_machine
 from brixel.utils.progress import progress_bar
 
 CELLS = 256  # of each image, the same positions in all
-POINTS = 4  # labels are read at so many points along each side of a cell
 LINEAR = ProbeSettings()
 
 
@@ -74,7 +68,7 @@ def segment(
 
     def loss(logits: Tensor, cells: Sequence[int]) -> Tensor:
         shares = shares_of_cells[torch.as_tensor(cells)].float().T[None, :, :, None]  # 1 K B 1
-        return -(shares * logits.log_softmax(1)).sum() / shares.sum().clamp(min=1e-6)
+        return cross_entropy(logits, shares) / shares.sum().clamp(min=1e-6)
 
     def score(readout: nn.Module, images: Sequence[int]) -> float:
         counts = torch.zeros(classes, classes, dtype=torch.float64)
@@ -112,14 +106,6 @@ def _evaluate(probe: Probe, features: Features, val: ImageDataset, within_px: in
         strips.append(boundary_intersection_union(predicted, labels, classes, within_px))
     accuracy = pixel_accuracy(total)
     return SegmentationResult(torch.stack(areas), torch.stack(strips), accuracy, probe.learning_rate, probe.scores)
-
-
-def cell_shares(labels: Tensor, classes: int, grid_hw: Sequence[int]) -> Tensor:
-    """Share of each class among a cell's points, (H, H) -> (K, h*w); points without a label have no class."""
-    size = tuple(POINTS * cells for cells in grid_hw)
-    points = F.interpolate(labels.float()[None, None], size=size, mode="nearest-exact").long()[0]
-    one_hot = torch.zeros(classes + 1, *size).scatter_(0, points % (classes + 1), 1.0)  # -1 goes to the last channel
-    return reduce(one_hot[:classes], "k (h rows) (w columns) -> k (h w)", "mean", rows=POINTS, columns=POINTS)
 
 
 def segmentation(

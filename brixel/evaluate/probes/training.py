@@ -10,7 +10,7 @@ Shapes: B batch, D channels, C outputs, h x w cells; n cells drawn from an image
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from brixel.errors import BrixelError
 from brixel.evaluate.feature_cache import Features, check_memory
+from brixel.probe.readouts import standardised
 from brixel.utils.fields import check_fields, number, several, whole_number
 from brixel.utils.progress import progress_bar
 
@@ -80,30 +81,6 @@ class Probe:
     readout: nn.Module
     learning_rate: float
     scores: dict[float, float]
-
-
-class Standardised(nn.Module):
-    """Channels less a fixed mean and over a fixed deviation."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", mean[:, None, None])
-        self.register_buffer("deviation", deviation[:, None, None])
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """(B, D, h, w) -> the same shape."""
-        return (maps - self.mean) / self.deviation
-
-
-def linear_readout(width: int, outputs: int) -> nn.Module:
-    """One 1x1 convolution, initialised with zeros."""
-    layer = nn.Conv2d(width, outputs, 1)
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
 
 
 def convolutional_readout(width: int, outputs: int, hidden: int = 32) -> nn.Sequential:
@@ -186,7 +163,7 @@ def fit_readouts(
     """Readouts trained on the images of these numbers, one per learning rate, from the same initial weights."""
     items = items_of(examples, images)
     spaced = items[:: max(1, len(items) // _STATISTICS_ITEMS)].split(settings.batch_size)
-    scale = _standardised(examples.inputs(batch.tolist()) for batch in spaced)
+    scale = standardised(examples.inputs(batch.tolist()) for batch in spaced)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         initial = new(len(scale.mean))
@@ -221,20 +198,3 @@ def _batches(items: Tensor, settings: ProbeSettings) -> Iterator[list[int]]:
             left = torch.cat([left, items[torch.randperm(len(items), generator=generator)]])
         yield left[: settings.batch_size].tolist()
         left = left[settings.batch_size :]
-
-
-def _standardised(batches: Iterable[Tensor]) -> Standardised:
-    """Mean and deviation of each channel of maps (B, D, h, w), a batch at a time.
-
-    Sums are taken around the mean of the first batch, so that a large mean does not drown a small deviation.
-    """
-    count, around, total, squares = 0, torch.zeros(1), torch.zeros(1), torch.zeros(1)
-    for maps in batches:
-        cells = rearrange(maps.double(), "b d h w -> d (b h w)")
-        if not count:
-            around = cells.mean(1)
-        cells = cells - around[:, None]
-        count, total, squares = count + cells.shape[1], total + cells.sum(1), squares + cells.square().sum(1)
-    offset = total / count
-    deviation = (squares / count - offset.square()).clamp(min=0).sqrt()
-    return Standardised((around + offset).float(), deviation.clamp(min=1e-6).float())

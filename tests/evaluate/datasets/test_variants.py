@@ -10,10 +10,10 @@ from PIL import Image, PngImagePlugin
 
 from brixel import BrixelError
 from brixel.errors import DamagedFileError
-from brixel.evaluate.datasets import target_files
 from brixel.evaluate.datasets.depth_normals import read_measured
 from brixel.evaluate.datasets.labelled import read_labelled
 from brixel.evaluate.tasks import Task
+from brixel.images import target_files
 
 APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(200)
 RNG = np.random.default_rng(0)

@@ -16,16 +16,17 @@ from brixel.evaluate import feature_cache
 from brixel.evaluate.datasets.labelled import read_labelled
 from brixel.evaluate.feature_cache import Features
 from brixel.evaluate.feature_sources import FeatureSource
-from brixel.evaluate.probes.segmentation import cell_shares, segment, segmentation
+from brixel.evaluate.probes.segmentation import segment, segmentation
 from brixel.evaluate.probes.training import (
     Cells,
     Maps,
     ProbeSettings,
     convolutional_readout,
     fit_readouts,
-    linear_readout,
     train_probe,
 )
+from brixel.probe.cells import cell_shares
+from brixel.probe.readouts import linear_readout
 
 COLOURS = np.array([[10, 10, 10], [250, 20, 20], [20, 250, 20]], dtype=np.uint8)
 QUICK = ProbeSettings(steps=60, batch_size=256, learning_rates=(0.001, 0.1))

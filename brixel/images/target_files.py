@@ -87,9 +87,9 @@ def read_floats(path: Path, channels: Sequence[int] = ()) -> Tensor:
 def check_aspect(image: Path, target: Path, target_hw: Sequence[int]) -> None:
     """Raise BrixelError where a target does not have the aspect of its image, turned upright by its EXIF data."""
     image_hw, orientation = _upright(image)
-    if not _same_aspect(image_hw, target_hw):
+    if not same_aspect(image_hw, target_hw):
         image_px, target_px = (" x ".join(map(str, size)) for size in (image_hw, target_hw))
-        turned = _same_aspect(image_hw[::-1], target_hw)
+        turned = same_aspect(image_hw[::-1], target_hw)
         hint = f"; the EXIF orientation {orientation} of the image is applied" if turned and orientation != 1 else ""
         raise BrixelError(
             f"{image} has {image_px} px upright, {target} has {target_px}: different aspects, so "
@@ -120,7 +120,7 @@ def _upright(path: Path) -> tuple[tuple[int, int], int]:
     return upright_hw, orientation
 
 
-def _same_aspect(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:
+def same_aspect(one_hw: Sequence[int], other_hw: Sequence[int]) -> bool:
     """Whether one is the other resized to whole pixels."""
     return abs(one_hw[0] * other_hw[1] - one_hw[1] * other_hw[0]) <= max(sum(one_hw), sum(other_hw))
 
