@@ -13,7 +13,7 @@ from brixel.evaluate.cost.scaling import cost
 from brixel.evaluate.cost.throughput import throughput
 from brixel.evaluate.datasets.davis import read_davis
 from brixel.evaluate.datasets.depth_normals import read_measured
-from brixel.evaluate.datasets.labelled import ImageDataset, read_labelled
+from brixel.evaluate.datasets.labelled import LabelledDataset, read_labelled
 from brixel.evaluate.feature_sources import FeatureSource, sources_of
 from brixel.evaluate.fidelity import fidelity
 from brixel.evaluate.matching import matching
@@ -28,7 +28,7 @@ from brixel.evaluate.video import video
 
 __all__ = [
     "FeatureSource",
-    "ImageDataset",
+    "LabelledDataset",
     "ProbeSettings",
     "Report",
     "cost",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
-from brixel.evaluate.datasets.labelled import ImageDataset, centre_square
+from brixel.evaluate.datasets.labelled import LabelledDataset, centre_square
 from brixel.evaluate.feature_cache import Features, features_of
 from brixel.evaluate.feature_sources import BASE, FeatureSource, check_source_names
 from brixel.evaluate.report import SOURCE_COLUMNS, Report
@@ -54,7 +54,7 @@ def _colour_source(name: str, *, position: bool) -> FeatureSource:
 
 def clicks(
     sources: Sequence[FeatureSource],
-    data: ImageDataset,
+    data: LabelledDataset,
     teacher_px: Sequence[int],
     *,
     model: str,
@@ -116,7 +116,7 @@ def clicks(
     return Report("clicks", "Segmentation from a few clicks", columns, rows, recipe, notes)
 
 
-def _clicks_on(data: ImageDataset, index: int, counts: Sequence[int], seed: int) -> dict[int, Tensor]:
+def _clicks_on(data: LabelledDataset, index: int, counts: Sequence[int], seed: int) -> dict[int, Tensor]:
     """Clicked pixels by class, (count, 2), as many as the largest count; empty where an image has fewer than two."""
     labels = centre_square(data.target(index))
     generator = torch.Generator().manual_seed(seed * 2**20 + index)
@@ -129,7 +129,7 @@ def _clicks_on(data: ImageDataset, index: int, counts: Sequence[int], seed: int)
 
 
 def _by_image(
-    features: Features, data: ImageDataset, drawn: dict[int, dict[int, Tensor]], counts: Sequence[int]
+    features: Features, data: LabelledDataset, drawn: dict[int, dict[int, Tensor]], counts: Sequence[int]
 ) -> Tensor:
     """The mean IoU by image and count."""
     found = torch.zeros(len(drawn), len(counts), dtype=torch.float64)

@@ -11,7 +11,7 @@ from brixel.brixel_features import BrixelFeatures
 from brixel.errors import BrixelError
 from brixel.evaluate.datasets.davis import VideoDataset, read_davis
 from brixel.evaluate.datasets.depth_normals import read_measured
-from brixel.evaluate.datasets.labelled import ImageDataset, read_labelled
+from brixel.evaluate.datasets.labelled import LabelledDataset, read_labelled
 from brixel.evaluate.feature_sources import BASE, INTERPOLATED, SOURCES, STUDENT, TEACHER, FeatureSource, sources_of
 from brixel.evaluate.fidelity import fidelity
 from brixel.evaluate.matching import matching
@@ -132,7 +132,7 @@ class Task:
             sequence.objects()
         return dataclasses.replace(data, name=f"{data.name} ({self.val})")
 
-    def _splits(self) -> tuple[ImageDataset, ImageDataset]:
+    def _splits(self) -> tuple[LabelledDataset, LabelledDataset]:
         """The splits for training and validation; the name of the latter is that for the report."""
         assert self.data is not None
         read = read_labelled if self.kind == "segmentation" else functools.partial(read_measured, self.kind)

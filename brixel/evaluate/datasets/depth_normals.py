@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.evaluate.datasets.labelled import ImageDataset, Sample, check_samples, need, paired, unpacked, visible_files
+from brixel.evaluate.datasets.labelled import (
+    LabelledDataset,
+    Sample,
+    check_samples,
+    need,
+    paired,
+    unpacked,
+    visible_files,
+)
 from brixel.evaluate.datasets.normals_from_depth import normals_from_depth
 from brixel.images.target_files import read_colours, read_floats, read_numbers
 from brixel.utils.contained_paths import path_below
@@ -27,17 +35,17 @@ _MOST = 0.8  # share of pixels that tells one direction from the other
 _NAVI = "navi_v1.5.tar.gz or an earlier version, see https://github.com/google/navi"
 
 
-def plain_depth(folder: Path, split: str) -> ImageDataset:
+def plain_depth(folder: Path, split: str) -> LabelledDataset:
     """`images/` and `depth/NAME.npy` (metres) or `depth/NAME.png` (16 bits, millimetres) in ``folder/split``."""
-    return ImageDataset(folder.resolve().name, paired(folder / split, "depth", (".npy", ".png")), read_depth)
+    return LabelledDataset(folder.resolve().name, paired(folder / split, "depth", (".npy", ".png")), read_depth)
 
 
-def plain_normals(folder: Path, split: str) -> ImageDataset:
+def plain_normals(folder: Path, split: str) -> LabelledDataset:
     """`images/` and `normals/NAME.npy` (H, W, 3) or `normals/NAME.png` (RGB, 0 to 255 for -1 to 1, black none)."""
-    return ImageDataset(folder.resolve().name, paired(folder / split, "normals", (".npy", ".png")), read_normals)
+    return LabelledDataset(folder.resolve().name, paired(folder / split, "normals", (".npy", ".png")), read_normals)
 
 
-def nyuv2(root: Path, split: str) -> ImageDataset:
+def nyuv2(root: Path, split: str) -> LabelledDataset:
     """NYU Depth v2 as the scripts of BTS unpack it: `official_splits/{train,test}/SCENE/{rgb_N.jpg,sync_depth_N.png}`.
 
     795 images to train, 654 to test; "val" means "test". Depth in millimetres.
@@ -52,10 +60,10 @@ def nyuv2(root: Path, split: str) -> ImageDataset:
     images = visible_files(folder, "*/rgb_*.jpg")
     samples = [Sample(path, path.with_name(f"sync_depth_{path.stem[4:]}.png")) for path in images]
     check_samples(samples, "NYU Depth v2", where)
-    return ImageDataset("NYU Depth v2", samples, _read_nyuv2)
+    return LabelledDataset("NYU Depth v2", samples, _read_nyuv2)
 
 
-def nyuv2_normals(root: Path, split: str) -> ImageDataset:
+def nyuv2_normals(root: Path, split: str) -> LabelledDataset:
     """NYU Depth v2 as unpacked from `dsine_eval.zip`: `nyuv2/{train,test}/{N_img.png,N_normal.png}`, normals by GeoNet.
 
     The same 795 and 654 images; "val" means "test". Its normals point away from the camera, so they are negated.
@@ -67,10 +75,10 @@ def nyuv2_normals(root: Path, split: str) -> ImageDataset:
     images = visible_files(folder, "*_img.png")
     samples = [Sample(path, path.with_name(path.name.replace("_img.png", "_normal.png"))) for path in images]
     check_samples(samples, f"NYU Depth v2 with normals ({folder}/*_img.png)", where)
-    return ImageDataset("NYU Depth v2", samples, _read_nyuv2_normals)
+    return LabelledDataset("NYU Depth v2", samples, _read_nyuv2_normals)
 
 
-def navi(root: Path, split: str) -> ImageDataset:
+def navi(root: Path, split: str) -> LabelledDataset:
     """NAVI as unpacked: `OBJECT/SCENE/{images/N.jpg,depth/N.png}`; "train" is `multiview*`, "val" is `wild_set`.
 
     Its files contain 1 / depth, of the object alone. The videos of v1.5 are ignored.
@@ -82,10 +90,10 @@ def navi(root: Path, split: str) -> ImageDataset:
     images = [path for path in images if not path.name.startswith("downsampled_")]
     samples = [Sample(path, path.parent.parent / "depth" / f"{path.stem}.png") for path in images]
     check_samples(samples, f"NAVI ({root}/OBJECT/{scenes[split]}/images/*.jpg)", _NAVI)
-    return ImageDataset("NAVI", samples, _read_inverse)
+    return LabelledDataset("NAVI", samples, _read_inverse)
 
 
-def navi_normals(root: Path, split: str) -> ImageDataset:
+def navi_normals(root: Path, split: str) -> LabelledDataset:
     """Normals from NAVI's depth and the focal lengths in `OBJECT/SCENE/annotations.json`; see `normals_from_depth`."""
     data = navi(root, split)
     scenes = sorted({sample.target.parents[1] for sample in data.samples})
@@ -128,7 +136,7 @@ DEPTH_LAYOUTS = {"plain": plain_depth, "nyuv2": nyuv2, "navi": navi}
 NORMALS_LAYOUTS = {"plain": plain_normals, "nyuv2": nyuv2_normals, "navi": navi_normals}
 
 
-def read_measured(kind: str, layout: str, root: str | Path, split: str) -> ImageDataset:
+def read_measured(kind: str, layout: str, root: str | Path, split: str) -> LabelledDataset:
     """Read a split of a data set with depth or surface normals.
 
     Args:

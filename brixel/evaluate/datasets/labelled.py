@@ -58,7 +58,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ImageDataset:
+class LabelledDataset:
     """Images with a target for every pixel, read when it is needed.
 
     Args:
@@ -73,7 +73,7 @@ class ImageDataset:
     read: Callable[[Path], Tensor]
     classes: Sequence[str] = ()
 
-    def first(self, count: int | None) -> "ImageDataset":
+    def first(self, count: int | None) -> "LabelledDataset":
         """Keep the first images.
 
         Args:
@@ -116,7 +116,7 @@ Variant = Callable[[Path, Tensor], str | None]
 
 def _labelled(
     name: str, classes: Sequence[str], samples: Sequence[Sample], table: Tensor, variant: Variant = lambda *_: None
-) -> ImageDataset:
+) -> LabelledDataset:
     """A data set of masks.
 
     Args:
@@ -141,10 +141,10 @@ def _labelled(
             )
         return table[numbers]
 
-    return ImageDataset(name, samples, read, classes)
+    return LabelledDataset(name, samples, read, classes)
 
 
-def plain(folder: Path, split: str) -> ImageDataset:
+def plain(folder: Path, split: str) -> LabelledDataset:
     """`images/` and `masks/NAME.png` in ``folder/split``: numbers are classes from 0, 255 means none.
 
     `classes.json` in the same folder or its parent lists the names; without it, the masks say how many there are.
@@ -177,7 +177,7 @@ def _highest_class(path: Path) -> int:
     return int(numbers[numbers != NONE].amax()) if (numbers != NONE).any() else 0
 
 
-def voc2012(root: Path, split: str) -> ImageDataset:
+def voc2012(root: Path, split: str) -> LabelledDataset:
     """Pascal VOC 2012 as unpacked from `VOCtrainval_11-May-2012.tar`: 21 classes; 255, the outlines, means none."""
     where = "VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/"
     inner = unpacked(root, "VOCdevkit/VOC2012", "VOC2012")
@@ -231,7 +231,7 @@ def _explain_voc(path: Path, numbers: Tensor) -> str | None:
     )
 
 
-def ade20k(root: Path, split: str) -> ImageDataset:
+def ade20k(root: Path, split: str) -> LabelledDataset:
     """ADE20K as unpacked from `ADEChallengeData2016.zip`: 150 classes; 0, "other", means none, i is class i - 1."""
     where = "ADEChallengeData2016.zip from http://data.csail.mit.edu/places/ADEchallenge/"
     inner = unpacked(root, "ADEChallengeData2016")
@@ -254,7 +254,7 @@ def _explain_ade20k(_: Path, numbers: Tensor) -> str | None:
     return None
 
 
-def cityscapes(root: Path, split: str) -> ImageDataset:
+def cityscapes(root: Path, split: str) -> LabelledDataset:
     """Cityscapes, `leftImg8bit/` and `gtFine/` in one folder: the 19 classes of its benchmark out of 34 numbers."""
     where = "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com (a login)"
     images, masks = root / "leftImg8bit" / split, root / "gtFine" / split
@@ -283,7 +283,7 @@ def _explain_cityscapes(_: Path, numbers: Tensor) -> str | None:
     return None
 
 
-def loveda(root: Path, split: str) -> ImageDataset:
+def loveda(root: Path, split: str) -> LabelledDataset:
     """LoveDA as unpacked from `Train.zip` and `Val.zip`: 7 classes; 0 means none, i is class i - 1.
 
     "train" and "val" hold rural and urban scenes; "train-rural", "val-urban" and so on those of one kind.
@@ -311,7 +311,7 @@ def _explain_loveda(_: Path, numbers: Tensor) -> str | None:
     return None
 
 
-def kvasir_seg(root: Path, split: str) -> ImageDataset:
+def kvasir_seg(root: Path, split: str) -> LabelledDataset:
     """Kvasir-SEG as unpacked from `kvasir-seg.zip`: polyp or not; its masks are JPEGs, white from 128 up.
 
     Its authors' lists `train.txt` and `val.txt` are followed where they lie in its folder. Otherwise every fifth image
@@ -333,7 +333,7 @@ def kvasir_seg(root: Path, split: str) -> ImageDataset:
     return _black_and_white("Kvasir-SEG", "polyp", [Sample(image, masks / image.name) for image in found], where)
 
 
-def isic2018(root: Path, split: str) -> ImageDataset:
+def isic2018(root: Path, split: str) -> LabelledDataset:
     """Task 1 of ISIC 2018: lesion or not. Splits "train", "val" and "test" are its own, in its archives' folders."""
     where = (
         "ISIC2018_Task1-2_*_Input.zip and ISIC2018_Task1_*_GroundTruth.zip from https://challenge.isic-archive.com/data"
@@ -345,7 +345,7 @@ def isic2018(root: Path, split: str) -> ImageDataset:
     return _black_and_white("ISIC 2018, task 1", "lesion", samples, where)
 
 
-def glas(root: Path, split: str) -> ImageDataset:
+def glas(root: Path, split: str) -> LabelledDataset:
     """GlaS, the glands of the Warwick-QU data set: gland or not, from masks that number the glands of an image.
 
     "train" is its own; "val" are both of its tests, "testA" and "testB" one of them.
@@ -357,13 +357,13 @@ def glas(root: Path, split: str) -> ImageDataset:
     images = [path for path in visible_files(inner, f"{prefix}*.bmp") if not path.stem.endswith("_anno")]
     samples = [Sample(image, image.with_name(f"{image.stem}_anno.bmp")) for image in images]
     check_samples(samples, f"images of GlaS named {prefix}*.bmp in {inner}", where)
-    return ImageDataset("GlaS", samples, lambda path: (read_numbers(path) > 0).long(), ("background", "gland"))
+    return LabelledDataset("GlaS", samples, lambda path: (read_numbers(path) > 0).long(), ("background", "gland"))
 
 
-def _black_and_white(name: str, what: str, samples: Sequence[Sample], where: str) -> ImageDataset:
+def _black_and_white(name: str, what: str, samples: Sequence[Sample], where: str) -> LabelledDataset:
     """A data set of masks in black and white."""
     check_samples(samples, name, where)
-    return ImageDataset(name, samples, read_black_and_white, ("background", what))
+    return LabelledDataset(name, samples, read_black_and_white, ("background", what))
 
 
 LAYOUTS = {
@@ -372,7 +372,7 @@ LAYOUTS = {
 }
 
 
-def read_labelled(layout: str, root: str | Path, split: str) -> ImageDataset:
+def read_labelled(layout: str, root: str | Path, split: str) -> LabelledDataset:
     """Read a split of a data set for semantic segmentation.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import by_metric, interval
-from brixel.evaluate.datasets.labelled import ImageDataset, centre_square
+from brixel.evaluate.datasets.labelled import LabelledDataset, centre_square
 from brixel.evaluate.feature_cache import features_of
 from brixel.evaluate.feature_sources import BASE, FeatureSource
 from brixel.evaluate.metrics import angles, depth_errors, normal_errors
@@ -42,8 +42,8 @@ _COLUMNS = {  # the first metric is the one with an interval
 def probe_depth_normals(
     kind: str,
     source: FeatureSource,
-    train: ImageDataset,
-    val: ImageDataset,
+    train: LabelledDataset,
+    val: LabelledDataset,
     teacher_px: int,
     *,
     settings: ProbeSettings = CONVOLUTIONAL,
@@ -84,8 +84,8 @@ def probe_depth_normals(
 def depth_normals(
     kind: str,
     sources: Sequence[FeatureSource],
-    train: ImageDataset,
-    val: ImageDataset,
+    train: LabelledDataset,
+    val: LabelledDataset,
     teacher_px: Sequence[int],
     *,
     model: str,
@@ -141,7 +141,7 @@ def depth_normals(
     return Report(kind, _TITLES[kind], columns, rows, recipe)
 
 
-def leave_out_empty(kind: str, splits: Sequence[ImageDataset]) -> tuple[list[ImageDataset], str]:
+def leave_out_empty(kind: str, splits: Sequence[LabelledDataset]) -> tuple[list[LabelledDataset], str]:
     """The splits without images that have no value in their centre square, and how many these are, for a recipe.
 
     Raises BrixelError where no image of a split is left.
@@ -167,7 +167,7 @@ def leave_out_empty(kind: str, splits: Sequence[ImageDataset]) -> tuple[list[Ima
     return kept, f"{message}; "
 
 
-def _targets(kind: str, data: ImageDataset, grid_hw: Sequence[int]) -> Tensor:
+def _targets(kind: str, data: LabelledDataset, grid_hw: Sequence[int]) -> Tensor:
     """The measurements at the cells' centres, (N, C, h, w)."""
     squares = (centre_square(data.target(index))[None] for index in range(len(data.samples)))
     targets = torch.cat([F.interpolate(square, size=tuple(grid_hw), mode="nearest-exact") for square in squares])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from brixel.errors import BrixelError
 from brixel.evaluate.bootstrap import interval
-from brixel.evaluate.datasets.labelled import ImageDataset, centre_square
+from brixel.evaluate.datasets.labelled import LabelledDataset, centre_square
 from brixel.evaluate.feature_cache import Features, features_of
 from brixel.evaluate.feature_sources import BASE, TEACHER, FeatureSource, check_source_names, cost_of
 from brixel.evaluate.metrics import boundary_intersection_union, iou_terms
@@ -46,8 +46,8 @@ class SegmentationResult:
 
 def segment(
     source: FeatureSource,
-    train: ImageDataset,
-    val: ImageDataset,
+    train: LabelledDataset,
+    val: LabelledDataset,
     teacher_px: int,
     *,
     settings: ProbeSettings = LINEAR,
@@ -81,7 +81,7 @@ def segment(
     return _evaluate(probe, evaluated, val, within_px)
 
 
-def _targets(data: ImageDataset, examples: Cells) -> Tensor:
+def _targets(data: LabelledDataset, examples: Cells) -> Tensor:
     """Shares of classes in the examples, (images*n, K), float16, which holds sixteenths exactly."""
     shares = torch.empty(examples.images, examples.per_image, len(data.classes), dtype=torch.float16)
     for index in range(examples.images):
@@ -90,7 +90,7 @@ def _targets(data: ImageDataset, examples: Cells) -> Tensor:
     return shares.flatten(0, 1)
 
 
-def _evaluate(probe: Probe, features: Features, val: ImageDataset, within_px: int) -> SegmentationResult:
+def _evaluate(probe: Probe, features: Features, val: LabelledDataset, within_px: int) -> SegmentationResult:
     classes = len(val.classes)
     total = torch.zeros(classes, classes, dtype=torch.int64)
     areas, strips = [], []
@@ -110,8 +110,8 @@ def _evaluate(probe: Probe, features: Features, val: ImageDataset, within_px: in
 
 def segmentation(
     sources: Sequence[FeatureSource],
-    train: ImageDataset,
-    val: ImageDataset,
+    train: LabelledDataset,
+    val: LabelledDataset,
     teacher_px: Sequence[int],
     *,
     model: str,
