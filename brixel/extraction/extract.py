@@ -18,15 +18,21 @@ from brixel.checkpoints.fingerprint import digest
 from brixel.errors import BrixelError, MemoryLimitError
 from brixel.extraction.background_writer import BackgroundWriter
 from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.failed_images import failed_rows, write_failed_images
 from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile
-from brixel.extraction.pending_images import ExtractionSummary, count_finished_elsewhere, pending_images
+from brixel.extraction.pending_images import (
+    ExtractionSummary,
+    count_finished_elsewhere,
+    pending_images,
+    remove_unlisted_parts,
+)
 from brixel.extraction.progress import ProgressBar
-from brixel.extraction.writers import FileWriter, MapWriter, ShardWriter, convert
+from brixel.extraction.sinks import DEFAULT_ENDING, PARQUET, Sink
+from brixel.extraction.writers import FileWriter, MapWriter, convert
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.images.find_images import FoundImages
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import dtype_name
-from brixel.utils.memory import parse_bytes
 
 _LOG = logging.getLogger("brixel")
 _MAX_WAITING_WRITES = 2
@@ -37,7 +43,8 @@ def extract_files(
     images: Sequence[tuple[Path, Path]],
     folder: Path,
     *,
-    ending: str = ".safetensors",
+    sink: str | None = None,
+    ending: str = DEFAULT_ENDING,
     shard_bytes: int | None = None,
     save_dtype: torch.dtype | None = None,
     overwrite: bool = False,
@@ -59,8 +66,10 @@ def extract_files(
         images: pairs of an image's path and its relative path, as `find_images` returns them. The relative path names
             the map in the output folder.
         folder: the output folder; created if it is missing.
+        sink: "files", a file for each image; or files of many maps: "shards" (safetensors), "parquet", "zarr" or
+            "webdataset" (`docs/folders.md`). None for files, or for shards where ``shard_bytes`` is given.
         ending: ".safetensors" or ".npy": the map of an image is the file ``folder / relative_path + ending``.
-        shard_bytes: write safetensors files of about this many bytes instead, with many maps each.
+        shard_bytes: bytes of the features in a file of many maps, about; None for 256 MiB.
         save_dtype: dtype of the features in the files; None for the model's.
         overwrite: extract everything again, over files that exist.
         batch_size: images of one size that are computed at once.
@@ -81,31 +90,35 @@ def extract_files(
             a file that is in no manifest is in the way.
         KeyboardInterrupt: after the first Ctrl-C, once the maps in progress are written.
     """
-    _check_options(ending, shard_bytes, save_dtype)
+    target = Sink.choose(sink, ending, shard_bytes)
+    target.check_dtype(save_dtype, model.dtype)
     share = ProcessShare.from_environment()
     summary = ExtractionSummary(left_out=images.left_out if isinstance(images, FoundImages) else {})
     model = model.at_scale(scale)
-    settings = _settings(model, short_side_px, ending if shard_bytes is None else "shards", save_dtype, tiles)
-    shard_bytes, memory_limit = _split_memory(shard_bytes, memory_limit, model.device)
+    settings = manifest_settings(model, short_side_px, target.kind, save_dtype, tiles)
+    target, memory_limit = target.split_memory(memory_limit, model.device)
     options = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
-    with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _finish_on_interrupt() as interrupted:
-        if shard_bytes is None:
-            writer: MapWriter = FileWriter(folder, ending)
-        else:
-            writer = ShardWriter(folder, shard_bytes, share.rank, manifest.written)
+    with Manifest(folder, settings, share, overwrite=overwrite) as manifest, finish_on_interrupt() as interrupted:
+        remove_unlisted_parts(manifest)
+        writer = target.writer(folder, str(share.rank), manifest.written)
         pending = pending_images(images, manifest, writer, summary)
         if isinstance(writer, FileWriter) and manifest.is_new and not manifest.written and not overwrite:
-            _check_none_exists([writer.path(source.relative_path) for _, source in pending])
+            check_none_exists([writer.path(source.relative_path) for _, source in pending])
         manifest.begin()
         done = summary.skipped + count_finished_elsewhere(images, manifest, share)
         with (
             ProgressBar(len(images), done, manifest) as bar,
-            _disk_errors_explained(folder),
+            disk_errors_explained(folder),
             BackgroundWriter[int](summary.add_written, depth=_MAX_WAITING_WRITES) as background,
         ):
             run = _Run(model, options, save_dtype, writer, manifest, summary, bar, background, interrupted)
             run.extract_to_disk(run.extract_stream(pending, batch_size=batch_size, workers=workers))
             run.submit(writer.finish)
+        if target.name == PARQUET:
+            names = {image: path.as_posix() for image, path in images}
+            rows = failed_rows(summary, names)
+            dtype = save_dtype or model.dtype
+            write_failed_images(folder, names.values(), rows, rank=share.rank, dtype=dtype)
         if interrupted():
             raise KeyboardInterrupt
     return summary
@@ -177,28 +190,7 @@ class _Run:
         self.background.submit(write_and_list)
 
 
-def _split_memory(
-    shard_bytes: int | None, memory_limit: int | str | None, device: torch.device
-) -> tuple[int | None, int | str | None]:
-    """Shard size, and the limit that is left for the model, where maps that wait for a shard take the same memory.
-
-    A shard takes twice its bytes while it is written, so it gets at most a quarter of the limit.
-    """
-    if shard_bytes is None or memory_limit is None or device.type != "cpu":
-        return shard_bytes, memory_limit
-    limit = parse_bytes(memory_limit)
-    shard_bytes = max(1, min(shard_bytes, limit // 4))
-    return shard_bytes, limit - 2 * shard_bytes
-
-
-def _check_options(ending: str, shard_bytes: int | None, save_dtype: torch.dtype | None) -> None:
-    if shard_bytes is not None and (shard_bytes < 1 or ending != ".safetensors"):
-        raise BrixelError(f"shards of {shard_bytes} bytes as {ending}: expected a positive size, and safetensors")
-    if ending == ".npy" and save_dtype == torch.bfloat16:
-        raise BrixelError("npy does not support bfloat16: write safetensors, or save as float16 or float32")
-
-
-def _check_none_exists(paths: Sequence[Path]) -> None:
+def check_none_exists(paths: Sequence[Path]) -> None:
     """Raise BrixelError where a first run would write over a file."""
     existing = next((path for path in paths if path.exists()), None)
     if existing is not None:
@@ -208,7 +200,7 @@ def _check_none_exists(paths: Sequence[Path]) -> None:
         )
 
 
-def _settings(
+def manifest_settings(
     model: BrixelFeatures, short_side_px: int | str | None, kind: str, save_dtype: torch.dtype | None, tiles: str
 ) -> Mapping[str, str]:
     """Everything but the images that the maps depend on, as version 0.1 wrote it into manifests."""
@@ -224,7 +216,8 @@ def _settings(
 
 
 @contextmanager
-def _disk_errors_explained(folder: Path) -> Iterator[None]:
+def disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Raise BrixelError, which says what to do, where a folder cannot be written into."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
@@ -235,7 +228,7 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _finish_on_interrupt() -> Iterator[Callable[[], bool]]:
+def finish_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether the first Ctrl-C came; the second one interrupts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -10,7 +10,6 @@ import errno
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from brixel.errors import BrixelError
 from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.parts import remove_parts
 from brixel.utils.atomic_files import remove_unfinished
 from brixel.utils.contained_paths import path_below
 from brixel.utils.fields import Rule, check_table, number, several, short_repr, text, text_table, whole_number
@@ -31,7 +31,6 @@ _LOG = logging.getLogger("brixel")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems without locks, on some clusters
 _OTHER_SIZE_S = 2.0  # processes that start together may try the same file; a run holds its own for longer
 _NAME = "manifest-{}.jsonl"
-_SHARD = re.compile(r"maps-(\d+)-(\d{5,})\.safetensors")
 _DAMAGED = ("a manifest of brixel", "--overwrite extracts everything again")
 
 _HEADER_RULES = {"format_version": whole_number(1, 2), "settings": text_table("texts by name")}
@@ -159,12 +158,6 @@ def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> l
     return sorted(written, key=lambda file: file.listed_s)
 
 
-def shard_number(file: str) -> tuple[int, int] | None:
-    """The rank and the number of a shard by its name; None for other names."""
-    found = _SHARD.fullmatch(file)
-    return (int(found[1]), int(found[2])) if found else None
-
-
 def latest_by_image(written: Iterable[WrittenFile]) -> dict[str, tuple[SourceImage, WrittenFile]]:
     """For the relative path of every image, its last entry: the image as it was read, and the file with its map."""
     return {image.relative_path: (image, file) for file in written for image in file.images}
@@ -212,14 +205,12 @@ def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str
 
 
 def _remove_earlier_run(folder: Path, share: ProcessShare) -> None:
-    """Remove this process's part of the shards, and of the manifests of ranks that this run does not have."""
+    """Remove this process's share of the files of many maps, and of the manifests of ranks that this run lacks."""
     for path in manifest_paths(folder):
         rank = int(path.stem.partition("-")[2])
         if rank >= share.processes and rank % share.processes == share.rank:
             path.unlink(missing_ok=True)
-    for path in folder.glob("maps-*.safetensors"):
-        if (number := shard_number(path.name)) and number[0] % share.processes == share.rank:
-            path.unlink(missing_ok=True)
+    remove_parts(folder, lambda _, part: part.rank % share.processes == share.rank)
 
 
 @contextlib.contextmanager

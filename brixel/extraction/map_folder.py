@@ -5,12 +5,11 @@ from pathlib import Path, PurePath
 
 from brixel.errors import BrixelError, DamagedFileError
 from brixel.extraction.manifest import SourceImage, WrittenFile, latest_by_image, manifest_paths, read_manifests
-from brixel.extraction.writers import SHARD_KEY, checksum
+from brixel.extraction.writers import checksum
+from brixel.feature_maps.containers.formats import BY_SUFFIX
 from brixel.feature_maps.feature_map import FeatureMap
-from brixel.feature_maps.storage import GEOMETRY_RULES
-from brixel.utils.fields import check_field, check_table, path_like
-from brixel.utils.safetensors_files import open_safetensors
-from brixel.utils.structured_files import check_regular, checking_content, parse_json
+from brixel.utils.fields import check_field, path_like
+from brixel.utils.structured_files import check_regular, checking_content
 
 
 class MapFolder(Mapping[str, FeatureMap]):
@@ -21,7 +20,7 @@ class MapFolder(Mapping[str, FeatureMap]):
     when it is looked up. Iteration follows the order in which the maps were written.
 
     Args:
-        folder: the output folder of an extraction, with files or shards.
+        folder: the output folder of an extraction, in files of one map or of many.
 
     Raises:
         BrixelError: if the folder holds no manifest, or a damaged one, or one that names files outside of the folder.
@@ -36,8 +35,8 @@ class MapFolder(Mapping[str, FeatureMap]):
     def __getitem__(self, image: str) -> FeatureMap:
         written = self._files[image]
         path = self.folder / written.file
-        if written.file != f"{image}{path.suffix}":
-            return _load_from_shard(path, image)
+        if written.file != f"{image}{path.suffix}" and path.suffix in BY_SUFFIX:
+            return _load_from_part(path, image)
         found = FeatureMap.load(path)
         stated = found.meta.get("picture", image)
         if PurePath(stated).name != PurePath(image).name and image.isprintable():  # other names may be stored escaped
@@ -60,7 +59,8 @@ def verify(folder: Path) -> list[str]:
     for written in {file.file: file for _, file in _read_entries(folder).values()}.values():
         path = folder / written.file
         try:
-            check_regular(path)
+            if not path.is_dir():  # as groups of Zarr are
+                check_regular(path)
             if checksum(path) != (written.size_bytes, written.sha256):
                 messages.append(f"{path}: changed or damaged")
         except BrixelError as error:
@@ -94,9 +94,8 @@ def _read_entries(folder: Path) -> dict[str, tuple[SourceImage, WrittenFile]]:
     return latest_by_image(read_manifests(folder))
 
 
-def _load_from_shard(path: Path, image: str) -> FeatureMap:
-    with checking_content(path, "a shard of brixel", "extract again"), open_safetensors(path) as file:
-        maps = parse_json((file.metadata() or {}).get(SHARD_KEY, "null"), path)
-        if not isinstance(maps, dict) or image not in maps:
-            raise BrixelError(f"it does not describe the map of {image}")
-        return FeatureMap(file.get_tensor(image), **check_table(f"the map of {image}", maps[image], GEOMETRY_RULES))
+def _load_from_part(path: Path, image: str) -> FeatureMap:
+    container = BY_SUFFIX[path.suffix]
+    features, geometry = container.read(path, image)
+    with checking_content(path, f"{container.title} of brixel", "extract again"):
+        return FeatureMap(features, **geometry)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
+from brixel.feature_maps.containers.formats import BY_SUFFIX, load_from_container
 from brixel.feature_maps.matching import Matches, nearest, refined, unit_cells
 from brixel.feature_maps.pca import PcaBasis
 from brixel.feature_maps.storage import as_array, damaged, load_map, save_map
@@ -311,14 +312,16 @@ class FeatureMap:
         save_map(check_field("path", path, path_like()), self.features, geometry)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FeatureMap:
-        """Read a map that :meth:`save` wrote.
+    def load(cls, path: str | os.PathLike[str], *, image: str | None = None) -> FeatureMap:
+        """Read a map that :meth:`save` wrote, or one in a file of many that `brixel extract` wrote.
 
         ``.npy`` is mapped into memory copy-on-write: only the cells that are used are read, and writing to the features
         does not change the file. bfloat16 is read completely, since the file holds float32.
 
         Args:
-            path: The file, ``*.safetensors`` or ``*.npy``.
+            path: The file, ``*.safetensors`` or ``*.npy``; of many maps a shard ``*.safetensors``, ``*.parquet``,
+                ``*.zarr`` or ``*.tar``.
+            image: In a file of many maps, the relative path of the image. A file of one map needs none.
 
         Returns:
             The map, with the features on the CPU in their saved dtype.
@@ -329,7 +332,11 @@ class FeatureMap:
             BrixelError: It is of a newer format, or its description is missing.
         """
         source = check_field("path", path, path_like())
-        features, fields = load_map(source)
+        is_single = source.suffix == ".npy" or (source.suffix == ".safetensors" and image is None)
+        if is_single or source.suffix not in BY_SUFFIX:
+            features, fields = load_map(source)
+        else:
+            features, fields = load_from_container(source, image)
         try:
             return cls(features, **fields)
         except BrixelError as error:
