@@ -21,6 +21,7 @@ LAYERS = (
     "inference",
     "brixel_features",
     "extraction",
+    "distributed",
     "evaluate",
     "train",
     "cli",

@@ -104,7 +104,7 @@ class Manifest:
     def add(self, written: WrittenFile) -> None:
         """List a file that is safely on disk; when this returns, the line is on disk as well."""
         self._listed_s = max(time.time(), self._listed_s + 0.001)  # in order, also where a clock is set back
-        self._append(_record(dataclasses.replace(written, listed_s=self._listed_s)))
+        self._append(file_record(dataclasses.replace(written, listed_s=self._listed_s)))
 
     def __enter__(self) -> "Manifest":
         return self
@@ -154,7 +154,7 @@ def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> l
         if header is not None:
             settings = _check_header(path, header, settings)
         with checking_content(path, *_DAMAGED):
-            written += [_parse(folder, path, number, record) for number, record in enumerate(records, 2)]
+            written += [parse_file(folder, path, number, record) for number, record in enumerate(records, 2)]
     return sorted(written, key=lambda file: file.listed_s)
 
 
@@ -163,7 +163,8 @@ def latest_by_image(written: Iterable[WrittenFile]) -> dict[str, tuple[SourceIma
     return {image.relative_path: (image, file) for file in written for image in file.images}
 
 
-def _parse(folder: Path, path: Path, number: int, record: dict[str, Any]) -> WrittenFile:
+def parse_file(folder: Path, path: Path, number: int, record: object) -> WrittenFile:
+    """A file from its line in a manifest at ``path``, by the number of the line. Raises BrixelError."""
     line = f"line {number}"
     fields = check_table(line, record, _FILE_RULES, {"at": 0.0})
     path_below(folder, fields["file"], path)
@@ -172,7 +173,7 @@ def _parse(folder: Path, path: Path, number: int, record: dict[str, Any]) -> Wri
     return WrittenFile(fields["file"], fields["bytes"], fields["sha256"], sources, fields["at"])
 
 
-def _record(written: WrittenFile) -> dict[str, Any]:
+def file_record(written: WrittenFile) -> dict[str, Any]:
     """A line of the manifest; its keys are those of version 0.1."""
     images = [
         {"picture": image.relative_path, "bytes": image.size_bytes, "mtime_ns": image.mtime_ns}

@@ -74,6 +74,13 @@ def pending_images(
     return pending
 
 
+def finished_images(manifest: Manifest) -> frozenset[tuple[str, int]]:
+    """Relative path and bytes of the images whose maps are listed and in place."""
+    folder, entries = manifest.path.parent, latest_by_image(manifest.written)
+    in_place = {file.file: _is_in_place(folder, file) for _, file in entries.values()}
+    return frozenset((name, image.size_bytes) for name, (image, file) in entries.items() if in_place[file.file])
+
+
 def count_finished_elsewhere(images: Sequence[tuple[Path, Path]], manifest: Manifest, share: ProcessShare) -> int:
     """How many images of other processes have an entry, for the progress bar."""
     if share.processes == 1:

@@ -51,7 +51,7 @@ class Sink:
                 "a shard size was given for the sink 'files', which has a file for each image: leave it out"
             )
         if name != FILES and ending != DEFAULT_ENDING:
-            raise BrixelError(f"{ending[1:]} in the sink {name!r}, which has a format of its own: give the sink 'files'")
+            raise BrixelError(f"{ending[1:]} in the sink {name!r}, of another format: give the sink 'files'")
         return cls(name, ending, DEFAULT_PART_BYTES if part_bytes is None else part_bytes)
 
     @property
