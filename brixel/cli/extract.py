@@ -54,10 +54,8 @@ def add(commands: Any) -> None:
     add_output(parser, required=True, metavar="FOLDER", note=note)
     formats = [ending[1:] for ending in _ENDINGS]
     add_flag(parser, "--format", choices=formats, help="file format", usual=f"{formats[0]}, or the ending of the file")
-    text = (
-        "what is written: a file for each image (files), or files of many maps: shards (safetensors), parquet, zarr, "
-    )
-    add_flag(parser, "--sink", choices=SINKS, help=f"{text}webdataset", usual="files; with --shard-size, shards")
+    text = "a file for each image (files), or files of many maps: shards (safetensors), parquet, zarr, webdataset"
+    add_flag(parser, "--sink", choices=SINKS, help=text, usual="files; with --shard-size, shards")
     text = "size of the files of many maps, such as 1GiB"
     add_flag(parser, "--shard-size", type=shard_size, metavar="SIZE", help=text, usual="256MiB, where there are any")
     deprecated(parser, "--shard-gib", "--shard-size", type=lambda text: shard_size(f"{text}GiB"))

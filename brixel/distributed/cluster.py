@@ -1,5 +1,6 @@
 """The cluster: connecting to it, how many actors it has room for, and errors that come from its machines."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,8 +41,10 @@ def connected(address: str | None) -> Iterator[Any]:
     """The module `ray`, connected: as it is, to the cluster at an address, or to one that ends with the block."""
     ray = import_ray()
     context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.print_on_execution_start
-    context.enable_progress_bars = context.print_on_execution_start = False
+    log = logging.getLogger("ray.data")
+    before = context.enable_progress_bars, log.level
+    context.enable_progress_bars = False
+    log.setLevel(logging.WARNING)
     begun = not ray.is_initialized()
     try:
         if begun:
@@ -54,7 +57,8 @@ def connected(address: str | None) -> Iterator[Any]:
                 raise BrixelError(f"no Ray cluster at {address or 'this machine'} ({error})") from error
         yield ray
     finally:
-        context.enable_progress_bars, context.print_on_execution_start = before
+        context.enable_progress_bars = before[0]
+        log.setLevel(before[1])
         if begun and ray.is_initialized():
             ray.shutdown()
 

@@ -5,6 +5,7 @@ maps lie is our part: the actor that computed a block writes its maps and leaves
 lists them in the manifest. Features never travel between processes.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -184,7 +185,7 @@ def _check_exist(paths: Sequence[str]) -> None:
 
 
 def _shared_folder(folder: PathLike) -> Path:
-    if is_uri(folder):
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):  # also a URI that became a path, and lost a slash
         raise BrixelError(
             f"{folder} is no folder: maps are written into a folder that all machines share, such as a network file "
             "system or a mounted bucket"

@@ -44,7 +44,7 @@ def list_objects(uri: str) -> list[tuple[str, SourceImage]]:
         BrixelError: The store cannot be reached, or there are no images.
     """
     fs = import_extra("pyarrow.fs", extra="ray", purpose="object stores")
-    base, path = _file_system(fs, uri)
+    base, path = _file_system(uri)
     try:
         found = base.get_file_info(path)
         if found.type == fs.FileType.Directory:
@@ -67,8 +67,7 @@ def list_objects(uri: str) -> list[tuple[str, SourceImage]]:
 
 def read_object(uri: str) -> bytes:
     """The bytes of an object. Raises OSError."""
-    fs = import_extra("pyarrow.fs", extra="ray", purpose="object stores")
-    base, path = _file_system(fs, uri)
+    base, path = _file_system(uri)
     with base.open_input_file(path) as file:
         return bytes(file.read())
 
@@ -115,7 +114,7 @@ class StreamedSource:
         path = self.paths[0]
         try:
             if is_uri(path):
-                base, inner = _file_system(import_extra("pyarrow.fs", extra="ray", purpose="object stores"), path)
+                base, inner = _file_system(path)
                 schema = pq.read_schema(inner, filesystem=base)
             else:
                 schema = pq.read_schema(path)
@@ -169,17 +168,19 @@ def _read_tars(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _members(path: str) -> Iterator[tuple[str, bytes]]:
-    if is_uri(path):
-        base, inner = _file_system(import_extra("pyarrow.fs", extra="ray", purpose="object stores"), path)
-        file = base.open_input_stream(inner)
-    else:
-        file = Path(path).open("rb")  # closed by the caller's block
-    with file, tarfile.open(fileobj=file, mode="r|*") as tar:
+    with _open_file(path) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
             if member.isfile() and PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES:
                 content = tar.extractfile(member)
                 assert content is not None
                 yield member.name, content.read()
+
+
+def _open_file(path: str) -> Any:
+    if not is_uri(path):
+        return open(path, "rb")
+    base, inner = _file_system(path)
+    return base.open_input_stream(inner)
 
 
 def _rows(rows: Sequence[tuple[str, bytes, str | None]]) -> dict[str, Any]:
@@ -189,7 +190,9 @@ def _rows(rows: Sequence[tuple[str, bytes, str | None]]) -> dict[str, Any]:
     return pa.table({**columns, "error": pa.array(errors, pa.string())})
 
 
-def _file_system(fs: Any, uri: str) -> tuple[Any, str]:
+def _file_system(uri: str) -> tuple[Any, str]:
+    """The file system of pyarrow that a URI names, and the path in it."""
+    fs = import_extra("pyarrow.fs", extra="ray", purpose="object stores")
     try:
         return fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:

@@ -24,7 +24,7 @@ from brixel.feature_maps.containers.base import (
 )
 from brixel.feature_maps.storage import as_array
 from brixel.utils.extras import import_extra
-from brixel.utils.structured_files import checking_content
+from brixel.utils.structured_files import check_regular, checking_content
 
 IMAGES_KEY = "images"
 _DIMENSIONS = ("image", "channel", "y", "x")
@@ -59,10 +59,11 @@ class ZarrGroups:
     def read(self, path: Path, image: str) -> tuple[Tensor, dict[str, Any]]:
         """The map of one image."""
         with _open_group(path) as group:
-            for _, array in group.arrays():
+            for name, array in group.arrays():
                 for row, entry in enumerate(array.attrs[IMAGES_KEY]):
                     if _name(entry) == image:
-                        geometry = {name: value for name, value in entry.items() if name != "image"}
+                        check_regular(path / name / "c" / "0" / "0" / "0" / "0")  # the shard; zarr reads zeros without
+                        geometry = {key: value for key, value in entry.items() if key != "image"}
                         return torch.from_numpy(np.array(array[row])), checked_geometry(image, geometry)
             raise not_described(image)
 
