@@ -115,7 +115,13 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     text = "what gives out the images: the process itself (local), or Ray on a cluster (ray)"
     add_flag(parser, "--engine", choices=("local", "ray"), default="local", help=text)
     text = "with --engine ray: the cluster, as ray.init takes it"
-    add_flag(parser, "--ray-address", metavar="ADDRESS", help=text, usual="that of RAY_ADDRESS, or else this machine")
+    add_flag(
+        parser,
+        "--ray-address",
+        metavar="ADDRESS",
+        help=text,
+        usual="that of RAY_ADDRESS or of this machine, or else a new one",
+    )
     text = "with --engine ray: processes that hold the model"
     add_flag(parser, "--actors", type=positive, metavar="N", help=text, usual="as many as the cluster has room for")
     text = "with --engine ray: CPU cores of an actor"

@@ -72,7 +72,8 @@ def extract_dataset(
             :func:`brixel.extraction.extract_files`.
         memory_limit: As there, for each actor.
         reduce: Called with every map before it is stored; returns another map.
-        address: The cluster, as ``ray.init`` takes it; by default that of RAY_ADDRESS, or else this machine.
+        address: The cluster, as ``ray.init`` takes it; by default that of RAY_ADDRESS or of this
+            machine, or else a new one on this machine.
         actors: How many actors; None for as many as the cluster has room for.
         cpus_per_actor: CPU cores that an actor takes; on the CPU torch computes with as many threads.
         gpus_per_actor: GPUs that an actor takes, also a fraction; None for one where the cluster has GPUs, or else 0.

@@ -168,12 +168,26 @@ def _read_tars(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _members(path: str) -> Iterator[tuple[str, bytes]]:
-    with _open_file(path) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+    with _open_file(path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
         for member in tar:
             if member.isfile() and PurePosixPath(member.name).suffix.lower() in IMAGE_SUFFIXES:
                 content = tar.extractfile(member)
                 assert content is not None
                 yield member.name, content.read()
+
+
+class _Member(tarfile.TarInfo):
+    """A member of a tar that does not end silently where a header is damaged or missing."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
+        """The next member."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # its end, as every whole tar has
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}: it is damaged or cut off") from error
 
 
 def _open_file(path: str) -> Any:
