@@ -184,7 +184,7 @@ class _Member(tarfile.TarInfo):
         """The next member."""
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:  # its end, as every whole tar has
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # its end, as every whole tar has
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"{error}: it is damaged or cut off") from error
