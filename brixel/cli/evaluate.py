@@ -146,10 +146,10 @@ def _add_scale(kinds: Any) -> None:
     text = "images per second of brixel extract by one process, and by the actors of Ray on this machine's CPU"
     one = _add_report(kinds, "scale", _scale, text)
     add_flag(one, "--model", default=TINY)
-    add_flag(one, "--actors", nargs="+", type=positive, default=(1, 2), metavar="N", help="numbers of actors")
+    add_flag(one, "--ray-actors", nargs="+", type=positive, default=(1, 2), metavar="N", help="numbers of actors")
     size = {"help": "size of the drawings in pixels", "usual": "480x640", "metavar": "HEIGHTxWIDTH"}
     add_flag(one, "--size", type=height_by_width, default=(480, 640), **size)
-    add_flag(one, "--count", type=positive, default=64, metavar="N", help="drawings in the shorter of two runs")
+    add_flag(one, "--count", type=positive, default=64, metavar="N", help="number of drawings")
     add_flag(one, "--rounds", default=3)
 
 
@@ -232,9 +232,9 @@ def _throughput(options: argparse.Namespace) -> Report:
 
 
 def _scale(options: argparse.Namespace) -> Report:
-    settings = given(options, "actors", "count", "rounds")
+    settings = given(options, "count", "rounds")
     with torch_threads(1):  # as in each actor
-        return scale_table(options.model, image_hw=options.size, **settings)
+        return scale_table(options.model, actors=options.ray_actors, image_hw=options.size, **settings)
 
 
 def _memory(options: argparse.Namespace) -> Report:

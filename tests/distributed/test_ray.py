@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -145,30 +145,22 @@ def test_every_sink_holds_what_a_single_process_computes(cluster, photos, model_
         assert {int(Path(row["image"]).stem) for row in errors} == set(CORRUPT)
 
 
-def when(condition, action, failures: list[BaseException], timeout_s: float = 60) -> threading.Thread:
-    """Do something as soon as a condition holds, in another thread."""
-
-    def wait() -> None:
-        try:
-            end = time.monotonic() + timeout_s
-            while not condition():
-                assert time.monotonic() < end, "it never came to that"
-                time.sleep(0.01)
-            action()
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
+def run_until(recorder, action, *arguments, **options):
+    """Run in another thread, and do something once a hundred maps are computed; the main one may start processes."""
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(run, *arguments, reduce=recorder, **options)
+        while recorder.count() < 100:
+            assert not future.done(), future.result()
+            time.sleep(0.01)
+        action()
+        return future.result()
 
 
 def test_a_killed_actor(cluster, photos, model_folder, expected, tmp_path, recorder, record_property):
-    failures: list[BaseException] = []
-    thread = when(lambda: recorder.count() > 100, lambda: os.kill(recorder.processes()[-1], signal.SIGKILL), failures)
-    summary = run(photos, tmp_path / "out", model_folder, sink="shards", reduce=recorder)
-    thread.join()
-    assert failures == []
+    def kill() -> None:
+        os.kill(recorder.processes()[-1], signal.SIGKILL)
+
+    summary = run_until(recorder, kill, photos, tmp_path / "out", model_folder, sink="shards")
     assert (summary.written, len(summary.failures)) == (COUNT - 7, 7)
     assert_same(tmp_path / "out", expected)
     assert len(recorder.processes()) == 3
@@ -177,23 +169,19 @@ def test_a_killed_actor(cluster, photos, model_folder, expected, tmp_path, recor
     assert 0 <= twice <= BLOCK
 
 
-def test_a_removed_node(cluster, photos, model_folder, expected, tmp_path, recorder, record_property):
-    failures: list[BaseException] = []
-    [node] = cluster.worker_nodes
+def test_a_lost_node(cluster, photos, model_folder, expected, tmp_path, recorder, record_property):
+    """Another one takes its place."""
 
     def replace() -> None:
-        cluster.remove_node(node, allow_graceful=False)
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
         cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
 
-    thread = when(lambda: recorder.count() > 100, replace, failures)
-    summary = run(photos, tmp_path / "out", model_folder, sink="parquet", reduce=recorder)
-    thread.join()
-    assert failures == []
+    summary = run_until(recorder, replace, photos, tmp_path / "out", model_folder, sink="parquet")
     assert (summary.written, len(summary.failures)) == (COUNT - 7, 7)
     assert_same(tmp_path / "out", expected)
     assert len(recorder.processes()) == 3
     twice = recorder.count() - (COUNT - 7)
-    record_property("summary", f"ray, node removed: {twice} of {COUNT} images computed twice, in blocks of {BLOCK}")
+    record_property("summary", f"ray, node lost: {twice} of {COUNT} images computed twice, in blocks of {BLOCK}")
     assert 0 <= twice <= BLOCK
 
 
