@@ -48,7 +48,8 @@ def connected(address: str | None) -> Iterator[Any]:
     begun = not ray.is_initialized()
     try:
         if begun:
-            local = {} if address or os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+            is_local = address == "local" or (address is None and not os.environ.get("RAY_ADDRESS"))
+            local = {"include_dashboard": False} if is_local else {}
             if local:
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent without being asked for
             try:

@@ -46,7 +46,7 @@ def scale_table(
     """
     model = BrixelFeatures.from_pretrained(name, device="cpu")
     runs: dict[str, list[tuple[float, float]]] = {}
-    with tempfile.TemporaryDirectory() as temporary, connected(None) as ray:
+    with tempfile.TemporaryDirectory() as temporary, connected("local") as ray:
         folder = Path(temporary)
         cpus = int(ray.cluster_resources()["CPU"])
         for images in (count, _LONGER * count):
