@@ -139,6 +139,8 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
 def _extract_with_ray(options: argparse.Namespace) -> int:
     if options.compile:
         raise BrixelError("--compile does not go with --engine ray: every actor would compile for minutes")
+    if options.output.suffix in _ENDINGS:
+        raise BrixelError(f"{options.output} looks like the name of one map; --engine ray writes into a folder")
     check_output_folder(options.output)
     of_ray = {name: getattr(options, flag) for name, flag in _OF_RAY.items() if getattr(options, flag) is not None}
     summary = extract_dataset(options.paths, options.output, model=loader(options), **of_ray, **_of_run(options))

@@ -332,11 +332,12 @@ class FeatureMap:
             BrixelError: It is of a newer format, or its description is missing.
         """
         source = check_field("path", path, path_like())
-        is_single = source.suffix == ".npy" or (source.suffix == ".safetensors" and image is None)
-        if is_single or source.suffix not in BY_SUFFIX:
+        if source.suffix in BY_SUFFIX and (image is not None or source.suffix != ".safetensors"):
+            features, fields = load_from_container(source, image)
+        elif image is None:
             features, fields = load_map(source)
         else:
-            features, fields = load_from_container(source, image)
+            raise BrixelError(f"{source} holds no maps by image, and image={short_repr(image)} was given: leave it out")
         try:
             return cls(features, **fields)
         except BrixelError as error:

@@ -68,6 +68,12 @@ def test_a_container_of_one_map_needs_no_name(tmp_path):
             FeatureMap.load(path, image="A.jpg")
 
 
+def test_a_file_of_one_map_has_no_images_to_name(tmp_path):
+    FeatureMap(torch.ones(4, 2, 2), (8, 8), (4.0, 4.0)).save(tmp_path / "map.npy")
+    with pytest.raises(BrixelError, match=r"map\.npy holds no maps by image, and image='a\.jpg' was given"):
+        FeatureMap.load(tmp_path / "map.npy", image="a.jpg")
+
+
 def test_a_container_of_several_maps_asks_for_a_name(tmp_path):
     CONTAINERS["parquet"].write(tmp_path / "maps.parquet", stored_maps())
     with pytest.raises(BrixelError, match="holds the maps of 4 images; name one of them with image="):
