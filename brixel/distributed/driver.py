@@ -9,7 +9,7 @@ from brixel.distributed.blocks import FinishedBlock, forget_block, list_recorded
 from brixel.distributed.sources import PathLike, StreamedSource, listed_dataset
 from brixel.errors import ImageError
 from brixel.extraction.extract import check_none_exists
-from brixel.extraction.failed_images import printable_name, write_failed_images
+from brixel.extraction.failed_images import failed_rows, write_failed_images
 from brixel.extraction.manifest import Manifest, SourceImage, latest_by_image, read_manifests
 from brixel.extraction.pending_images import ExtractionSummary, finished_images, pending_images, remove_unlisted_parts
 from brixel.extraction.sinks import PARQUET, Sink
@@ -35,6 +35,7 @@ class ExtractionRun:
         self._summary, self._dtype, self._overwrite = summary, dtype, overwrite
         self._failures: list[FailedImage] = []
         self._tried: set[str] = set()
+        self._paths: dict[str, Path] = {}  # of local images, by their relative path
         self._files: dict[str, str] = {}  # by the image whose map was written into it in this run
         self._total: int | None = None
 
@@ -59,16 +60,22 @@ class ExtractionRun:
 
     def _pending(self, found: list[Any], writer: Any) -> list[tuple[PathLike, SourceImage]]:
         """What is left of a listed source, of local files or of objects with what they are."""
-        self._tried = {each.relative_path if isinstance(each, SourceImage) else each.as_posix() for _, each in found}
-        local = [(path, relative) for path, relative in found if isinstance(relative, Path)]
-        pending: list[tuple[PathLike, SourceImage]] = [*pending_images(local, self._manifest, writer, self._summary)]
-        relative_paths = {path: relative.as_posix() for path, relative in local}
-        self._failures += [FailedImage(printable_name(relative_paths[p]), str(e)) for p, e in self._summary.failures]
-        objects = [(path, source) for path, source in found if isinstance(source, SourceImage)]
-        entries = latest_by_image(self._manifest.written)
-        left = [(path, source) for path, source in objects if entries.get(source.relative_path, (None,))[0] != source]
-        self._summary.skipped += len(objects) - len(left)
-        return [*pending, *left]
+        if all(isinstance(image, SourceImage) for _, image in found):
+            return self._pending_objects(found)
+        self._paths = {relative.as_posix(): path for path, relative in found}
+        self._tried = set(self._paths)
+        pending = pending_images(found, self._manifest, writer, self._summary)
+        names = {path: name for name, path in self._paths.items()}
+        self._failures += failed_rows(self._summary, names)
+        return [*pending]
+
+    def _pending_objects(self, found: list[tuple[str, SourceImage]]) -> list[tuple[PathLike, SourceImage]]:
+        self._tried = {image.relative_path for _, image in found}
+        entries, in_place = latest_by_image(self._manifest.written), finished_images(self._manifest)
+        done = {image for image, _ in entries.values() if (image.relative_path, image.size_bytes) in in_place}
+        left: list[tuple[PathLike, SourceImage]] = [(uri, image) for uri, image in found if image not in done]
+        self._summary.skipped += len(found) - len(left)
+        return left
 
     def list_blocks(self, blocks: Any) -> None:
         """Compute, and list every block in the manifest as soon as it is finished."""
@@ -96,7 +103,7 @@ class ExtractionRun:
     def _fail(self, image: str, error: str) -> None:
         self._tried.add(image)
         self._failures.append(FailedImage(image, error))
-        self._summary.add_failure(Path(image), ImageError(error))
+        self._summary.add_failure(self._paths.get(image, Path(image)), ImageError(error))
 
     def finish(self) -> None:
         """Remove what no longer counts, and write the rows of images that failed."""
@@ -104,4 +111,5 @@ class ExtractionRun:
         self._manifest.written = read_manifests(self._folder)
         remove_unlisted_parts(self._manifest)
         if self._sink.name == PARQUET:
-            write_failed_images(self._folder, self._tried, self._failures, rank=0, dtype=self._dtype)
+            options: dict[str, Any] = {"rank": 0, "dtype": self._dtype, "overwrite": self._overwrite}
+            write_failed_images(self._folder, self._tried, self._failures, **options)

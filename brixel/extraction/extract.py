@@ -118,7 +118,7 @@ def extract_files(
             names = {image: path.as_posix() for image, path in images}
             rows = failed_rows(summary, names)
             dtype = save_dtype or model.dtype
-            write_failed_images(folder, names.values(), rows, rank=share.rank, dtype=dtype)
+            write_failed_images(folder, names.values(), rows, rank=share.rank, dtype=dtype, overwrite=overwrite)
         if interrupted():
             raise KeyboardInterrupt
     return summary

@@ -21,6 +21,7 @@ def write_failed_images(
     *,
     rank: int,
     dtype: torch.dtype,
+    overwrite: bool,
 ) -> None:
     """Write what failed in this run, with what failed in earlier runs and was not tried again; no file for nothing.
 
@@ -30,10 +31,11 @@ def write_failed_images(
         failures: The images without a map.
         rank: The process.
         dtype: Of the features in the other files, so that all have one schema.
+        overwrite: Whether nothing of earlier runs is kept.
     """
     path = folder / _FOLDER / f"failed-{rank}.parquet"
     tried = set(tried)
-    earlier = [row for row in read_failed(path) if row.image not in tried] if path.exists() else []
+    earlier = [row for row in read_failed(path) if row.image not in tried] if path.exists() and not overwrite else []
     rows = [*earlier, *failures]
     if not rows:
         path.unlink(missing_ok=True)

@@ -118,6 +118,8 @@ def test_images_that_fail_are_rows_of_parquet_until_they_succeed(model, album, t
 @pytest.mark.parametrize("sink", MANY)
 def test_overwrite_leaves_nothing_of_the_run_before(model, album, tmp_path, sink):
     out = tmp_path / "out"
+    whole = (album / "b.JPG").read_bytes()
+    (album / "b.JPG").write_bytes(whole[:200])
     extract_files(model, find_images([album]), out, sink=sink, shard_bytes=1)
     extract_files(model, find_images([album / "a.png"]), out, sink=sink, overwrite=True)
     assert names_in(out, sink) == ["a.png"]
