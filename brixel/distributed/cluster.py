@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from brixel.distributed.sources import (
 from brixel.errors import BrixelError
 
 T = TypeVar("T")
+_CONNECT_S = 20.0
 
 
 def pool_size(ray: Any, actors: int | None, resources: Mapping[str, float], *, is_streamed: bool) -> int:
@@ -53,8 +55,9 @@ def connected(address: str | None) -> Iterator[Any]:
             if local:
                 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent without being asked for
             try:
+                _check_reachable(address)
                 ray.init(address=address, logging_level="warning", **local)
-            except (ConnectionError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 raise BrixelError(f"no Ray cluster at {address or 'this machine'} ({error})") from error
         yield ray
     finally:
@@ -62,6 +65,13 @@ def connected(address: str | None) -> Iterator[Any]:
         log.setLevel(before[1])
         if begun and ray.is_initialized():
             ray.shutdown()
+
+
+def _check_reachable(address: str | None) -> None:
+    """Raise OSError where nothing answers at "HOST:PORT": Ray itself tries for many minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
 
 
 def on_an_actor(ray: Any, resources: Mapping[str, float], function: Callable[[], T]) -> T:

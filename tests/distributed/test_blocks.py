@@ -11,6 +11,7 @@ from brixel import BrixelError
 from brixel.distributed import blocks
 from brixel.distributed.actors import BlockActor, FeatureActor, load_model
 from brixel.distributed.blocks import FinishedBlock, block_name, find_block, list_recorded_blocks, record_block
+from brixel.distributed.cluster import _check_reachable
 from brixel.distributed.ray import _find, extract_dataset
 from brixel.distributed.sources import StreamedSource, list_objects, read_object
 from brixel.errors import DamagedFileError, MissingFileError
@@ -192,6 +193,13 @@ def test_columns_that_are_not_there(tmp_path):
 def test_object_stores_are_no_output(folder, album):
     with pytest.raises(BrixelError, match="is no folder: maps are written into a folder that all machines share"):
         extract_dataset(album, folder, model="brixel-tiny")
+
+
+def test_a_cluster_that_does_not_answer():
+    for address in (None, "auto", "local", "ray://127.0.0.1:9"):  # left to Ray
+        _check_reachable(address)
+    with pytest.raises(ConnectionRefusedError):
+        _check_reachable("127.0.0.1:9")
 
 
 def test_the_bytes_of_a_file_give_its_map(model, album):
