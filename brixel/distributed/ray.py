@@ -107,9 +107,8 @@ def extract_dataset(
         of_run: dict[str, Any] = {"short_side_px": short_side_px, "kind": target.kind, "tiles": tiles}
         describe = partial(manifest_settings, save_dtype=save_dtype, **of_run)
         with own_errors(ray):
-            settings, dtype = on_an_actor(
-                ray, resources, partial(_describe, model, scale, target, save_dtype, describe)
-            )
+            described = partial(_describe, model, scale, target, save_dtype, describe)
+            settings, dtype = on_an_actor(ray, resources, described) if gpus else described()
         if reduce is not None:
             settings = {**settings, "reduce": getattr(reduce, "__qualname__", None) or str(reduce)}
         size = pool_size(ray, actors, resources, is_streamed=not isinstance(found, list))

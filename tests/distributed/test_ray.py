@@ -8,6 +8,7 @@ import sys
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from brixel import BrixelError, BrixelFeatures, MapFolder
+from brixel.distributed.cluster import on_an_actor, own_errors
 from brixel.distributed.ray import FeatureActor, extract_dataset
 from brixel.extraction import extract_files
 from brixel.extraction.map_folder import verify
@@ -312,6 +314,15 @@ def test_the_actor_in_a_pipeline_of_ones_own(cluster, model_folder, drawn, tmp_p
 
 
 # ---------------------------------------------------------------- what a hurried user gives
+
+
+def test_a_machine_is_asked_what_it_computes_with(cluster):
+    """As the driver does for the dtype on GPUs, here on a CPU; an error of ours comes back as it was."""
+    import ray
+
+    assert on_an_actor(ray, {"num_cpus": 1}, os.getpid) != os.getpid()
+    with pytest.raises(BrixelError, match="^no model at '/absent/model'"), own_errors(ray):
+        on_an_actor(ray, {"num_cpus": 1}, partial(BrixelFeatures.from_pretrained, "/absent/model"))
 
 
 def test_errors_say_what_to_do(cluster, photos, model_folder, tmp_path):
