@@ -1,6 +1,7 @@
-"""What several test files need: a tiny backbone on disk, written by transformers, and an image."""
+"""What several test files need: a tiny backbone on disk, written by transformers, a model on it, and images."""
 
 import gc
+import shutil
 import socket
 import ssl
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub
 from PIL import Image
+
+from brixel import BrixelFeatures
 
 
 def pytest_collection_finish() -> None:
@@ -55,6 +58,24 @@ def image_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("images") / "waves.png"
     Image.fromarray(colours.astype(np.uint8)).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def model(backbone_folder: Path) -> BrixelFeatures:
+    """A model of 28 px with random weights."""
+    return BrixelFeatures.from_backbone(backbone_folder, adapter="fresh", device="cpu", short_side_px=28)
+
+
+@pytest.fixture
+def album(tmp_path: Path, image_path: Path) -> Path:
+    """a.png, b.JPG, sub/a.png; a text file and a hidden image that do not count."""
+    folder = tmp_path / "album"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/a.png", ".hidden.png"):
+        shutil.copy(image_path, folder / name)
+    Image.open(image_path).rotate(90, expand=True).save(folder / "b.JPG")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ MODULES = (
     "brixel",
     "brixel.backbones",
     "brixel.data",
+    "brixel.distributed.ray",
     "brixel.evaluate",
     "brixel.extraction",
     "brixel.probe",

@@ -24,6 +24,7 @@ LAYERS = (
     "probe",
     "video",
     "extraction",
+    "distributed",
     "evaluate",
     "train",
     "cli",

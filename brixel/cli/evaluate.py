@@ -31,6 +31,7 @@ from brixel.evaluate.clicks import COUNTS, clicks
 from brixel.evaluate.cost.engines import ENGINES, engines
 from brixel.evaluate.cost.memory import ARCHITECTURES, SIDES, limit_table, memory_table
 from brixel.evaluate.cost.resident import resident_table
+from brixel.evaluate.cost.scale import scale_table
 from brixel.evaluate.cost.throughput import draw_images
 from brixel.evaluate.cost.timing import random_model, torch_threads
 from brixel.evaluate.datasets.depth_normals import DEPTH_LAYOUTS, NORMALS_LAYOUTS
@@ -72,6 +73,7 @@ def add(commands: Any) -> None:
     _add_cost(kinds)
     _add_engines(kinds)
     _add_throughput(kinds)
+    _add_scale(kinds)
     _add_memory(kinds)
     _add_panel(kinds)
     _add_suite(kinds)
@@ -169,6 +171,17 @@ def _add_throughput(kinds: Any) -> None:
     add_device_options(one)
 
 
+def _add_scale(kinds: Any) -> None:
+    text = "images per second of brixel extract by one process, and by the actors of Ray on this machine's CPU"
+    one = _add_report(kinds, "scale", _scale, text)
+    add_flag(one, "--model", default=TINY)
+    add_flag(one, "--ray-actors", nargs="+", type=positive, default=(1, 2), metavar="N", help="numbers of actors")
+    size = {"help": "size of the drawings in pixels", "usual": "480x640", "metavar": "HEIGHTxWIDTH"}
+    add_flag(one, "--size", type=height_by_width, default=(480, 640), **size)
+    add_flag(one, "--count", type=positive, default=64, metavar="N", help="number of drawings")
+    add_flag(one, "--rounds", default=3)
+
+
 def _add_memory(kinds: Any) -> None:
     one = _add_report(kinds, "memory", _memory, "memory needed by size of image on the CPU, predicted or measured")
     add_flag(one, "--architectures", default=ARCHITECTURES)
@@ -254,6 +267,12 @@ def _throughput(options: argparse.Namespace) -> Report:
         models = [(tiny() if name == TINY else random_model(name)).to(device, dtype) for name in options.architectures]
         settings = given(options, "rounds", "batch_size", "workers")
         return throughput(models, options.images or Path(folder), **settings)
+
+
+def _scale(options: argparse.Namespace) -> Report:
+    settings = given(options, "count", "rounds")
+    with torch_threads(1):  # as in each actor
+        return scale_table(options.model, actors=options.ray_actors, image_hw=options.size, **settings)
 
 
 def _memory(options: argparse.Namespace) -> Report:

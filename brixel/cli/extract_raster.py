@@ -12,7 +12,17 @@ from brixel.inference.rasters.slide import ENDINGS
 
 _RASTERS = (".tif", ".tiff", ".vrt", ".jp2", ".img", *ENDINGS)
 _FLAGS = ("window", "overlap", "bands", "stretch", "value_range", "nodata", "level", "um_per_px")
-_OF_FOLDERS = {"format": None, "shard_size": None, "short_side_px": None, "tiles": "auto"}  # and their defaults
+_OF_FOLDERS = {  # and their defaults
+    **{"sink": None, "format": None, "shard_size": None, "reduce": None, "short_side_px": None},
+    "tiles": "auto",
+}
+    "sink": None,
+    "format": None,
+    "shard_size": None,
+    "reduce": None,
+    "short_side_px": None,
+    "tiles": "auto",
+}  # and their defaults
 
 
 def add_raster_options(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +45,14 @@ def add_raster_options(parser: argparse.ArgumentParser) -> None:
     add_flag(group, "--level", type=whole, metavar="N", help="level of a slide, 0 for the finest")
 
 
+def any_raster_flag(options: argparse.Namespace) -> bool:
+    """Whether a flag is given that only rasters have."""
+    return any(getattr(options, name) is not None for name in _FLAGS)
+
+
 def is_raster(options: argparse.Namespace) -> bool:
     """Whether the options name a raster: by a flag of rasters, by an output *.tif, or by *.zarr of a raster's file."""
-    if any(getattr(options, name) is not None for name in _FLAGS):
+    if any_raster_flag(options):
         return True
     ending = options.output.suffix.lower()
     if ending in GeoTiffSink.endings:

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -133,6 +134,17 @@ def pixels_or_native(text: str) -> int | str:
     if text != NATIVE and (not text.isdecimal() or int(text) == 0):
         raise argparse.ArgumentTypeError(f"{text!r}; expected a positive number of pixels, or '{NATIVE}'")
     return text if text == NATIVE else int(text)
+
+
+def amount(text: str) -> float:
+    """Zero or a positive number, also a fraction."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1
+    if not 0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected zero or a positive number")
+    return found
 
 
 def height_by_width(text: str) -> tuple[int, int]:
@@ -342,14 +354,19 @@ def given(options: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def load(options: argparse.Namespace) -> BrixelFeatures:
     """The model that the options name; the bundled one where they name none."""
+    return loader(options)()
+
+
+def loader(options: argparse.Namespace) -> Callable[[], BrixelFeatures]:
+    """What loads the model that the options name; it can be pickled, for other machines."""
     where = given(options, "device", "dtype")
     if options.architecture is not None and (options.model is not None or options.backbone is None):
         raise BrixelError("--architecture goes with --backbone, without --model: a saved model knows its architecture")
     if options.model is not None:
-        return BrixelFeatures.from_pretrained(options.model, backbone=options.backbone, **where)
+        return partial(BrixelFeatures.from_pretrained, options.model, backbone=options.backbone, **where)
     if options.backbone is None:
-        return BrixelFeatures.from_pretrained(**where)
-    return BrixelFeatures.from_backbone(options.backbone, architecture=options.architecture, **where)
+        return partial(BrixelFeatures.from_pretrained, **where)
+    return partial(BrixelFeatures.from_backbone, options.backbone, architecture=options.architecture, **where)
 
 
 # ------------------------------------------------------------------------------------------------ output

@@ -20,6 +20,7 @@ from brixel.errors import BrixelError, MemoryLimitError
 from brixel.extraction.background_writer import BackgroundWriter
 from brixel.extraction.clips import Clip, find_clips
 from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.failed_images import failed_rows, write_failed_images
 from brixel.extraction.fitted_reduction import SAMPLE, reduction_for
 from brixel.extraction.manifest import Manifest, WrittenFile
 from brixel.extraction.pending_images import (
@@ -27,15 +28,16 @@ from brixel.extraction.pending_images import (
     PendingImage,
     count_finished_elsewhere,
     pending_images,
+    remove_unlisted_parts,
 )
 from brixel.extraction.progress import ProgressBar
-from brixel.extraction.writers import FileWriter, MapWriter, ShardWriter, convert
+from brixel.extraction.sinks import DEFAULT_ENDING, PARQUET, Sink
+from brixel.extraction.writers import FileWriter, MapWriter, convert
 from brixel.feature_maps.reduction.reduce import REDUCE_KEY, Reduce
 from brixel.images.find_images import FoundImages
 from brixel.images.frame import Frame
 from brixel.model.upsampler import UPSCALE
 from brixel.utils.devices import dtype_name
-from brixel.utils.memory import parse_bytes
 from brixel.video.frames import FrameSelection, is_video
 from brixel.video.reading import import_av
 
@@ -48,7 +50,8 @@ def extract_files(
     images: Sequence[tuple[Path, Path]],
     folder: Path,
     *,
-    ending: str = ".safetensors",
+    sink: str | None = None,
+    ending: str = DEFAULT_ENDING,
     shard_bytes: int | None = None,
     save_dtype: torch.dtype | None = None,
     overwrite: bool = False,
@@ -75,8 +78,10 @@ def extract_files(
             the map in the output folder. A path that ends as those of videos do is a video; the maps of its frames are
             named by their number and time, such as "clip.mp4/000120_4.004s".
         folder: the output folder; created if it is missing.
+        sink: "files", a file for each image; or files of many maps: "shards" (safetensors), "parquet", "zarr" or
+            "webdataset" (`docs/folders.md`). None for files, or for shards where ``shard_bytes`` is given.
         ending: ".safetensors" or ".npy": the map of an image is the file ``folder / relative_path + ending``.
-        shard_bytes: write safetensors files of about this many bytes instead, with many maps each.
+        shard_bytes: bytes of the features in a file of many maps, about; None for 256 MiB.
         save_dtype: dtype of the features in the files; None for the model's.
         overwrite: extract everything again, over files that exist.
         batch_size: images of one size that are computed at once.
@@ -103,8 +108,9 @@ def extract_files(
             a file that is in no manifest is in the way.
         KeyboardInterrupt: after the first Ctrl-C, once the maps in progress are written.
     """
-    _check_options(ending, shard_bytes, save_dtype)
-    reduce = None if reduce is None else checked_reduction(reduce, ending, save_dtype)
+    target = Sink.choose(sink, ending, shard_bytes)
+    reduce = None if reduce is None else target.checked_reduction(reduce, save_dtype)
+    dtype = target.stored_dtype(save_dtype, model.dtype, reduce)
     share, selection = ProcessShare.from_environment(), FrameSelection(fps, every)
     videos = [pair for pair in images if is_video(pair[0])]
     if videos:
@@ -112,8 +118,8 @@ def extract_files(
     stills = [pair for pair in images if not is_video(pair[0])] if videos else images
     summary = ExtractionSummary(left_out=images.left_out if isinstance(images, FoundImages) else {})
     model = model.at_scale(scale)
-    settings = _settings(model, short_side_px, ending if shard_bytes is None else "shards", save_dtype, tiles)
-    shard_bytes, memory_limit = _split_memory(shard_bytes, memory_limit, model.device)
+    settings = manifest_settings(model, short_side_px, target.kind, save_dtype, tiles)
+    target, memory_limit = target.split_memory(memory_limit, model.device)
     options: dict[str, Any] = {"short_side_px": short_side_px, "memory_limit": memory_limit, "tiles": tiles}
     if reduce is not None:
         of_sample = {**options, "batch_size": batch_size, "workers": workers}
@@ -122,29 +128,31 @@ def extract_files(
         )
         settings = {**settings, REDUCE_KEY: reduction.reduce.identity}
         options["reduce"] = reduction.reduce
-    with Manifest(folder, settings, share, overwrite=overwrite) as manifest, _finish_on_interrupt() as interrupted:
-        if shard_bytes is None:
-            writer: MapWriter = FileWriter(folder, ending)
-        else:
-            writer = ShardWriter(folder, shard_bytes, share.rank, manifest.written)
+    with Manifest(folder, settings, share, overwrite=overwrite) as manifest, finish_on_interrupt() as interrupted:
+        remove_unlisted_parts(manifest)
+        writer = target.writer(folder, str(share.rank), manifest.written)
         pending = pending_images(stills, manifest, writer, summary)
         clips = find_clips(videos, selection, manifest, writer, summary)
         if isinstance(writer, FileWriter) and manifest.is_new and not manifest.written and not overwrite:
             paths = [writer.path(still.source.relative_path) for still in pending]
-            _check_none_exists([*paths, *(folder / clip.source.relative_path for clip in clips)])
+            check_none_exists([*paths, *(folder / clip.source.relative_path for clip in clips)])
         if reduce is not None:
             reduction.save()
         manifest.begin()
         done = summary.skipped + count_finished_elsewhere(stills, manifest, share)
         with (
             ProgressBar(None if clips else done + len(pending), done, manifest) as bar,
-            _disk_errors_explained(folder),
+            disk_errors_explained(folder),
             BackgroundWriter[int](summary.add_written, depth=_MAX_WAITING_WRITES) as background,
         ):
             run = _Run(model, options, save_dtype, writer, manifest, summary, bar, background, interrupted)
             everything = run.with_frames(pending, clips)
             run.extract_to_disk(run.extract_stream(everything, batch_size=batch_size, workers=workers))
             run.submit(writer.finish)
+        if target.name == PARQUET:
+            names = {image: path.as_posix() for image, path in images}
+            rows = failed_rows(summary, names)
+            write_failed_images(folder, names.values(), rows, rank=share.rank, dtype=dtype, overwrite=overwrite)
         if interrupted():
             raise KeyboardInterrupt
     return summary
@@ -229,41 +237,7 @@ class _Run:
         self.background.submit(write_and_list)
 
 
-def _split_memory(
-    shard_bytes: int | None, memory_limit: int | str | None, device: torch.device
-) -> tuple[int | None, int | str | None]:
-    """Shard size, and the limit that is left for the model, where maps that wait for a shard take the same memory.
-
-    A shard takes twice its bytes while it is written, so it gets at most a quarter of the limit.
-    """
-    if shard_bytes is None or memory_limit is None or device.type != "cpu":
-        return shard_bytes, memory_limit
-    limit = parse_bytes(memory_limit)
-    shard_bytes = max(1, min(shard_bytes, limit // 4))
-    return shard_bytes, limit - 2 * shard_bytes
-
-
-def _check_options(ending: str, shard_bytes: int | None, save_dtype: torch.dtype | None) -> None:
-    if shard_bytes is not None and (shard_bytes < 1 or ending != ".safetensors"):
-        raise BrixelError(f"shards of {shard_bytes} bytes as {ending}: expected a positive size, and safetensors")
-    if ending == ".npy" and save_dtype == torch.bfloat16:
-        raise BrixelError("npy does not support bfloat16: write safetensors, or save as float16 or float32")
-
-
-def checked_reduction(reduce: Reduce | str, ending: str, save_dtype: torch.dtype | None) -> Reduce:
-    """The reduction, where its results can be written. Raises BrixelError."""
-    reduce = Reduce.of(reduce)
-    if ending == ".npy" and (reduce.has_scales or not reduce.makes_maps):
-        what = "scales of int8" if reduce.makes_maps else "features of points or regions"
-        raise BrixelError(f"npy does not support {what}, which {reduce.spec} gives: write safetensors")
-    if ending == ".npy" and reduce.spec.endswith("bfloat16"):
-        raise BrixelError(f"npy does not support bfloat16, which {reduce.spec} gives: write safetensors")
-    if save_dtype is not None and reduce.sets_dtype:
-        raise BrixelError(f"{reduce.spec} says the dtype already: leave out save_dtype=, or the dtype of the reduction")
-    return reduce
-
-
-def _check_none_exists(paths: Sequence[Path]) -> None:
+def check_none_exists(paths: Sequence[Path]) -> None:
     """Raise BrixelError where a first run would write over a file."""
     existing = next((path for path in paths if path.exists()), None)
     if existing is not None:
@@ -273,7 +247,7 @@ def _check_none_exists(paths: Sequence[Path]) -> None:
         )
 
 
-def _settings(
+def manifest_settings(
     model: BrixelFeatures, short_side_px: int | str | None, kind: str, save_dtype: torch.dtype | None, tiles: str
 ) -> Mapping[str, str]:
     """Everything but the images that the maps depend on, as version 0.1 wrote it into manifests."""
@@ -289,7 +263,8 @@ def _settings(
 
 
 @contextmanager
-def _disk_errors_explained(folder: Path) -> Iterator[None]:
+def disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Raise BrixelError, which says what to do, where a folder cannot be written into."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
@@ -300,7 +275,7 @@ def _disk_errors_explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _finish_on_interrupt() -> Iterator[Callable[[], bool]]:
+def finish_on_interrupt() -> Iterator[Callable[[], bool]]:
     """Yield a function that says whether the first Ctrl-C came; the second one interrupts as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

@@ -81,6 +81,20 @@ def reduction_for(
     return FolderReduction(reduce, folder, is_new=reduce.needs_basis)
 
 
+def fitted_reduction(folder: Path, reduce: Reduce, model: BrixelFeatures, *, overwrite: bool) -> Reduce:
+    """The reduction with the basis that it has, or that the folder keeps. Raises BrixelError where there is none."""
+    reduce.check_model(model.config.backbone.title, model.embed_dim)
+    kept = _kept(folder / REDUCTION_FILE, reduce, model, overwrite=overwrite)
+    if kept is None and not reduce.is_fitted:
+        raise BrixelError(
+            f"{reduce.spec} needs a basis, which one process fits: run `brixel extract --fit-only` into the same "
+            "folder first, or give reduce='reduce.safetensors', a fitted one"
+        )
+    if kept is None:
+        FolderReduction(reduce, folder, is_new=reduce.needs_basis).save()
+    return kept or reduce
+
+
 def fit_reduction(
     model: BrixelFeatures,
     images: Sequence[tuple[Path, Path]],

@@ -10,7 +10,6 @@ import errno
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from brixel.errors import BrixelError
 from brixel.extraction.distributed import ProcessShare
+from brixel.extraction.parts import remove_parts
 from brixel.utils.atomic_files import remove_unfinished
 from brixel.utils.contained_paths import path_below
 from brixel.utils.fields import Rule, check_table, number, several, short_repr, text, text_table, whole_number
@@ -31,7 +31,6 @@ _LOG = logging.getLogger("brixel")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems without locks, on some clusters
 _OTHER_SIZE_S = 2.0  # processes that start together may try the same file; a run holds its own for longer
 _NAME = "manifest-{}.jsonl"
-_SHARD = re.compile(r"maps-(\d+)-(\d{5,})\.safetensors")
 _DAMAGED = ("a manifest of brixel", "--overwrite extracts everything again")
 
 _HEADER_RULES = {"format_version": whole_number(1, 2), "settings": text_table("texts by name")}
@@ -105,7 +104,7 @@ class Manifest:
     def add(self, written: WrittenFile) -> None:
         """List a file that is safely on disk; when this returns, the line is on disk as well."""
         self._listed_s = max(time.time(), self._listed_s + 0.001)  # in order, also where a clock is set back
-        self._append(_record(dataclasses.replace(written, listed_s=self._listed_s)))
+        self._append(file_record(dataclasses.replace(written, listed_s=self._listed_s)))
 
     def __enter__(self) -> "Manifest":
         return self
@@ -155,14 +154,8 @@ def read_manifests(folder: Path, settings: Mapping[str, str] | None = None) -> l
         if header is not None:
             settings = _check_header(path, header, settings)
         with checking_content(path, *_DAMAGED):
-            written += [_parse(folder, path, number, record) for number, record in enumerate(records, 2)]
+            written += [parse_file(folder, path, number, record) for number, record in enumerate(records, 2)]
     return sorted(written, key=lambda file: file.listed_s)
-
-
-def shard_number(file: str) -> tuple[int, int] | None:
-    """The rank and the number of a shard by its name; None for other names."""
-    found = _SHARD.fullmatch(file)
-    return (int(found[1]), int(found[2])) if found else None
 
 
 def latest_by_image(written: Iterable[WrittenFile]) -> dict[str, tuple[SourceImage, WrittenFile]]:
@@ -170,7 +163,8 @@ def latest_by_image(written: Iterable[WrittenFile]) -> dict[str, tuple[SourceIma
     return {image.relative_path: (image, file) for file in written for image in file.images}
 
 
-def _parse(folder: Path, path: Path, number: int, record: dict[str, Any]) -> WrittenFile:
+def parse_file(folder: Path, path: Path, number: int, record: object) -> WrittenFile:
+    """A file from its line in a manifest at ``path``, by the number of the line. Raises BrixelError."""
     line = f"line {number}"
     fields = check_table(line, record, _FILE_RULES, {"at": 0.0})
     path_below(folder, fields["file"], path)
@@ -179,7 +173,7 @@ def _parse(folder: Path, path: Path, number: int, record: dict[str, Any]) -> Wri
     return WrittenFile(fields["file"], fields["bytes"], fields["sha256"], sources, fields["at"])
 
 
-def _record(written: WrittenFile) -> dict[str, Any]:
+def file_record(written: WrittenFile) -> dict[str, Any]:
     """A line of the manifest; its keys are those of version 0.1."""
     images = [
         {"picture": image.relative_path, "bytes": image.size_bytes, "mtime_ns": image.mtime_ns}
@@ -212,14 +206,12 @@ def _check_header(path: Path, header: dict[str, Any], settings: Mapping[str, str
 
 
 def _remove_earlier_run(folder: Path, share: ProcessShare) -> None:
-    """Remove this process's part of the shards, and of the manifests of ranks that this run does not have."""
+    """Remove this process's share of the files of many maps, and of the manifests of ranks that this run lacks."""
     for path in manifest_paths(folder):
         rank = int(path.stem.partition("-")[2])
         if rank >= share.processes and rank % share.processes == share.rank:
             path.unlink(missing_ok=True)
-    for path in folder.glob("maps-*.safetensors"):
-        if (number := shard_number(path.name)) and number[0] % share.processes == share.rank:
-            path.unlink(missing_ok=True)
+    remove_parts(folder, lambda _, part: part.rank % share.processes == share.rank)
 
 
 @contextlib.contextmanager

@@ -9,15 +9,14 @@ from brixel.errors import BrixelError, DamagedFileError
 from brixel.extraction.clips import is_frame_list, listed_frames
 from brixel.extraction.fitted_reduction import REDUCTION_FILE
 from brixel.extraction.manifest import SourceImage, WrittenFile, latest_by_image, manifest_paths, read_manifests
-from brixel.extraction.writers import SHARD_KEY, checksum, part_key
+from brixel.extraction.writers import checksum
 from brixel.feature_maps.channel_basis import ChannelBasis
+from brixel.feature_maps.containers.formats import BY_SUFFIX
+from brixel.feature_maps.containers.shards import Shards
 from brixel.feature_maps.feature_map import BASIS_KEY, FeatureMap
-from brixel.feature_maps.feature_table import FeatureTable, is_table, read_parts
-from brixel.feature_maps.storage import GEOMETRY_RULES, values_of
-from brixel.utils.devices import DTYPES
-from brixel.utils.fields import check_field, check_table, one_of, path_like
-from brixel.utils.safetensors_files import open_safetensors
-from brixel.utils.structured_files import check_regular, checking_content, parse_json
+from brixel.feature_maps.feature_table import FeatureTable, is_table
+from brixel.utils.fields import check_field, path_like
+from brixel.utils.structured_files import check_regular, checking_content
 from brixel.video.frames import is_video
 
 
@@ -31,7 +30,7 @@ class MapFolder(Mapping[str, FeatureMap]):
     regions are read with :meth:`table`. Iteration follows the order in which the maps were written.
 
     Args:
-        folder: the output folder of an extraction, with files or shards.
+        folder: the output folder of an extraction, in files of one map or of many.
 
     Raises:
         BrixelError: if the folder holds no manifest, or a damaged one, or one that names files outside of the folder.
@@ -73,8 +72,8 @@ class MapFolder(Mapping[str, FeatureMap]):
         """The map or table of an image, with its basis where the folder has it."""
         written = self._files[image]
         path = self.folder / written.file
-        in_shard = written.file != f"{image}{path.suffix}"
-        found = _load_from_shard(path, image) if in_shard else self._load_from_file(path, image)
+        is_part = written.file != f"{image}{path.suffix}" and path.suffix in BY_SUFFIX
+        found = _load_from_part(path, image) if is_part else self._load_from_file(path, image)
         is_ours = BASIS_KEY in found.meta and self.basis is not None and self.basis.digest == found.meta[BASIS_KEY]
         return dataclasses.replace(found, basis=self.basis) if is_ours else found
 
@@ -103,7 +102,8 @@ def verify(folder: Path) -> list[str]:
     for written in {file.file: file for _, file in _read_entries(folder).values()}.values():
         path = folder / written.file
         try:
-            check_regular(path)
+            if not path.is_dir():  # as groups of Zarr are
+                check_regular(path)
             if checksum(path) != (written.size_bytes, written.sha256):
                 messages.append(f"{path}: changed or damaged")
         except BrixelError as error:
@@ -145,18 +145,10 @@ def _read_entries(folder: Path) -> dict[str, tuple[SourceImage, WrittenFile]]:
     return latest_by_image(read_manifests(folder))
 
 
-def _load_from_shard(path: Path, image: str) -> FeatureMap | FeatureTable:
-    with checking_content(path, "a shard of brixel", "extract again"), open_safetensors(path) as file:
-        maps = parse_json((file.metadata() or {}).get(SHARD_KEY, "null"), path)
-        if not isinstance(maps, dict) or image not in maps:
-            raise BrixelError(f"it does not describe the map of {image}")
-        fields = maps[image]
-        tensors = read_parts(file, lambda part: image if part == "features" else part_key(part, image))
-        if isinstance(fields, dict) and "stride" not in fields:
-            return FeatureTable.from_stored(tensors, fields)
-        has_scales = isinstance(fields, dict) and "dtype" in fields
-        rules = {**GEOMETRY_RULES, "dtype": one_of(*DTYPES)} if has_scales else GEOMETRY_RULES
-        geometry = check_table(f"the map of {image}", fields, rules)
-        features, scales = values_of(tensors)
-        features = features.to(DTYPES[geometry.pop("dtype")]) if has_scales else features
-        return FeatureMap(features, **geometry, scales=scales)
+def _load_from_part(path: Path, image: str) -> FeatureMap | FeatureTable:
+    container = BY_SUFFIX[path.suffix]
+    with checking_content(path, f"{container.title} of brixel", "extract again"):
+        if isinstance(container, Shards) and container.is_table(path, image):
+            return FeatureTable.from_stored(*container.read_parts(path, image))
+        features, geometry = container.read(path, image)
+        return FeatureMap(features, **geometry)

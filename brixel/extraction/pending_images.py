@@ -8,6 +8,7 @@ from pathlib import Path
 from brixel.errors import BrixelError, printable
 from brixel.extraction.distributed import ProcessShare
 from brixel.extraction.manifest import Manifest, SourceImage, WrittenFile, latest_by_image
+from brixel.extraction.parts import remove_parts
 from brixel.extraction.writers import MapWriter, file_size
 from brixel.images.frame import Frame
 
@@ -90,6 +91,13 @@ def pending_images(
     return pending
 
 
+def finished_images(manifest: Manifest) -> frozenset[tuple[str, int]]:
+    """Relative path and bytes of the images whose maps are listed and in place."""
+    folder, entries = manifest.path.parent, latest_by_image(manifest.written)
+    in_place = {file.file: is_in_place(folder, file) for _, file in entries.values()}
+    return frozenset((name, image.size_bytes) for name, (image, file) in entries.items() if in_place[file.file])
+
+
 def count_finished_elsewhere(images: Sequence[tuple[Path, Path]], manifest: Manifest, share: ProcessShare) -> int:
     """How many images of other processes have an entry, for the progress bar."""
     if share.processes == 1:
@@ -97,6 +105,17 @@ def count_finished_elsewhere(images: Sequence[tuple[Path, Path]], manifest: Mani
     entries = latest_by_image(manifest.written)
     names = (path.as_posix() for _, path in images)
     return sum(name in entries and not share.contains(name) for name in names)
+
+
+def remove_unlisted_parts(manifest: Manifest) -> None:
+    """Remove files of many maps of which nothing counts: not listed, or written again since.
+
+    A killed run may leave such files; whoever reads all files without the manifest would find images twice. Under
+    `torchrun` they stay, since another process may be about to list one.
+    """
+    if manifest.share.processes == 1:
+        listed = {file.file for _, file in latest_by_image(manifest.written).values()}
+        remove_parts(manifest.path.parent, lambda file, _: file not in listed)
 
 
 def is_in_place(folder: Path, written: WrittenFile) -> bool:

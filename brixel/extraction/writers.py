@@ -1,29 +1,27 @@
-"""How maps are written: a file for each image, or shards of many maps. Every file appears whole or not at all."""
+"""How maps are written: a file for each image, or files of many maps. Every file appears whole or not at all."""
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from brixel.errors import BrixelError
-from brixel.extraction.manifest import SourceImage, WrittenFile, shard_number
+from brixel.extraction.manifest import SourceImage, WrittenFile
+from brixel.extraction.parts import part_name, part_of
+from brixel.feature_maps.containers.base import Container, StoredMap
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.feature_table import FeatureTable
 from brixel.feature_maps.reduction.steps import cast_features
 from brixel.feature_maps.storage import sidecar_path, stored_tensors
-from brixel.utils.atomic_files import atomic_path
+from brixel.utils.atomic_files import atomic_folder, atomic_path
 from brixel.utils.devices import dtype_name
 
 _MAX_NAME_BYTES = 255
-SHARD_KEY = "maps"  # in a shard's metadata: JSON of what the file of a single map holds besides its features
-Made = TypeVar("Made", FeatureMap, FeatureTable)
+Made = TypeVar("Made", bound=FeatureMap | FeatureTable)
 
 
 class FileWriter:
@@ -50,8 +48,7 @@ class FileWriter:
     def prepare_path(self, source: SourceImage) -> Path:
         """The path of an image's map; its folder is created."""
         path = self.path(source.relative_path)
-        if not self._folder.is_dir():
-            raise BrixelError(f"{self._folder} was moved or removed while maps were written into it; put it back")
+        _check_in_place(self._folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -67,70 +64,78 @@ class FileWriter:
         """Nothing waits."""
 
 
-class ShardWriter:
-    """Safetensors files of up to ``limit_bytes`` of maps, keyed by relative path; a larger map gets its own file."""
+class PartWriter:
+    """Files of up to ``limit_bytes`` of maps, keyed by relative path; a larger map gets its own file.
+
+    Args:
+        folder: The output folder.
+        container: The format.
+        limit_bytes: Size of the features in a file.
+        owner: Who writes, the first part of the files' names: the rank of a process, or the name of a block.
+        written: What manifests list: numbers go on after the last file of the owner.
+    """
 
     supports_memmap = False
 
-    def __init__(self, folder: Path, limit_bytes: int, rank: int, written: Iterable[WrittenFile] = ()) -> None:
-        self._folder, self._limit_bytes, self._rank = folder, limit_bytes, rank
-        # numbers go on after the last shard that is listed: one that was not listed is written over
-        numbers = [found for file in written if (found := shard_number(file.file))]
-        self._number = max((number for owner, number in numbers if owner == rank), default=-1) + 1
-        self._waiting: list[tuple[SourceImage, dict[str, Tensor], dict[str, Any]]] = []
-        self._waiting_bytes = 0
+    def __init__(
+        self, folder: Path, container: Container, limit_bytes: int, owner: str, written: Iterable[WrittenFile] = ()
+    ) -> None:
+        self._folder, self._container, self._limit_bytes, self._owner = folder, container, limit_bytes, owner
+        # a file that was not listed is written over
+        parts = [part for file in written if (part := part_of(file.file)) and part.suffix == container.suffix]
+        self._number = max((part.number for part in parts if part.owner == owner), default=-1) + 1
+        self._waiting: list[tuple[SourceImage, StoredMap]] = []
+        self._waiting_bytes = self._waiting_values = 0
 
     def check_name(self, relative_path: str) -> None:
-        """Raise BrixelError for a name that is not UTF-8, which the keys of a shard must be."""
-        try:
-            relative_path.encode()
-        except UnicodeEncodeError as error:
-            raise BrixelError(f"{relative_path!a} is no UTF-8, which a shard's names must be: rename it") from error
+        """Raise BrixelError for a name that cannot be a key of the format."""
+        self._container.check_image(relative_path)
 
     def add(self, source: SourceImage, made: FeatureMap | FeatureTable) -> WrittenFile | None:
-        """Take a map; if the shard would exceed its limit with it, the shard is written first."""
-        tensors, fields = _parts(made)
-        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        written = self.finish() if self._waiting_bytes + size_bytes > self._limit_bytes else None
-        self._waiting.append((source, tensors, fields))
+        """Take a map; if the file would exceed its limit with it, the file is written first."""
+        stored = _stored(source.relative_path, made, self._container)
+        size_bytes = sum(tensor.nbytes for tensor in (stored.features, *stored.parts.values()))
+        most = self._container.max_values
+        is_full = self._waiting_bytes + size_bytes > self._limit_bytes
+        is_full |= most is not None and self._waiting_values + stored.features.numel() > most
+        written = self.finish() if is_full else None
+        self._waiting.append((source, stored))
         self._waiting_bytes += size_bytes
+        self._waiting_values += stored.features.numel()
         return written
 
     def finish(self) -> WrittenFile | None:
-        """Write the shard, unless it is empty."""
+        """Write what waits, if anything does."""
         if not self._waiting:
             return None
-        path = self._folder / f"maps-{self._rank}-{self._number:05d}.safetensors"
-        fields = {source.relative_path: described for source, _, described in self._waiting}
-        tensors = {
-            name if part == "features" else part_key(part, name): tensor
-            for name, parts in ((source.relative_path, parts) for source, parts, _ in self._waiting)
-            for part, tensor in parts.items()
-        }
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, {SHARD_KEY: json.dumps(fields)})
-        written = synced_file(self._folder, path, tuple(source for source, _, _ in self._waiting))
+        _check_in_place(self._folder)
+        path = self._folder / self._container.folder / part_name(self._owner, self._number, self._container.suffix)
+        path.parent.mkdir(exist_ok=True)
+        with (atomic_folder if self._container.is_folder else atomic_path)(path) as temporary:
+            self._container.write(temporary, [stored for _, stored in self._waiting])
+        written = synced_file(self._folder, path, tuple(source for source, _ in self._waiting))
         self._number += 1
-        self._waiting, self._waiting_bytes = [], 0
+        self._waiting, self._waiting_bytes, self._waiting_values = [], 0, 0
         return written
 
 
-def part_key(part: str, image: str) -> str:
-    """The key in a shard of what an image has beside its features; no relative path begins with a slash."""
-    return f"/{part}/{image}"
-
-
-def _parts(made: FeatureMap | FeatureTable) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a shard holds of a map or a table: tensors by part, and a description."""
+def _stored(image: str, made: FeatureMap | FeatureTable, container: Container) -> StoredMap:
+    """A map or a table as a container takes it. Raises BrixelError for a table where it holds maps alone."""
+    if container.holds_parts and isinstance(made, FeatureTable):
+        tensors, fields = made.stored()
+        return StoredMap(image, tensors.pop("features"), fields, tensors)
     if isinstance(made, FeatureTable):
-        return made.stored()
+        raise BrixelError(f"{container.title} holds maps, not features of points or regions; write files or shards")
     fields = {"image_hw": made.image_hw, "stride": made.stride, "meta": dict(made.meta)}
+    if not container.holds_parts:
+        return StoredMap(image, made.features, fields)
     if made.scales is not None:  # earlier versions refuse the field
         fields["dtype"] = dtype_name(made.features.dtype)
-    return stored_tensors(made.features, made.scales), fields
+    tensors = stored_tensors(made.features, made.scales)
+    return StoredMap(image, tensors.pop("features"), fields, tensors)
 
 
-MapWriter = FileWriter | ShardWriter
+MapWriter = FileWriter | PartWriter
 """Takes maps in order; ``add`` and ``finish`` return a file once it is safely on disk."""
 
 
@@ -141,12 +146,12 @@ def convert(made: Made, dtype: torch.dtype | None, **meta: str) -> Made:
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a file of maps, with the JSON file of a `.npy`. Raises OSError where either is missing."""
+    """Bytes of a file of maps, with the JSON file of a `.npy`, or of a folder. Raises OSError where one is missing."""
     return sum(file.stat().st_size for file in _files_of_map(path))
 
 
 def checksum(path: Path) -> tuple[int, str]:
-    """Bytes and sha256 of a file of maps, with the JSON file of a `.npy`."""
+    """Bytes and sha256 of a file of maps, with the JSON file of a `.npy`, or of the files in a folder by name."""
     digest = hashlib.sha256()
     for part in _files_of_map(path):
         with open(part, "rb") as file:
@@ -154,7 +159,14 @@ def checksum(path: Path) -> tuple[int, str]:
     return file_size(path), digest.hexdigest()
 
 
+def _check_in_place(folder: Path) -> None:
+    if not folder.is_dir():
+        raise BrixelError(f"{folder} was moved or removed while maps were written into it; put it back")
+
+
 def _files_of_map(path: Path) -> list[Path]:
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
     return [path, sidecar_path(path)] if path.suffix == ".npy" else [path]
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from brixel.errors import BrixelError
 from brixel.feature_maps.channel_basis import ChannelBasis
 from brixel.feature_maps.clustering import cluster_cells
+from brixel.feature_maps.containers.formats import BY_SUFFIX, load_from_container
 from brixel.feature_maps.matching import Matches, nearest, refined, unit_cells
 from brixel.feature_maps.pca import PcaBasis
 from brixel.feature_maps.picture import png_picture
@@ -399,14 +400,16 @@ class FeatureMap:
             return None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FeatureMap:
-        """Read a map that :meth:`save` wrote.
+    def load(cls, path: str | os.PathLike[str], *, image: str | None = None) -> FeatureMap:
+        """Read a map that :meth:`save` wrote, or one in a file of many that `brixel extract` wrote.
 
         ``.npy`` is mapped into memory copy-on-write: only the cells that are used are read, and writing to the features
         does not change the file. bfloat16 is read completely, since the file holds float32.
 
         Args:
-            path: The file, ``*.safetensors`` or ``*.npy``.
+            path: The file, ``*.safetensors`` or ``*.npy``; of many maps a shard ``*.safetensors``, ``*.parquet``,
+                ``*.zarr`` or ``*.tar``.
+            image: In a file of many maps, the relative path of the image. A file of one map needs none.
 
         Returns:
             The map, with the features on the CPU in the dtype that they had when they were saved; those that the file
@@ -418,7 +421,12 @@ class FeatureMap:
             BrixelError: It is of a newer format, or its description is missing.
         """
         source = check_field("path", path, path_like())
-        features, fields = load_map(source)
+        if source.suffix in BY_SUFFIX and (image is not None or source.suffix != ".safetensors"):
+            features, fields = load_from_container(source, image)
+        elif image is None:
+            features, fields = load_map(source)
+        else:
+            raise BrixelError(f"{source} holds no maps by image, and image={short_repr(image)} was given: leave it out")
         try:
             return cls(features, **fields)
         except BrixelError as error:

@@ -1,9 +1,11 @@
 """Image files and PIL images: opened, decoded, turned upright, and converted to RGB tensors (3, H, W)."""
 
+import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from PIL import ExifTags, Image
@@ -23,11 +25,25 @@ REDUCTIONS = (1, 2, 4, 8)
 _OVERSAMPLING = 3  # pixels per wanted pixel along a side after a reduction; with fewer it would become visible
 
 
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file that is not on a disk of this machine: what reads its bytes, when it is decoded.
+
+    It is an `os.PathLike` that stands for its name, which is only shown.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+    def __fspath__(self) -> str:
+        return self.name
+
+
 @contextmanager
-def open_image_file(path: str) -> Iterator[Image.Image]:
+def open_image_file(source: str | ImageFile) -> Iterator[Image.Image]:
     """Open an image file and read its header. Raises `FileNotFoundError` or `ImageError`."""
-    name = printable(path)
-    with open_regular_file(path) as file:
+    name = printable(os.fspath(source))
+    with open_regular_file(source) as file:
         with _pillow_errors(name), quiet_decoding():
             image = identify(file, name)
             check_size((image.height, image.width), name)
@@ -82,15 +98,19 @@ def from_pil(image: Image.Image, name: str) -> Tensor:
         return to_rgb_tensor(image, exif_orientation(image), name)
 
 
-def open_regular_file(path: str) -> BinaryIO:
+def open_regular_file(source: str | ImageFile) -> BinaryIO:
     """Open a regular file; what else has a path may never give a byte. Raises as :func:`open_image_file`."""
+    path = os.fspath(source)
     name = printable(path)
     try:
+        if isinstance(source, ImageFile):
+            return io.BytesIO(source.read())
         mode = os.stat(path).st_mode
         if stat.S_ISREG(mode):
             return open(path, "rb")
     except FileNotFoundError as error:
-        url = "; a URL must be downloaded first" if "://" in path else ""
+        is_url = "://" in path and not isinstance(source, ImageFile)
+        url = "; a URL must be downloaded first" if is_url else ""
         raise MissingFileError(f"{name}: no such file, check the path{url}", path) from error
     except (OSError, ValueError) as error:
         raise ImageError(f"{name}: cannot be opened ({error}); check path and permissions") from error

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from brixel.errors import BrixelError, ImageError, printable
-from brixel.images.decode import from_pil, jpeg_hw, open_image_file, reduce_jpeg
+from brixel.images.decode import ImageFile, from_pil, jpeg_hw, open_image_file, reduce_jpeg
 from brixel.images.frame import Frame
 from brixel.images.from_arrays import from_array, from_tensor
 from brixel.utils.fields import short_repr
@@ -80,7 +80,7 @@ def open_image(image: ImageInput) -> Iterator[OpenedImage]:
         yield _decoded(_from_memory(image))
         return
     path = os.fsdecode(image)
-    with open_image_file(path) as file:
+    with open_image_file(image if isinstance(image, ImageFile) else path) as file:
         image_hw = jpeg_hw(file)
         if image_hw is None:
             yield _decoded(from_pil(file, printable(path)))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,23 @@ def atomic_path(path: str | os.PathLike[str], *, durable: bool = False) -> Itera
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; it is renamed to ``path`` on success, and removed on an error.
+
+    A folder that is there is removed first: unlike with files, for a moment there is none.
+    """
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part{path.suffix}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def _to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -48,8 +66,12 @@ def _to_disk(path: Path) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what killed processes left below a folder under temporary names; for folders that only one job writes."""
-    for path in folder.rglob(".*.part*"):
-        if UNFINISHED.fullmatch(path.name):
+    for path in list(folder.rglob(".*.part*")):
+        if not UNFINISHED.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 

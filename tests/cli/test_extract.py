@@ -49,6 +49,38 @@ def test_extract_into_shards_continues_and_is_verified(run, model_folder, image_
     assert "no PATH: give images, or folders of images" in capsys.readouterr().err
 
 
+def test_extract_into_a_sink(run, model_folder, image_path, tmp_path, capsys):
+    arguments = ("extract", image_path, "--model", model_folder, "-o", tmp_path / "out", "--sink", "parquet")
+    assert run(*arguments) == 0
+    assert "1 written" in capsys.readouterr().out
+    (part,) = (tmp_path / "out" / "parquet").iterdir()
+    assert FeatureMap.load(part).image_hw == (60, 90)
+    assert run("extract", "--verify", image_path, "-o", tmp_path / "out") == 0
+    assert run(*arguments, "--save-dtype", "bfloat16") == 2
+    assert "does not support bfloat16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sink", "files", "--shard-size", "1GiB"), "the sink 'files', which has a file for each image"),
+        (("--sink", "zarr", "--format", "npy"), "npy in the sink 'zarr', of another format"),
+        (("--actors", "2", "--ray-address", "auto"), "--ray-address, --actors without --engine ray"),
+        (("--engine", "ray", "--compile"), "--compile does not go with --engine ray"),
+        (("--engine", "ray", "-o", "map.npy"), "map.npy looks like the name of one map"),
+        (("--engine", "ray", "-o", "s3://bucket/maps"), "is no folder: maps are written into a folder"),
+    ],
+)
+def test_flags_of_sinks_and_engines_that_contradict_each_other(run, image_path, tmp_path, capsys, flags, message):
+    assert run("extract", image_path, "-o", tmp_path / "out", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_uri_is_for_ray(run, tmp_path, capsys):
+    assert run("extract", "s3://bucket/photos", "-o", tmp_path / "out") == 2
+    assert "s3://bucket/photos is on another machine: --engine ray reads object stores" in capsys.readouterr().err
+
+
 def test_extract_takes_the_old_size_of_shards_in_gib(run, model_folder, image_path, tmp_path):
     arguments = ("extract", image_path, "--model", model_folder)
     with pytest.warns(DeprecationWarning, match="--shard-gib is deprecated; use --shard-size"):

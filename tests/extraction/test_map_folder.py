@@ -10,7 +10,9 @@ from brixel.errors import DamagedFileError, MissingFileError
 from brixel.extraction import extract_files
 from brixel.extraction.manifest import SourceImage, WrittenFile
 from brixel.extraction.map_folder import verify
-from brixel.extraction.writers import SHARD_KEY, ShardWriter
+from brixel.extraction.writers import PartWriter
+from brixel.feature_maps.containers.formats import CONTAINERS
+from brixel.feature_maps.containers.shards import SHARD_KEY
 from brixel.images.find_images import find_images
 
 
@@ -94,7 +96,7 @@ def test_odd_first_lines_of_a_manifest(tmp_path, header):
 def test_a_shard_after_files_of_other_names_has_the_next_number(tmp_path):
     names = ("a.npy", "maps-x.safetensors", "maps-0-00004.safetensors", "maps-1-00009.safetensors")
     written = [WrittenFile(name, 1, "0", ()) for name in names]
-    writer = ShardWriter(tmp_path, 10**6, 0, written)
+    writer = PartWriter(tmp_path, CONTAINERS["shards"], 10**6, "0", written)
     writer.add(SourceImage("a.png", 1, 1), FeatureMap(torch.ones(4, 2, 2), (8, 8), (4.0, 4.0)))
     assert writer.finish().file == "maps-0-00005.safetensors"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from brixel.errors import BrixelError
@@ -23,6 +24,7 @@ from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.feature_table import FeatureTable
 from brixel.feature_maps.reduction.places import MaskRegions, Places, Points
 from brixel.feature_maps.reduction.steps import Cast, Grid, Int8, Pca, Step, Stride
+from brixel.utils.devices import DTYPES
 from brixel.utils.fields import check_field, path_like, short_repr
 from brixel.utils.torch_defaults import plain_defaults
 
@@ -152,6 +154,13 @@ class Reduce:
     def sets_dtype(self) -> bool:
         """Whether a step says in which dtype the results are kept."""
         return any(step.in_dtype for step in self.steps)
+
+    def dtype_of(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the results' features for maps of a dtype; those kept as int8 are float32 in memory."""
+        last = self.steps[-1]
+        if isinstance(last, Int8):
+            return torch.float32
+        return DTYPES[last.name] if isinstance(last, Cast) else dtype
 
     @plain_defaults()
     def __call__(self, feature_map: FeatureMap, name: str = "") -> FeatureMap | FeatureTable:

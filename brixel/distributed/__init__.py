@@ -1,0 +1,1 @@
+"""Extraction on many machines, by an engine that others keep."""
