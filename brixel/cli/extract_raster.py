@@ -13,16 +13,9 @@ from brixel.inference.rasters.slide import ENDINGS
 _RASTERS = (".tif", ".tiff", ".vrt", ".jp2", ".img", *ENDINGS)
 _FLAGS = ("window", "overlap", "bands", "stretch", "value_range", "nodata", "level", "um_per_px")
 _OF_FOLDERS = {  # and their defaults
-    **{"sink": None, "format": None, "shard_size": None, "reduce": None, "short_side_px": None},
+    **dict.fromkeys(("sink", "format", "shard_size", "reduce", "short_side_px")),
     "tiles": "auto",
 }
-    "sink": None,
-    "format": None,
-    "shard_size": None,
-    "reduce": None,
-    "short_side_px": None,
-    "tiles": "auto",
-}  # and their defaults
 
 
 def add_raster_options(parser: argparse.ArgumentParser) -> None:

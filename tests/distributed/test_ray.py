@@ -22,6 +22,7 @@ from brixel import BrixelError, BrixelFeatures, MapFolder
 from brixel.distributed.cluster import on_an_actor, own_errors
 from brixel.distributed.ray import FeatureActor, extract_dataset
 from brixel.extraction import extract_files
+from brixel.extraction.fitted_reduction import fit_reduction
 from brixel.extraction.map_folder import verify
 from brixel.extraction.sinks import SINKS
 from brixel.images.find_images import find_images
@@ -333,3 +334,30 @@ def test_errors_say_what_to_do(cluster, photos, model_folder, tmp_path):
     with pytest.raises(BrixelError, match="Parquet does not support|a Parquet file does not support bfloat16"):
         run(photos, tmp_path / "out", model_folder, sink="parquet", save_dtype=torch.bfloat16)
     assert not (tmp_path / "out" / "manifest-0.jsonl").exists()
+
+
+def test_either_engine_continues_what_the_other_began(cluster, photos, model_folder, expected, tmp_path):
+    model = BrixelFeatures.from_pretrained(model_folder, device="cpu")
+    found = [pair for pair in find_images([photos]) if pair[0].parent.name != "sub"]
+    first = extract_files(model, found, tmp_path / "out", sink="shards")
+    second = run(photos, tmp_path / "out", model_folder, sink="shards")
+    assert second.skipped == first.written > 100
+    assert_same(tmp_path / "out", expected)
+    third = extract_files(model, find_images([photos]), tmp_path / "out", sink="shards")
+    assert (third.written, third.skipped) == (0, COUNT - len(CORRUPT))
+
+
+def test_maps_are_reduced_by_the_basis_of_the_folder(cluster, photos, model_folder, expected, tmp_path):
+    some = [pair for pair in find_images([photos]) if pair[0].name < "040"]
+    out, model = tmp_path / "out", BrixelFeatures.from_pretrained(model_folder, device="cpu")
+    images = [path for path, _ in some]
+    with pytest.raises(BrixelError, match="pca:4,int8 needs a basis, which one process fits"):
+        run(images, out, model_folder, reduce="pca:4,int8")
+    reduce = fit_reduction(model, some, out, "pca:4,int8")
+    run(images, out, model_folder, sink="shards", reduce="pca:4,int8")
+    maps = MapFolder(out)
+    assert len(maps) == 40 - sum(number < 40 for number in CORRUPT)
+    for name, found in maps.items():
+        whole = model.extract(next(path for path, relative in some if relative.name == name))
+        assert torch.equal(found.features, reduce(whole).features)
+        assert found.restored().embed_dim == whole.embed_dim

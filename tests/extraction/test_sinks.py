@@ -8,7 +8,7 @@ import torch
 import webdataset
 import zarr
 
-from brixel import BrixelError, MapFolder
+from brixel import BrixelError, MapFolder, Reduce
 from brixel.extraction import extract_files
 from brixel.extraction.manifest import SourceImage
 from brixel.extraction.map_folder import verify
@@ -179,3 +179,37 @@ def test_a_folder_of_the_first_version_is_read(model, album, tmp_path):
     header, line = map(json.loads, (tmp_path / "out" / "manifest-0.jsonl").read_text().splitlines())
     assert header["settings"]["saved as"] == "shards, float32"
     assert line["file"] == "maps-0-00000.safetensors"
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_every_sink_holds_reduced_maps(model, album, tmp_path, sink):
+    out = tmp_path / "out"
+    summary = extract_files(model, find_images([album]), out, sink=sink, reduce="pca:4,int8")
+    assert (summary.written, summary.failures) == (3, [])
+    reduce, maps = Reduce.load(out / "reduce.safetensors"), MapFolder(out)
+    for name, found in maps.items():
+        expected = reduce(model.extract(album / name))
+        assert torch.equal(found.features, expected.features)
+        assert found.meta["reduce"] == "pca:4,int8"
+        assert found.restored().embed_dim == model.embed_dim
+        if sink in ("files", "shards"):  # the others hold the values of the codes
+            assert torch.equal(found.scales, expected.scales)
+    assert verify(out) == []
+    again = extract_files(model, find_images([album]), out, sink=sink, reduce="pca:4,int8")
+    assert (again.written, again.skipped) == (0, 3)
+
+
+def test_features_of_points_go_into_files_and_shards_alone(model, album, tmp_path):
+    reduce = Reduce.points([(3.0, 4.0), (5.0, 6.0)])
+    extract_files(model, find_images([album]), tmp_path / "out", sink="shards", reduce=reduce)
+    table = MapFolder(tmp_path / "out").table("a.png")
+    torch.testing.assert_close(table.features, model.extract(album / "a.png").at([(3.0, 4.0), (5.0, 6.0)]))
+    for sink in ("parquet", "zarr", "webdataset"):
+        with pytest.raises(BrixelError, match=f"the sink '{sink}' does not hold: give 'files' or 'shards'"):
+            extract_files(model, find_images([album]), tmp_path / sink, sink=sink, reduce=reduce)
+
+
+@pytest.mark.parametrize("sink", ["parquet", "zarr", "webdataset"])
+def test_a_reduction_to_bfloat16_is_refused_where_it_cannot_be_held(model, album, tmp_path, sink):
+    with pytest.raises(BrixelError, match="does not support bfloat16"):
+        extract_files(model, find_images([album]), tmp_path / "out", sink=sink, reduce="bfloat16")

@@ -35,11 +35,12 @@ class Shards:
     def write(self, path: Path, maps: Sequence[StoredMap]) -> None:
         """Write a shard."""
         tensors = {
-            key: tensor.contiguous()
+            key: tensor
             for stored in maps
             for key, tensor in (
-                (stored.image, stored.features),
-                *((_part_key(part, stored.image), tensor) for part, tensor in stored.parts.items()),
+                (stored.image, stored.features.contiguous()),
+                # copies: points may be the same tensor for all images, which safetensors refuses
+                *((_part_key(part, stored.image), tensor.clone()) for part, tensor in stored.parts.items()),
             )
         }
         save_file(tensors, path, {SHARD_KEY: json.dumps({stored.image: dict(stored.geometry) for stored in maps})})
