@@ -235,6 +235,7 @@ def test_parts_keep_their_own_modes(model, image_path):
         model.eval()
 
 
+@pytest.mark.slow
 def test_threads_may_extract_while_the_model_is_in_training_mode(model, image_path):
     expected = model.extract(image_path, short_side_px=28).features
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -323,6 +324,7 @@ def test_a_folder_with_its_backbone_needs_no_other(model, backbone_folder, tmp_p
     BrixelFeatures.from_pretrained(tmp_path / "part", backbone=backbone_folder, device="cpu")
 
 
+@pytest.mark.slow
 def test_a_model_saved_over_another_leaves_nothing_of_it(model, untrained, image_path, tmp_path):
     model.save_pretrained(tmp_path, include_backbone=True)
     untrained.save_pretrained(tmp_path)

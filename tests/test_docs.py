@@ -84,11 +84,13 @@ def working_folder(photographs, made_before, tmp_path):
     shutil.copytree(made_before, tmp_path, dirs_exist_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in blocks_of(README, "python") if "dinov3" not in block])
 def test_a_block_of_the_readme_runs(block, photographs):
     exec(compile(block, "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [block for block in blocks_of(README, "python") if "dinov3" in block])
 def test_a_block_on_dinov3_runs_without_access(block, photographs, dinov3, caplog):
     names = {}

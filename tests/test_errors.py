@@ -73,6 +73,7 @@ def test_cards_and_tables(capsys):
     assert '"é": "é"' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_commands(tmp_path, capfd, caplog):
     from brixel.cli.app import main
 

@@ -1,6 +1,7 @@
 """Imports point one way: a module imports only from layers above its own, or from its own row where that says so."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -33,11 +34,13 @@ LAYERS = (
 OUTSIDE = {"__init__", "__main__"}
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """The modules of the package that a file imports, also inside functions."""
     found = set()

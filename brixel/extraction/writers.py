@@ -33,7 +33,8 @@ class FileWriter:
 
     def check_name(self, relative_path: str) -> None:
         """Raise BrixelError for a name that is longer than file systems allow."""
-        name = _files_of_map(self.path(relative_path))[-1].name
+        path = self.path(relative_path)
+        name = (sidecar_path(path) if path.suffix == ".npy" else path).name
         if len(os.fsencode(name)) > _MAX_NAME_BYTES:
             raise BrixelError(
                 f"the name of its map, {name}, is longer than {_MAX_NAME_BYTES} bytes: give {relative_path} a shorter "

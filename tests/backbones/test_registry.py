@@ -88,6 +88,7 @@ def test_gates_and_sources():
         assert len(row.sources) == (0 if row.adapter else 2)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_for_each(capsys):
     assert main(["models"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()

@@ -588,6 +588,7 @@ def test_bytes_that_are_not_those_of_their_checksum_are_refused(hub, saved, name
     load(MODEL)
 
 
+@pytest.mark.slow
 def test_a_server_that_dribbles_is_given_up(hub, saved, monkeypatch):
     repo = hub.add(MODEL, saved[0])
     repo.dribbled.add("adapter.safetensors")
@@ -632,6 +633,7 @@ def test_what_is_cached_works_without_a_network(hub, saved, backbone_files, monk
     assert (told in caplog.text) == (how == "nothing known of optional files")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter.safetensors", "backbone.safetensors"])
 def test_a_damaged_file_says_what_to_delete(hub, saved, name):
     hub.add(MODEL, saved[0])
@@ -716,6 +718,7 @@ def test_shards_stay_in_their_folder(hub, backbone_files, name):
 # -------------------------------------------------------------------- command line, processes, threads
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_names(hub, saved, backbone_files, image_path, tmp_path, capsys):
     commit = hub.add(MODEL, saved[0]).commit
     hub.add("us/part", saved[1])

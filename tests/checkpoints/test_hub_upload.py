@@ -139,6 +139,7 @@ def test_a_module_as_backbone(hub, backbone, backbone_folder, tmp_path):
     assert_same_weights(made, BrixelFeatures.from_pretrained(OURS, backbone=module))
 
 
+@pytest.mark.slow
 def test_a_card_that_was_changed_stays(hub, model):
     push(model)
     hub.repos[OURS].files["README.md"] += b"\nmore\n"
@@ -191,6 +192,7 @@ def test_a_token_that_may_not_write(hub, model):
     assert "them/dense" not in hub.repos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("request_kind", "message"), [("upload", "answered 403"), ("commit", "answered 400")])
 def test_nothing_changes_where_a_request_fails(hub, model, request_kind, message):
     push(model)

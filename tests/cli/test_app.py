@@ -128,6 +128,7 @@ def shell(line: str, *arguments) -> "subprocess.CompletedProcess[str]":
     )
 
 
+@pytest.mark.slow
 def test_commands_work_without_streams(run, monkeypatch):
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)

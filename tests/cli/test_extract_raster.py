@@ -24,6 +24,7 @@ def scene(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_raster_becomes_a_feature_raster(run, model_folder, scene, tmp_path, capsys):
     arguments = ("extract", scene, "--model", model_folder, "--bands", "4,3,2", "--stretch", "1,99")
     arguments += ("--window", 56, "--overlap", 14)

@@ -35,6 +35,7 @@ def fit(run, folders):
     return command
 
 
+@pytest.mark.slow
 def test_fit_predict_and_score(run, fit, folders, capsys, caplog):
     assert fit("--masks", folders / "masks", "--classes", folders / "classes.json") == 0
     assert capsys.readouterr().out == f"{folders / 'probe'}: fitted to 3 images, 3 classes\n"
@@ -91,6 +92,7 @@ def test_fit_to_clicks(run, fit, folders, capsys, ending):
     assert "names a.png, which is not in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_values(run, fit, folders, capsys):
     assert fit("--masks", folders / "values", "--kind", "regression", "--log") == 0
     arguments = ("probe", "predict", folders / "probe", folders / "photos" / "0.png", "-o", folders / "out", *FLAGS)

@@ -41,6 +41,7 @@ def test_show_never_writes_over_its_image(run, model_folder, image_path, tmp_pat
     assert mine.read_bytes() == image_path.read_bytes()
 
 
+@pytest.mark.slow
 def test_show_takes_folders(run, model_folder, image_path, tmp_path, caplog):
     folder = tmp_path / "photos"
     (folder / "sub").mkdir(parents=True)
@@ -74,6 +75,7 @@ def test_panels_replace_panels_alone(run, model_folder, image_path, tmp_path, mo
         (tmp_path / "panel.png").rmdir()
 
 
+@pytest.mark.slow
 def test_show_draws_a_video_in_the_colours_of_one_basis(run, model_folder, tmp_path, capsys):
     clip = write(tmp_path / "clip.mp4", [*grey_levels(2), *grey_levels(2)], times=[0, 40, 500, 1000])
     output = tmp_path / "out.mp4"

@@ -46,6 +46,7 @@ def test_similarity_without_a_window(run, backbone_folder, image_path, tmp_path)
         assert image.size == (90, 60)
 
 
+@pytest.mark.slow
 def test_raster(run, backbone_folder, tmp_path):
     BrixelFeatures.from_backbone(backbone_folder, device="cpu").save_pretrained(tmp_path / "model")
     printed = run("raster.py", tmp_path / "model")
@@ -63,6 +64,7 @@ def test_without_a_folder_they_use_the_bundled_model(run, image_path, tmp_path):
     assert (tmp_path / "heat.png").exists()
 
 
+@pytest.mark.slow
 def test_the_drawn_scene(tmp_path):
     command = [sys.executable, EXAMPLES / "draw_scene.py", "scene.jpg"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=300)

@@ -48,6 +48,7 @@ def test_adapters_are_trained_evaluated_and_pushed_once(script, hub, capsys, tmp
     assert capsys.readouterr().out.splitlines()[-1].startswith("facebook/tiny: us/brixel-tiny@")
 
 
+@pytest.mark.slow
 def test_the_table_has_every_backbone_once(script, monkeypatch, capsys):
     names = ("dinov3-vits16", "dinov3-vitb16")
     known = [backbone for backbone in list_models() if backbone.name in names]

@@ -44,6 +44,7 @@ def test_its_config_says_what_it_is_and_names_no_path_of_the_machine_it_was_made
     assert small.config.backbone.vit == BRIXEL_SMALL.vit
 
 
+@pytest.mark.slow
 def test_a_saved_copy_loads_without_its_backbone(small, tmp_path, offline):
     small.save_pretrained(tmp_path)
     again = BrixelFeatures.from_pretrained(tmp_path, device="cpu")

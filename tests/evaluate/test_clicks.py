@@ -34,6 +34,7 @@ def split(data):
     return read_labelled("plain", data, "val")
 
 
+@pytest.mark.slow
 def test_sources_are_compared_on_the_same_clicks(split):
     fine = FeatureSource("student", lambda pixels: F.avg_pool2d(pixels[:, :2], 2), 4, scale=4)
     nothing = FeatureSource("bilinear", lambda pixels: torch.ones(len(pixels), 3, 4, 4), 4, resize="bilinear")

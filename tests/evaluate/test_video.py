@@ -115,6 +115,7 @@ def test_the_first_and_the_last_frame_are_not_counted(data):
     assert video(sources, read_davis(data), [48], model="none").rows[0]["jf"] == before
 
 
+@pytest.mark.slow
 def test_the_command_and_a_suite(data, backbone_folder, tmp_path, capsys):
     out = tmp_path / "video.md"
     arguments = ["evaluate", "video", "--data", str(data), "--backbone", str(backbone_folder), "--device", "cpu"]

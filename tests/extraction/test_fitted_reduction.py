@@ -39,6 +39,7 @@ def test_a_folder_keeps_its_basis_and_its_maps_are_restored(model, images, album
     assert maps.basis.digest == kept.basis.digest
 
 
+@pytest.mark.slow
 def test_restarts_use_the_kept_basis_and_are_bit_identical(model, images, album, tmp_path):
     for name, count in (("whole", 3), ("stopped", 1)):
         extract_files(model, images, tmp_path / "fit", reduce="pca:8,int8")
@@ -51,6 +52,7 @@ def test_restarts_use_the_kept_basis_and_are_bit_identical(model, images, album,
     assert maps_in(tmp_path / "stopped") == maps_in(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_other_reductions_in_a_folder_are_refused_unless_overwritten(model, images, tmp_path):
     out = tmp_path / "out"
     extract_files(model, images, out, reduce="pca:8")
@@ -114,6 +116,7 @@ def test_a_basis_of_another_model_is_refused_before_any_map(model, images, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", ["int8", "pca:8,int8", "regions:2x3,float16", "stride:30"])
 def test_shards_hold_what_files_hold(model, images, tmp_path, reduce):
     extract_files(model, images, tmp_path / "files", reduce=reduce)
@@ -137,6 +140,7 @@ def test_a_shard_of_int8_maps_counts_the_bytes_that_it_holds(model, images, tmp_
     assert len(list(tmp_path.glob("two/maps-*"))) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_bytes", [None, 20_000])
 def test_tables_of_points_by_name(model, images, album, tmp_path, shard_bytes):
     by_name = {"a.png": [[3, 4], [20, 30.5]], "b.JPG": [], "sub/a.png": [[59, 89]]}

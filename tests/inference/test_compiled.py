@@ -81,6 +81,7 @@ def test_a_released_adapter_compiles_for_all_sizes(random_model):
     assert backend.calls == 3
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_said_once(model, image_path, caplog):
     expected = model.extract(image_path)
     model.compile(backend=broken)

@@ -51,6 +51,7 @@ def noise():
     return np.random.default_rng(0).integers(0, 256, (75, 90, 3), dtype=np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", surroundings())
 @pytest.mark.parametrize("kind", KINDS)
 def test_maps_do_not_depend_on_the_surroundings(models, noise, kind, name):

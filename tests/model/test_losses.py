@@ -134,6 +134,7 @@ def test_values_agree_with_the_twin(loss: Loss, twin: Callable[..., float], shap
     assert single.item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "twin"), TWINS)
 def test_gradients_agree_with_the_twin(loss: Loss, twin: Callable[..., float]) -> None:
     student, teacher = random_maps((2, 9, 4, 5))

@@ -23,6 +23,7 @@ def pixels():
     return torch.randn(1, 3, 4 * 16, 3 * 16, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_map_is_the_universal_one_and_a_share_of_the_difference(first, pixels):
     own, maps = first(pixels), first.backbone.block_maps(pixels, first.blocks)
@@ -37,6 +38,7 @@ def test_the_map_is_the_universal_one_and_a_share_of_the_difference(first, pixel
     assert mixed.adapter is first.adapter
 
 
+@pytest.mark.slow
 def test_it_is_saved_and_loaded_with_its_share(first, pixels, tmp_path):
     mixed = first.mixed_with_universal()
     assert mixed.config.adapter.own_share == 0.5

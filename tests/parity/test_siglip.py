@@ -323,6 +323,7 @@ def test_an_offset_goes_with_the_plain_bicubic_rule_alone(references: dict[str, 
 # ---- the whole model ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "include_backbone"), [("siglip", True), ("naflex", False)])
 def test_a_student_on_it_runs_and_comes_back(
     name: str, include_backbone: bool, references: dict[str, Reference], image_path: Path, tmp_path: Path

@@ -31,6 +31,7 @@ def saved(tmp_path_factory):
     return probe, image, mask, folder
 
 
+@pytest.mark.slow
 def test_a_probe_comes_back_with_its_model(saved):
     probe, image, mask, folder = saved
     assert sorted(path.name for path in folder.iterdir()) == ["probe.json", "probe.safetensors"]
@@ -45,6 +46,7 @@ def test_a_probe_comes_back_with_its_model(saved):
     assert np.array_equal(load_probe(folder).predict(image), probe.predict(image))
 
 
+@pytest.mark.slow
 def test_a_model_that_was_given_as_an_object_is_kept_beside(saved, tiny, tmp_path):
     _, image, mask, folder = saved
     probe = SegmentationProbe(tiny, short_side_px=48).fit([image], [mask])

@@ -132,6 +132,7 @@ def trained(backbone_folder, drawn, tmp_path_factory):
     return config, distill(config)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_held_out_maps_are_nearer_than_by_interpolation(trained):
     config, _ = trained
     losses = [record["loss"] for record in metrics_of(config.out) if "loss" in record]
@@ -397,6 +398,7 @@ def test_other_settings_that_matter_are_refused_by_name(stopped):
     assert (Path(stopped.out) / "train.toml").read_bytes() == settings
 
 
+@pytest.mark.slow
 def test_a_run_can_be_extended(stopped):
     """The steps that are done stay; the learning rate of the others follows the schedule of all steps."""
     done = [line for line in records_of(stopped.out) if "lr" in line]
@@ -420,6 +422,7 @@ def test_a_folder_of_images_is_not_written_into(config):
     assert not (Path(config.images[0]) / "train.toml").exists()
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_at_the_next_start(stopped):
     left = [Path(stopped.out) / f".{'0' * 32}.part.pt", Path(stopped.out) / "last" / f".{'a' * 32}.part.safetensors"]
     other = Path(stopped.out) / ".hidden.part.txt"

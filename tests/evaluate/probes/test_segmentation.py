@@ -201,6 +201,7 @@ def test_settings_that_cannot_be_run_are_refused():
         train_probe(lambda width: linear_readout(width, 1), Maps(planted(1)), lambda a, b: a.mean(), None, QUICK)
 
 
+@pytest.mark.slow
 def test_the_command(coloured, backbone_folder, tmp_path, capsys):
     output = tmp_path / "report.md"
     arguments = ["--backbone", str(backbone_folder), "--device", "cpu", "--data", str(coloured), "--steps", "3"]

@@ -34,6 +34,7 @@ def test_only_the_upper_left_cells_are_written():
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_chunks_take_less_memory():
     universal, features, guide = random_universal(), torch.randn(1, 256, 24, 24), torch.rand(1, 3, 96, 96)
     out = torch.empty(256, 96, 96)

@@ -72,6 +72,7 @@ def test_the_limit_holds_while_a_map_is_made(tiny, waves, strategy):
     assert tracker.peak <= limit + waves.nbytes
 
 
+@pytest.mark.slow
 def test_tiles_are_warned_of_once_and_recorded(tiny, waves, caplog, monkeypatch):
     for module in (budget_module, planner_module):
         monkeypatch.setattr(module, "needed_bytes", lambda *_: 1)

@@ -9,6 +9,7 @@ def model(request, random_model):
     return random_model(request.param, blend=True, detour=False)
 
 
+@pytest.mark.slow
 def test_every_strategy_gives_the_maps_of_a_batch(model):
     pixels = torch.randn(3, 3, 4 * model.patch_px, 5 * model.patch_px)
     with torch.no_grad():

@@ -180,6 +180,7 @@ def valid():
     return valid
 
 
+@pytest.mark.slow
 def test_cells_without_data_are_kept(guided, rgb, draw, tmp_path, valid):
     deep = rgb[:, :80, :120].astype(np.uint16) + 1
     marked = {
@@ -333,6 +334,7 @@ def test_other_settings_do_not_go_on(guided, rgb, draw, tmp_path, stop_after):
     assert (summary.resumed, summary.computed) == (0, 6)
 
 
+@pytest.mark.slow
 def test_an_output_is_replaced_only_when_asked(guided, rgb, draw, tmp_path):
     path = draw(rgb)
     for name in ("f.tif", "f.zarr"):

@@ -91,6 +91,7 @@ def test_only_the_tiles_of_a_window_are_read(tissue, tmp_path, monkeypatch):
     assert path.stat().st_size > 20 * sum(decoded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("um_per_px", [0.5, 0.6])
 def test_features_of_a_slide(um_per_px, guided, tissue, tmp_path):
     """Of a level as it is, and of one that is averaged: 0.6 micrometres are 1.2 pixels of level 1."""
