@@ -121,3 +121,35 @@ def test_bad_input():
     with pytest.raises(BrixelError, match="refine is 'yes'"):
         a.match(a, refine="yes")  # type: ignore[arg-type]
     assert len(a.match(a, np.zeros((0, 2)))) == 0
+
+
+def blurred_noise_at(y: np.ndarray, x: np.ndarray, seed: int = 0) -> torch.Tensor:
+    """A drawn texture at places (H, W) of a plane: 24 smooth channels, none repeating, as features (24, H, W)."""
+    numbers = np.random.default_rng(seed)
+    waves = numbers.normal(0, 0.12, (24, 6, 2)), numbers.uniform(0, 6.3, (24, 6, 1, 1))
+    angles = waves[0][..., 0, None, None] * y + waves[0][..., 1, None, None] * x + waves[1]
+    return torch.from_numpy(np.sin(angles).sum(1)).float()
+
+
+# without refinement the nearest centre of a cell is up to half its diagonal away
+@pytest.mark.parametrize(("refine", "within"), [(False, 0.75), (True, 0.5)])
+def test_matches_in_a_warped_drawn_scene_are_within_half_a_cell(refine, within):
+    """The second image shows the scene turned, tilted and nearer; a pixel of it shows place ``to_scene``."""
+    stride, side = 4.0, 160
+    homography = np.array([[0.9, -0.12, 14.0], [0.1, 0.85, 6.0], [0.0004, -0.0003, 1.0]])  # (y, x, 1) to the scene
+
+    def to_scene(y, x):
+        lifted = np.stack([y, x, np.ones_like(y)], -1) @ homography.T
+        return lifted[..., 0] / lifted[..., 2], lifted[..., 1] / lifted[..., 2]
+
+    centres = np.meshgrid(*[(np.arange(int(side / stride)) + 0.5) * stride] * 2, indexing="ij")
+    scene = FeatureMap(blurred_noise_at(*centres), (side, side), (stride, stride))
+    warped = FeatureMap(blurred_noise_at(*to_scene(*centres)), (side, side), (stride, stride))
+    y, x = (axis[3:-3:2, 3:-3:2].reshape(-1) + 1.3 for axis in centres)  # not at centres of cells
+    queries = np.stack(to_scene(y, x), 1)
+    inside = ((queries > stride) & (queries < side - stride)).all(1)
+    assert inside.sum() > 150
+    found = scene.match(warped, queries[inside], refine=refine)
+    cells = (found.points_yx - torch.from_numpy(np.stack([y, x], 1)[inside])).norm(dim=1) / stride
+    assert cells.max() < within
+    assert found.mutual.float().mean() > 0.99
