@@ -8,14 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from helpers import ROOT
 from PIL import Image
 from safetensors.torch import save
 
-from brixel import BrixelFeatures
+from brixel import BrixelFeatures, Reduce
 from brixel.cli.app import build_parser
 from brixel.extraction import extract_files
+from brixel.video import write_video
 
 README = ROOT / "README.md"
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
@@ -23,6 +25,8 @@ PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = {
     "add-a-backbone": ("ijepa_vith14_1k", "pretrained=True", "torch.hub.load", 'backbone="my own"'),
     "evaluation": ("my_function",),
+    "clusters": ("s3://",),
+    "domains": ("data/LoveDA",),
     "train": ("dinov2-small",),
 }
 """Blocks that need what a test cannot have, such as other people's weights or hours: by page, texts in them."""
@@ -69,14 +73,38 @@ def dinov3(hub):
 
 @pytest.fixture(scope="module")
 def made_before(tmp_path_factory, backbone_folder, image_path):
-    """What the guides take for granted besides photographs: an extracted folder and an exported model."""
+    """What the guides take for granted besides photographs: folders of maps, a model, masks, a video, a raster."""
     folder = tmp_path_factory.mktemp("made")
     model = BrixelFeatures.from_backbone(backbone_folder, device="cpu")
     (folder / "cats").mkdir()
     shutil.copyfile(image_path, folder / "cats" / "7.jpg")
-    extract_files(model, [(folder / "cats" / "7.jpg", Path("cats/7.jpg"))], folder / "maps")
+    cat = [(folder / "cats" / "7.jpg", Path("cats/7.jpg"))]
+    extract_files(model, cat, folder / "maps", reduce="pca:8")
+    extract_files(model, cat, folder / "tables", reduce=Reduce.points([(3.0, 4.0)]))
+    for sink in ("parquet", "zarr", "webdataset"):
+        extract_files(model, cat, folder / f"as-{sink}", sink=sink)
+        shutil.move(folder / f"as-{sink}" / sink, folder / "maps" / sink)
     model.export(folder / "brixel-small.onnx", verify=False)
+    y, x = np.mgrid[:240, :320]
+    halves = (x > 160).astype(np.uint16)
+    for name in "abcd":
+        colours = np.where(halves[..., None], (200, 60, 40), (40, 90, 200)) + numbers_below(40, (240, 320, 3))
+        Image.fromarray(colours.astype(np.uint8)).save(folder / f"{name}.jpg")
+        Image.fromarray(halves).save(folder / f"{name}.png")
+        np.save(folder / f"{name}.npy", 1.0 + y.astype(np.float32) / 240)
+    frames = [np.roll(colours, 4 * index, 1).astype(np.uint8) for index in range(4)]
+    write_video(folder / "clip.mp4", frames, fps=4)
+    Image.fromarray(halves.astype(np.uint8)).save(folder / "first.png")
+    profile = {"driver": "GTiff", "height": 112, "width": 140, "count": 4, "dtype": "uint16", "crs": "EPSG:32633"}
+    with rasterio.open(
+        folder / "scene.tif", "w", **profile, transform=rasterio.Affine(10, 0, 5e5, 0, -10, 5e6)
+    ) as file:
+        file.write(numbers_below(4000, (4, 112, 140)).astype(np.uint16))
     return folder
+
+
+def numbers_below(limit, shape):
+    return np.random.default_rng(0).integers(0, limit, shape)
 
 
 @pytest.fixture
@@ -107,6 +135,9 @@ def test_what_the_first_block_prints(photographs, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"
+)  # of webdataset's files
 @pytest.mark.parametrize("page", [page for page in GUIDES if blocks_of(page, "python")], ids=lambda page: page.stem)
 def test_the_blocks_of_a_guide_run_one_after_the_other(page, working_folder, dinov3):
     names = {}
