@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from image_files import png, png_chunk, tiff
@@ -86,6 +87,11 @@ SCALED = {
 }
 
 
+OLD_PILLOW = int(PIL.__version__.partition(".")[0]) < 13  # which lacks some kinds of TIFF and says so
+if OLD_PILLOW:
+    del SCALED["tiff of premultiplied grey"]
+
+
 @pytest.mark.parametrize("layout", SCALED)
 def test_black_is_black_and_white_is_white(tmp_path: Path, layout: str) -> None:
     content, greys = SCALED[layout]
@@ -123,6 +129,7 @@ def test_what_has_no_known_range_is_refused(tmp_path: Path, layout: str) -> None
         load_image(tmp_path / "image.any")
 
 
+@pytest.mark.skipif(OLD_PILLOW, reason="Pillow reads these from 13")
 def test_colours_of_tiff(tmp_path: Path) -> None:
     """YCbCr at full resolution, inks, and CIELAB: a red, as its formula gives it."""
     red = {

@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from brixel.errors import BrixelError
+from brixel.utils import devices
 from brixel.utils.devices import choose_device, choose_dtype
 
 
 def test_auto_takes_the_best_device(monkeypatch):
+    monkeypatch.setattr(devices, "_MPS_COMPLETE", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device("auto") == torch.device("cpu")

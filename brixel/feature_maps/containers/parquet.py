@@ -139,12 +139,12 @@ def _map_of_row(row: Any, image: str) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _schema(pa: Any, dtype: torch.dtype) -> Any:
-    fields = {
+    fields = {  # lists of any length: Arrow before 21 cannot read nulls of fixed ones
         "image": pa.string(),
         "features": pa.list_(pa.type_for_alias(_ARROW_DTYPES[dtype_name(dtype)])),
-        "shape": pa.list_(pa.int32(), 3),
-        "image_hw": pa.list_(pa.int32(), 2),
-        "stride": pa.list_(pa.float64(), 2),
+        "shape": pa.list_(pa.int32()),
+        "image_hw": pa.list_(pa.int32()),
+        "stride": pa.list_(pa.float64()),
         "meta": pa.map_(pa.string(), pa.string()),
         "error": pa.string(),
     }
