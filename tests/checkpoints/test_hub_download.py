@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import assert_same_weights, files_of
@@ -559,6 +560,7 @@ def test_a_server_that_stops_answering_midway(hub, saved):
         load(MODEL)
 
 
+@pytest.mark.skipif(huggingface_hub.__version__ < "2", reason="earlier clients keep a part, and fetch the rest later")
 def test_a_transfer_that_breaks_off_leaves_nothing(hub, saved, monkeypatch):
     repo = hub.add(MODEL, saved[0])
     repo.cut.add("adapter.safetensors")

@@ -139,7 +139,7 @@ def _map_of_row(row: Any, image: str) -> tuple[Tensor, dict[str, Any]]:
 
 
 def _schema(pa: Any, dtype: torch.dtype) -> Any:
-    fields = {  # lists of any length: Arrow before 21 cannot read nulls of fixed ones
+    fields = {  # lists of any length: earlier versions of Arrow cannot read nulls of fixed ones
         "image": pa.string(),
         "features": pa.list_(pa.type_for_alias(_ARROW_DTYPES[dtype_name(dtype)])),
         "shape": pa.list_(pa.int32()),
