@@ -28,8 +28,9 @@ from brixel.extraction.extract import disk_errors_explained
 from brixel.extraction.failed_images import printable_name
 from brixel.extraction.manifest import SourceImage, WrittenFile
 from brixel.extraction.sinks import PARQUET, Sink
-from brixel.extraction.writers import convert
+from brixel.extraction.writers import convert, stored_map
 from brixel.feature_maps.containers.base import StoredMap
+from brixel.feature_maps.containers.formats import CONTAINERS
 from brixel.feature_maps.containers.parquet import FailedImage, maps_table
 from brixel.feature_maps.feature_map import FeatureMap
 from brixel.feature_maps.feature_table import FeatureTable
@@ -103,11 +104,8 @@ class FeatureActor:
         for name, result in self.results(batch):
             if isinstance(result, Exception):
                 rows.append(FailedImage(printable_name(name), str(result)))
-            elif isinstance(result, FeatureTable):
-                raise BrixelError("a row holds a map, and the reduction gives features of points or regions")
             else:
-                geometry = {"image_hw": result.image_hw, "stride": result.stride, "meta": dict(result.meta)}
-                rows.append(StoredMap(name, result.features, geometry))
+                rows.append(stored_map(name, result, CONTAINERS[PARQUET]))
         return maps_table(rows, dtype)
 
     def results(self, batch: Mapping[str, Any]) -> Iterator[tuple[str, FeatureMap | FeatureTable | Exception]]:

@@ -94,7 +94,7 @@ class PartWriter:
 
     def add(self, source: SourceImage, made: FeatureMap | FeatureTable) -> WrittenFile | None:
         """Take a map; if the file would exceed its limit with it, the file is written first."""
-        stored = _stored(source.relative_path, made, self._container)
+        stored = stored_map(source.relative_path, made, self._container)
         size_bytes = sum(tensor.nbytes for tensor in (stored.features, *stored.parts.values()))
         most = self._container.max_values
         is_full = self._waiting_bytes + size_bytes > self._limit_bytes
@@ -120,7 +120,7 @@ class PartWriter:
         return written
 
 
-def _stored(image: str, made: FeatureMap | FeatureTable, container: Container) -> StoredMap:
+def stored_map(image: str, made: FeatureMap | FeatureTable, container: Container) -> StoredMap:
     """A map or a table as a container takes it. Raises BrixelError for a table where it holds maps alone."""
     if container.holds_parts and isinstance(made, FeatureTable):
         tensors, fields = made.stored()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -150,9 +150,7 @@ class FeatureTable:
             header: Any = parse_json(metadata[TABLE_KEY], source) if TABLE_KEY in metadata else None
             check_version(source, header, TABLE_KEY, (_VERSION,))
             with checking_content(source, "a table of features", "compute it again"):
-                return cls.from_stored(
-                    read_parts(file, lambda part: part), {k: v for k, v in header.items() if k != TABLE_KEY}
-                )
+                return cls.from_stored(_read_parts(file), {k: v for k, v in header.items() if k != TABLE_KEY})
 
 
 def is_table(path: Path) -> bool:
@@ -163,11 +161,10 @@ def is_table(path: Path) -> bool:
         return TABLE_KEY in (file.metadata() or {})
 
 
-def read_parts(file: Any, key: Callable[[str], str]) -> dict[str, Tensor]:
-    """The parts of a stored map or table in an open safetensors file: its features, and what else there is of it."""
+def _read_parts(file: Any) -> dict[str, Tensor]:
+    """The tensors of a table in an open safetensors file: its features, and what else there is of it."""
     present = set(file.keys())
-    parts = ("features", *(part for part in ("scales", *_PLACES) if key(part) in present))
-    return {part: file.get_tensor(key(part)) for part in parts}
+    return {part: file.get_tensor(part) for part in ("features", "scales", *_PLACES) if part in {"features", *present}}
 
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
