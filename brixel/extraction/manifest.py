@@ -6,9 +6,7 @@ line without its newline was cut off: readers ignore it, and the process that go
 
 import contextlib
 import dataclasses
-import errno
 import json
-import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,19 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock, Timeout
-
 from brixel.errors import BrixelError
 from brixel.extraction.distributed import ProcessShare
 from brixel.extraction.parts import remove_parts
 from brixel.utils.atomic_files import remove_unfinished
 from brixel.utils.contained_paths import path_below
 from brixel.utils.fields import Rule, check_table, number, several, short_repr, text, text_table, whole_number
+from brixel.utils.locks import only_run
 from brixel.utils.structured_files import checking_content, read_json_lines
 
 FORMAT_VERSION = 1
-_LOG = logging.getLogger("brixel")
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # from file systems without locks, on some clusters
 _OTHER_SIZE_S = 2.0  # processes that start together may try the same file; a run holds its own for longer
 _NAME = "manifest-{}.jsonl"
 _DAMAGED = ("a manifest of brixel", "--overwrite extracts everything again")
@@ -214,28 +209,16 @@ def _remove_earlier_run(folder: Path, share: ProcessShare) -> None:
     remove_parts(folder, lambda _, part: part.rank % share.processes == share.rank)
 
 
-@contextlib.contextmanager
-def _run_lock(folder: Path, share: ProcessShare) -> Iterator[None]:
-    """Lock the empty file `.run-RANK-of-N`. The system releases it when the process ends, also when it is killed.
+def _run_lock(folder: Path, share: ProcessShare) -> contextlib.AbstractContextManager[None]:
+    """Lock the empty file `.run-RANK-of-N`.
 
     A run with another N locks other files, so those that exist are locked for a moment to see that no such run is
-    alive. File systems without locks get a warning: filelock's own answer to them, a marker file, outlives a process
-    that is killed on another machine. In a folder with the sticky bit, filelock refuses the file of another user.
+    alive.
     """
-    own = FileLock(folder / f".run-{share.rank}-of-{share.processes}", timeout=0, fallback_to_soft=False)
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(own)
-            for path in folder.glob(".run-*-of-*"):
-                if path.name.rpartition("-")[2] != str(share.processes):
-                    with FileLock(path, timeout=_OTHER_SIZE_S, fallback_to_soft=False):
-                        pass
-        except Timeout as error:
-            raise BrixelError(
-                f"another run writes to {folder}: wait until it ends, or give another output folder"
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            _LOG.warning("the file system of %s has no locks: make sure that no other run writes there", folder)
-        yield
+
+    def of_other_sizes() -> Iterator[Path]:
+        runs = folder.glob(".run-*-of-*")
+        return (path for path in runs if path.name.rpartition("-")[2] != str(share.processes))
+
+    own = folder / f".run-{share.rank}-of-{share.processes}"
+    return only_run(own, "another output folder", others=of_other_sizes, others_s=_OTHER_SIZE_S)

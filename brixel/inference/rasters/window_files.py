@@ -5,28 +5,24 @@ The folder `NAME.partial` holds `run.json` (settings and source), a lock, and fo
 """
 
 import contextlib
-import errno
 import json
-import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
 
 from brixel.errors import BrixelError
 from brixel.inference.rasters.windows import Window
 from brixel.utils.atomic_files import atomic_path, remove_unfinished, write_text
 from brixel.utils.fields import check_table, text_table, whole_number
+from brixel.utils.locks import only_run
 from brixel.utils.structured_files import checking_content, read_json
 
 FORMAT_VERSION = 1
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _RULES = {"format_version": whole_number(1, 2), "settings": text_table("texts by name")}
 _AGAIN = "--overwrite starts again"
-_LOG = logging.getLogger("brixel")
 Cells = "npt.NDArray[np.floating]"
 
 
@@ -94,7 +90,7 @@ def open_window_files(
         BrixelError: Another run writes there, or a run with other settings was stopped there.
     """
     folder.mkdir(exist_ok=True)
-    with _lock(folder):
+    with only_run(folder / ".lock", "another output"):
         remove_unfinished(folder)
         _begin(folder, settings, overwrite=overwrite)
         yield WindowFiles(folder, shape, dtype)
@@ -133,18 +129,3 @@ def _is_same(path: Path, settings: Mapping[str, str]) -> bool:
         return not _differences(path, settings)
     except BrixelError:  # damaged, or of a newer brixel
         return False
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Lock the folder; the system releases it when the process ends, also when it is killed."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(FileLock(folder / ".lock", timeout=0, fallback_to_soft=False))
-        except Timeout as error:
-            raise BrixelError(f"another run writes to {folder}: wait until it ends, or give another output") from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            _LOG.warning("the file system of %s has no locks: make sure that no other run writes there", folder)
-        yield
