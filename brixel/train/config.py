@@ -79,6 +79,12 @@ class TrainConfig:
     small: Literal["upsample", "skip"] = _setting(
         "upsample", one_of("upsample", "skip"), "what to do with images whose short side is below teacher_px"
     )
+    cutouts: tuple[str, ...] = _setting(
+        (),
+        several(text(), _FOLDERS),
+        "folders with `images` and `masks` (PNG, 0 is the background), whose objects are pasted on crops",
+    )
+    composites: float = _setting(0.25, number(0, most=1), "share of the crops that get objects of cutouts")
     fit: int = _setting(
         2048,
         whole(0, _MANY),

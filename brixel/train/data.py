@@ -21,6 +21,7 @@ from brixel.errors import BrixelError, ImageError, MissingFileError
 from brixel.images.crops import CropSettings, normalised, student_view, teacher_crop
 from brixel.images.find_images import find_images
 from brixel.images.load import load_image
+from brixel.train.composites import Cutouts
 
 
 def find_training_images(folders: Sequence[Path]) -> list[Path]:
@@ -66,15 +67,21 @@ class CropDataset(Dataset[Crop]):
 
     Each epoch has as many positions as there are images, and shuffles them anew. An image that cannot be used is listed
     in ``skipped`` and replaced by the next one in that order. If none can be used, BrixelError gives reasons.
-    ``mean`` and ``std``: per channel, for RGB in [0, 1].
+    ``mean`` and ``std``: per channel, for RGB in [0, 1]. ``cutouts``: objects that are pasted on a share of the crops.
     """
 
     def __init__(
-        self, images: Sequence[Path], settings: CropSettings, *, mean: Sequence[float], std: Sequence[float]
+        self,
+        images: Sequence[Path],
+        settings: CropSettings,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        cutouts: Cutouts | None = None,
     ) -> None:
         if not images:
             raise BrixelError("no training images; expected at least one")
-        self.images, self.settings = tuple(images), settings
+        self.images, self.settings, self.cutouts = tuple(images), settings, cutouts
         self.mean, self.std = tuple(mean), tuple(std)
 
     def __len__(self) -> int:
@@ -93,8 +100,11 @@ class CropDataset(Dataset[Crop]):
                 failures[str(image)] = str(error)
                 continue
             crop = teacher_crop(rgb, self.settings, _generator("crop", self.settings.seed, position))
+            unusable: tuple[str, ...] = ()
+            if self.cutouts is not None:
+                crop, unusable = self.cutouts.paste(crop, position)
             teacher, student = (normalised(pixels, self.mean, self.std) for pixels in (crop, student_view(crop)))
-            return Crop(teacher, student, str(image), tuple(failures))
+            return Crop(teacher, student, str(image), (*failures, *unusable))
         some = "; ".join(list(failures.values())[:3])
         raise BrixelError(f"none of the {len(self)} training images can be used; the first of them: {some}")
 

@@ -39,7 +39,7 @@ def _plan(trainer: Trainer, config: TrainConfig, context: DistributedContext) ->
     cache_s = sum(count * size.teacher_s for count, size in zip(cached, sizes, strict=True))
     cache_bytes = sum(count * size.crop_bytes for count, size in zip(cached, sizes, strict=True))
 
-    images = len(datasets[0])
+    images, cutouts = len(datasets[0]), datasets[0].cutouts
     epoch_crops = sum(cached) or images
     live_s = 0.0 if config.cache else batch_teacher_s * config.accumulate  # of the teacher, in a step
     val_images = len(crop_datasets(config, config.val, vit, random=False)[0]) if config.val else 0
@@ -52,7 +52,8 @@ def _plan(trainer: Trainer, config: TrainConfig, context: DistributedContext) ->
     epochs = f"{epoch_crops} crops {config.steps * trainer.images_per_step / epoch_crops:.1f} times"
     shapes = " and ".join(str(size.map_shape) for size in sizes)
     return {
-        "images": f"{images} to train on, {min(val_images, config.val_images)} to validate with",
+        "images": f"{images} to train on, {min(val_images, config.val_images)} to validate with"
+        + (f"; objects of {len(cutouts.samples)} others on {cutouts.share:.0%} of the crops" if cutouts else ""),
         "crops": describe_crops(config, vit.patch_px),
         "maps": f"{shapes}, from blocks {', '.join(map(str, trainer.model.blocks))}",
         "trained": f"{trained / 1e6:.2f} M parameters, loss {describe_loss(config)}",

@@ -16,6 +16,7 @@ from brixel.backbones.vit_config import ForeignConfig, ViTConfig
 from brixel.errors import BrixelError
 from brixel.images.crops import CropSettings
 from brixel.model.config import BackboneConfig
+from brixel.train.composites import Cutouts, find_cutouts
 from brixel.train.config import TrainConfig
 from brixel.train.data import (
     CropDataset,
@@ -39,12 +40,16 @@ def crop_datasets(
 ) -> list[CropDataset]:
     """Crops of the images in ``folders``, by size: random ones for training, centre crops for validation."""
     images = find_training_images([Path(folder) for folder in folders])
+    cutouts = (
+        Cutouts(find_cutouts(config.cutouts), config.composites, config.seed) if random and config.cutouts else None
+    )
     return [
         CropDataset(
             images,
             CropSettings(side_px, config.max_zoom, config.flip, config.small, config.seed, random),
             mean=vit.mean,
             std=vit.std,
+            cutouts=cutouts,
         )
         for side_px in teacher_sides_px(config, vit.patch_px)
     ]
@@ -88,7 +93,9 @@ class TrainingData:
         self.sources: list[CropDataset] | list[ShuffledPairs] = []
         if crops is None:
             datasets = crop_datasets(config, config.images, backbone.vit, random=True)
-            self.content = f"{len(datasets[0])}"
+            self.content = str(len(datasets[0]))
+            if (cutouts := datasets[0].cutouts) is not None:
+                self.content += f", with objects of {len(cutouts.samples)} others on {cutouts.share:.0%} of the crops"
             self.sources = self._cached_sources(datasets) if config.cache else datasets
         else:
             if len(crops) != config.size_count:

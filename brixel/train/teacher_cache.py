@@ -114,16 +114,23 @@ def _fingerprint(dataset: CropDataset, count: int, teacher_id: Any, dtype: torch
     name = dtype_name(dtype)
     if name not in _DTYPES or count < 1:
         raise BrixelError(f"a teacher cache of {count} crops in {name}; expected 1 or more, in {' or '.join(_DTYPES)}")
-    images = [os.path.abspath(path) for path in dataset.images]
-    root = os.path.commonpath([os.path.dirname(path) for path in images])  # the images may move, all together
-    sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in images]
-    digest = hashlib.sha256()
-    for path, size in zip(images, sizes, strict=True):
-        digest.update(os.fsencode(Path(path).relative_to(root).as_posix()) + b"\0%d\n" % size)
-    listed = {"number": len(sizes), "bytes": sum(sizes), "names_and_sizes": digest.hexdigest()}
     crops = {**asdict(dataset.settings), "mean": dataset.mean, "std": dataset.std}
-    parts = {"teacher": teacher_id, "pictures": listed, "crops": crops, "count": count, "dtype": name}
+    parts = {"teacher": teacher_id, "pictures": _listed(dataset.images), "crops": crops, "count": count, "dtype": name}
+    if (cutouts := dataset.cutouts) is not None:
+        files = _listed([path for sample in cutouts.samples for path in (sample.image, sample.target)])
+        parts["cutouts"] = {**files, "share": cutouts.share, "seed": cutouts.seed}
     return dict(json.loads(json.dumps(parts)))
+
+
+def _listed(files: Sequence[Path]) -> dict[str, Any]:
+    """Number, bytes, and a digest of names and sizes of files. They may move, all together."""
+    paths = [os.path.abspath(path) for path in files]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    sizes = [os.path.getsize(path) if os.path.exists(path) else -1 for path in paths]
+    digest = hashlib.sha256()
+    for path, size in zip(paths, sizes, strict=True):
+        digest.update(os.fsencode(Path(path).relative_to(root).as_posix()) + b"\0%d\n" % size)
+    return {"number": len(sizes), "bytes": sum(sizes), "names_and_sizes": digest.hexdigest()}
 
 
 def _crops_done(folder: Path, fingerprint: dict[str, Any]) -> tuple[int, list[str]]:

@@ -100,8 +100,15 @@ def whole_number(least: int = 0, below: int | None = None) -> Rule:
     return Rule(f"a whole number from {least} {'up' if below is None else f'to below {below}'}", convert)
 
 
-def number(least: float = -math.inf, below: float = math.inf, *, above: float = -math.inf, finite: bool = True) -> Rule:
-    """A finite number, which becomes a float: at least ``least``, above ``above``, below ``below``.
+def number(
+    least: float = -math.inf,
+    below: float = math.inf,
+    *,
+    above: float = -math.inf,
+    most: float = math.inf,
+    finite: bool = True,
+) -> Rule:
+    """A finite number, which becomes a float: from ``least`` to ``most``, above ``above``, below ``below``.
 
     With ``finite`` False, where a file may record that a run went wrong, NaN and infinities are numbers as well.
     Scalars of NumPy and PyTorch are numbers; booleans and texts are not.
@@ -113,13 +120,14 @@ def number(least: float = -math.inf, below: float = math.inf, *, above: float = 
         found = float(value)
         if not finite:
             return found
-        if not (math.isfinite(found) and found >= least and above < found < below):
+        if not (math.isfinite(found) and least <= found <= most and above < found < below):
             raise ValueError
         return found
 
     bounds = [f"from {least:g} up"] if math.isfinite(least) else []
     bounds += [f"above {above:g}"] if math.isfinite(above) else []
     bounds += [f"below {below:g}"] if math.isfinite(below) else []
+    bounds += [f"at most {most:g}"] if math.isfinite(most) else []
     return Rule(" ".join(["a finite number", " and ".join(bounds)]).strip(), convert)
 
 

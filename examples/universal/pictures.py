@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
 from brixel.images.load import load_image
+from brixel.train.composites import pasted
 
 COMPOSITES, DRAWINGS = 0.25, 0.06  # shares of the crops
 ENLARGED = 1.6  # at most: a crop of 448 px shows at least 280 px of its image
@@ -49,7 +50,8 @@ class CropSource:
             image = random_region(_read(self.photos[rng.integers(len(self.photos))]), rng, side_px)
             if self.cutouts and kind < DRAWINGS + COMPOSITES:
                 for _ in range(rng.integers(1, 4)):
-                    image = pasted(image, *map(_read, self.cutouts[rng.integers(len(self.cutouts))]), rng)
+                    cutout, mask = map(_read, self.cutouts[rng.integers(len(self.cutouts))])
+                    image = pasted(image, cutout, mask > 0, rng)
         image = camera_faults(image, rng)
         if rng.random() < 0.5:
             image = image[:, ::-1]
@@ -73,25 +75,6 @@ def random_region(image: np.ndarray, rng: np.random.Generator, side_px: int) -> 
     top, left = (int(rng.integers(side - region_px + 1)) for side in image.shape[:2])
     region = Image.fromarray(image[top : top + region_px, left : left + region_px])
     return np.asarray(region.resize((side_px, side_px), Image.Resampling.BICUBIC))
-
-
-def pasted(image: np.ndarray, cutout: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Paste the object of a cut-out at a random place, 15 to 70 % of the image in size."""
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    if len(rows) == 0:
-        return image
-    box = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    side_px = image.shape[0]
-    scale = side_px * rng.uniform(0.15, 0.7) / max(box[2] - box[0], box[3] - box[1])
-    size = tuple(max(4, round(scale * length)) for length in (box[2] - box[0], box[3] - box[1]))
-    patch = Image.fromarray(cutout).crop(box).resize(size, Image.Resampling.BICUBIC)
-    alpha = Image.fromarray(((mask > 0) * 255).astype(np.uint8)).crop(box).resize(size, Image.Resampling.BICUBIC)
-    turn = rng.uniform(-30, 30)
-    patch, alpha = (layer.rotate(turn, Image.Resampling.BICUBIC, expand=True) for layer in (patch, alpha))
-    canvas = Image.fromarray(image)
-    place = tuple(int(rng.integers(-length // 3, side_px - 2 * length // 3 + 1)) for length in patch.size)
-    canvas.paste(patch, place, alpha)
-    return np.asarray(canvas)
 
 
 def drawing(rng: np.random.Generator, side_px: int) -> np.ndarray:

@@ -27,14 +27,14 @@ OTHER = {
         "log_every": 7,
     },
     **{"cosine": 0.5, "workers": 0, "seed": 2**40, "device": "cpu", "fit": 5, "about": "a few"},
-    **{"generation": 1, "sizes": (28, 42), "train_universal": True},
+    **{"generation": 1, "sizes": (28, 42), "train_universal": True, "cutouts": ("c", "d"), "composites": 0.5},
 }
 KINDS = {field.name: kind for field, kind in fields()}
 WHOLE = [name for name, kind in KINDS.items() if kind is int or kind == int | None]
 REAL = [name for name, kind in KINDS.items() if kind is float]
 CHOICES = [name for name, kind in KINDS.items() if typing.get_origin(kind) is typing.Literal]
 TEXTS = [name for name, kind in KINDS.items() if kind is str or kind == str | None]
-FOLDERS = ["images", "val"]
+FOLDERS = ["images", "val", "cutouts"]
 
 
 def new(**settings: object) -> TrainConfig:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -125,7 +126,7 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 def free_ports(number):
     """Free ports below those that a system hands out by itself: gloo listens on such ones, and could take these."""
-    ports, candidate = [], 20_000 + os.getpid() % 10_000
+    ports, candidate = [], random.SystemRandom().randrange(15_000, 30_000)
     while len(ports) < number:
         candidate += 1
         with socket.socket() as server:
