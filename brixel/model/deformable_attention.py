@@ -4,7 +4,8 @@ The sampling of Deformable DETR (arXiv 2010.04159) for one level. Points are rea
 outside the grid, cell centres at +0.5 (`align_corners=False`). The points of one query and head, four corners for every
 point, are one bag of weighted rows of a table. There are two ways to sum the bags, with equal results:
 `torch.nn.functional.embedding_bag`, which stores no samples and is the fastest as it is; and gathering the rows, which
-torch.compile turns into one loop, faster than the former, and which exported programs can do in one operation.
+exported programs can do in one operation, and which torch.compile turns into one kernel on GPUs. (On CPUs its loop over
+the rows of a bag would start threads for every bag of fewer channels than a vector holds: torch 2.13.)
 
 Shapes: B batch, h x w feature grid, N queries, A heads, P points per head, C channels per head.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 
 # cells of zeros around the grid: two after it, since a point on its far edge still has a right neighbour
 _BEFORE, _AFTER = 1, 2
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has one flag for both
 
 
 def sample_points(values: Tensor, points: Tensor, weights: Tensor) -> Tensor:
@@ -58,8 +60,13 @@ def read_table(table: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     bags = torch.cat([firsts, firsts + heads, firsts + below, firsts + (below + heads)], -1).flatten(0, 2)
     # under autocast values and weights may differ in dtype, which embedding_bag does not take
     corner_weights = _corner_weights(x.to(weights.dtype), y.to(weights.dtype), weights).to(table.dtype)
-    sum_bags = gathered_sums if torch.compiler.is_compiling() else embedding_bag_sums  # compiling: also exporting
+    sum_bags = gathered_sums if _gathers(table) else embedding_bag_sums
     return sum_bags(table, bags, corner_weights).view(batch, -1, heads * channels)
+
+
+def _gathers(table: Tensor) -> bool:
+    """Whether samples are summed by gathering rows: in exported programs, and compiled for a GPU."""
+    return _is_exporting() or (torch.compiler.is_compiling() and table.device.type != "cpu")
 
 
 def _split(places: Tensor, table_cells: int) -> tuple[Tensor, Tensor]:

@@ -203,3 +203,19 @@ def test_compiles_without_graph_breaks() -> None:
     for grid_hw in ((3, 5), (6, 2)):  # the second size makes the first one's graph dynamic
         sampling = random_sampling(2, grid_hw, 6, 2, 4, 12)
         torch.testing.assert_close(compiled(*sampling), sample_points(*sampling), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_for_a_cpu_it_keeps_embedding_bag() -> None:
+    """torch 2.13 starts threads for every bag of gathered rows, where a head has fewer channels than a vector holds."""
+    torch.compiler.reset()
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(str(graph.graph))
+        return graph
+
+    sampling = random_sampling(1, (3, 5), 6, 2, 4, 12)
+    torch.testing.assert_close(torch.compile(sample_points, backend=backend)(*sampling), sample_points(*sampling))
+    assert len(graphs) == 1
+    assert "embedding_bag" in graphs[0]

@@ -71,7 +71,7 @@ def test_objects_are_pasted_and_their_background_is_not(grounds, cutouts):
     assert shares[:, 2].max() == 0  # nothing of the blue around them
     assert all(crop.skipped == () for crop in crops)
     assert all(crop.teacher.shape == (3, T, T) and crop.student.shape == (3, T // 4, T // 4) for crop in crops)
-    assert all(0 <= crop.teacher.min() and crop.teacher.max() <= 1 for crop in crops)
+    assert all(crop.teacher.min() >= 0 and crop.teacher.max() <= 1 for crop in crops)
 
 
 def test_the_student_sees_the_composite(grounds, cutouts):
