@@ -124,7 +124,8 @@ class DeformableAttention(nn.Module):
         x, y = rearrange(offsets, "B n (A P xy) -> xy B n A P", A=HEADS, P=POINTS)
         centres_x, centres_y = _cell_centres(rows, columns, offsets)
         # softmax along a strided axis is several times faster than along one of four numbers
-        weights = logits.unflatten(-1, (HEADS, POINTS)).mT.contiguous().softmax(-2).mT  # B n A P
+        by_head = logits.flatten(0, 1).unflatten(-1, (HEADS, POINTS)).mT.contiguous()  # B*n P A
+        weights = by_head.softmax(-2).mT.unflatten(0, x.shape[:2])  # B n A P
         return self.out(read_table(table, x + centres_x, y + centres_y, weights))
 
 

@@ -57,7 +57,7 @@ def read_table(table: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     y, top = _split(y, table_rows)
     firsts = torch.add(left, top, alpha=table_columns) * heads + _first_rows(batch, heads, table_rows, table_columns, x)
     below = table_columns * heads
-    bags = torch.cat([firsts, firsts + heads, firsts + below, firsts + (below + heads)], -1).flatten(0, 2)
+    bags = _joined(firsts, firsts + heads, firsts + below, firsts + (below + heads))
     # under autocast values and weights may differ in dtype, which embedding_bag does not take
     corner_weights = _corner_weights(x.to(weights.dtype), y.to(weights.dtype), weights).to(table.dtype)
     sum_bags = gathered_sums if _gathers(table) else embedding_bag_sums
@@ -89,7 +89,15 @@ def _corner_weights(right: Tensor, below: Tensor, weights: Tensor) -> Tensor:
     lower = weights * below
     upper = weights - lower
     upper_right, lower_right = upper * right, lower * right
-    return torch.cat([upper - upper_right, upper_right, lower - lower_right, lower_right], -1).flatten(0, 2)
+    return _joined(upper - upper_right, upper_right, lower - lower_right, lower_right)
+
+
+def _joined(*corners: Tensor) -> Tensor:
+    """Join the four corners of every point: (B, N, A, P) -> (B*N*A, 4*P).
+
+    They are flat before: torch.compile stores tensors of four dimensions near convolutions with the second one last.
+    """
+    return torch.cat([corner.flatten(0, 2) for corner in corners], -1)
 
 
 def embedding_bag_sums(table: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
