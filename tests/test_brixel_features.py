@@ -60,6 +60,7 @@ def test_untrained_models_are_the_backbone_upsampled(untrained, backbone_folder)
         assert (universal(pixels) - bilinear(pixels)).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("adapter", "scale"),
     [

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import brixel
 
 PACKAGE = Path(brixel.__file__).parent
@@ -82,6 +84,7 @@ def test_batching_the_patch_grid_and_tiling_know_no_model():
     assert set().union(*(imported(modules()[name]) for name in know_none)) <= {"errors", "inference", "images"}
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_global_and_brings_no_optional_package():
     """Flags, warning filters, logging, random state, threads and the environment are as `import torch` leaves them.
 
@@ -102,6 +105,8 @@ def state():
 before = state()
 import sys
 loaded = set(sys.modules)
+import pytest
+
 import brixel
 assert state() == before, [pair for pair in zip(before, state()) if pair[0] != pair[1]]
 late = {"transformers", "timm", "tqdm", "huggingface_hub", "av"} & (set(sys.modules) - loaded)

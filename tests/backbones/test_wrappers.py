@@ -87,6 +87,7 @@ def pixels():
 # ---------------------------------------------------------------- transformers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hw", [(56, 56), (42, 98), (14, 28)])
 @pytest.mark.parametrize("registers", [0, 3])
 def test_dinov2_is_the_same_as_our_own_vit(tmp_path, hw, registers):
@@ -234,6 +235,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Own, TimmStyle, lambda: transformers_model("ViT")], ids=["own", "timm", "hf"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_wrapped_modules_are_unwrapped(wrapper, make, pixels, tmp_path):
@@ -358,6 +360,7 @@ def test_a_processor_that_does_not_rescale():
 # ---------------------------------------------------------------- saved and loaded, trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Own, TimmStyle, lambda: transformers_model("Dinov2")])
 def test_saved_and_loaded(make, tmp_path, pixels):
     module = make()

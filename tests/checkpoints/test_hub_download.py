@@ -142,6 +142,7 @@ def test_branches_and_tags(hub, backbone_files):
         fresh(BACKBONE, revision="../x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["environment", "argument", "no server"])
 def test_offline_from_the_cache(hub, saved, monkeypatch, how):
     hub.add(MODEL, saved[0])
@@ -609,6 +610,7 @@ def test_a_server_that_dribbles_is_given_up(hub, saved, monkeypatch):
     assert left_behind() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["refused", "reset", "status", "nothing known of optional files"])
 def test_what_is_cached_works_without_a_network(hub, saved, backbone_files, monkeypatch, caplog, how):
     hub.add(BACKBONE, backbone_files)
@@ -688,6 +690,7 @@ def test_what_can_be_a_repository(text, expected):
     assert parse_repository(text) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "trick", ["../evil", "{here}/evil", "evil", "link/evil", "us/../evil", "~/evil", "us/evil@../../x"]
 )

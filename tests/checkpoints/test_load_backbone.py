@@ -223,6 +223,7 @@ def assert_same_vit(vit: ViT, other: ViT, but: tuple[str, ...] = ()) -> None:
 # ---- the same ViT from all of them ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["meta", "huggingface", "timm"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_layout_and_container_gives_the_same_vit(name: str, layout: str, tmp_path: Path) -> None:

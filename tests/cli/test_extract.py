@@ -294,6 +294,7 @@ def test_reductions_that_cannot_be_done_are_one_line(
     assert list(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_frames_of_a_video_are_reduced_with_a_basis_of_their_own(run, model_folder, tmp_path, capsys):
     clip = write(tmp_path / "clip.mp4", grey_levels(6))
     arguments = (
@@ -315,6 +316,7 @@ def test_frames_of_a_video_are_reduced_with_a_basis_of_their_own(run, model_fold
     assert maps[next(iter(maps))].restored().embed_dim == 64
 
 
+@pytest.mark.slow
 def test_extract_takes_videos(run, model_folder, tmp_path, capsys, caplog):
     folder = tmp_path / "in"
     folder.mkdir()

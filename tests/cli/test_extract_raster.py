@@ -41,6 +41,7 @@ def test_a_raster_becomes_a_feature_raster(run, model_folder, scene, tmp_path, c
         assert file.transform == Affine.scale(1.75)
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_in_flags(run, model_folder, scene, tmp_path, capsys):
     arguments = ("extract", scene, "--model", model_folder, "-o", tmp_path / "f.tif")
     for flags, message in (

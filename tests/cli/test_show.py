@@ -91,6 +91,7 @@ def test_show_draws_a_video_in_the_colours_of_one_basis(run, model_folder, tmp_p
     assert [frame.time_s for frame in frames(output)] == [0, 1.0]
 
 
+@pytest.mark.slow
 def test_show_draws_some_frames_of_a_video_as_a_panel(run, model_folder, image_path, tmp_path):
     clip = write(tmp_path / "clip.mp4", grey_levels(9))
     assert run("show", clip, image_path, "--model", model_folder, "-o", tmp_path / "panel.png") == 0

@@ -44,6 +44,7 @@ def test_a_point_outside_or_no_image(image_path):
         panel_of([source], [], 32)
 
 
+@pytest.mark.slow
 def test_the_command_writes_an_image(backbone_folder, image_path, tmp_path, capsys):
     out = tmp_path / "panel.png"
     arguments = [

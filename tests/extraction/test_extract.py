@@ -193,6 +193,7 @@ def test_npy_maps_are_plain_arrays(model, album, tmp_path):
 # ---------------------------------------------------------------- shards
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maps_per_shard", [1, 2, 9])
 def test_shards_hold_what_files_would(model, album, tmp_path, maps_per_shard):
     images = find_images([album])

@@ -216,6 +216,7 @@ def test_a_map_whose_basis_is_gone_is_read_and_not_restored(model, images, tmp_p
         found.restored()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("reduce", ["stride:20,int8", "regions:2x3", "stride:1"])
 def test_streams_reduce_every_map(model, images, batch_size, reduce):

@@ -181,6 +181,7 @@ def test_a_folder_of_the_first_version_is_read(model, album, tmp_path):
     assert line["file"] == "maps-0-00000.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sink", SINKS)
 def test_every_sink_holds_reduced_maps(model, album, tmp_path, sink):
     out = tmp_path / "out"

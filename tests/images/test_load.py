@@ -600,6 +600,7 @@ def photograph(height: int, width: int) -> Image.Image:
     return Image.fromarray((128 + 90 * waves + noise).clip(0, 255).astype("uint8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("image_hw", "short_side_px", "orientation", "reduction"),
     [

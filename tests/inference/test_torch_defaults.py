@@ -73,6 +73,7 @@ def test_maps_do_not_depend_on_the_surroundings(models, noise, kind, name):
     assert torch.equal(likeness, want.similarity((30, 40)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [*KINDS, "blended", "mixed"])
 def test_a_model_under_autocast_is_near_and_has_gradients(models, kind, dtype):

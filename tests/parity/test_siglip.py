@@ -83,6 +83,7 @@ def reference_maps(model: PreTrainedModel, pixels: Tensor, grid_hw: tuple[int, i
 # ---- the same numbers ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid_hw", GRIDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_block_as_transformers_computes_it(

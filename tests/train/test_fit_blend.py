@@ -70,6 +70,7 @@ def reference_fit(micro_batches):
     return np.linalg.lstsq(rows, np.concatenate([targets, pull * start]), rcond=None)[0].T
 
 
+@pytest.mark.slow
 def test_the_fit_is_ridge_regression_towards_the_last_map():
     blend, micro_batches = fresh_blend(), random_micro_batches()
     fit_blend(blend, backbone_maps, micro_batches, ALONE)

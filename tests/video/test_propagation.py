@@ -33,6 +33,7 @@ def planted_map(mask, grid_hw, seed):
     return FeatureMap(features, mask.shape, (mask.shape[0] / grid_hw[0], mask.shape[1] / grid_hw[1]))
 
 
+@pytest.mark.slow
 def test_a_moving_disk_is_followed():
     truth = [disk_at(time) for time in range(12)]
     maps = [planted_map(mask, (30, 40), time) for time, mask in enumerate(truth)]

@@ -176,6 +176,7 @@ def test_sound_beside_the_pictures_changes_nothing(tmp_path):
 # ---------------------------------------------------------------- what is no whole video
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "codec", "settings", "share"),
     [

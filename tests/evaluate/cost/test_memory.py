@@ -73,6 +73,7 @@ def test_wrong_names_and_amounts_are_refused_before_anything_runs(monkeypatch, c
     assert "--measure goes without --limits" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_refuses_what_fits_nothing(monkeypatch, capsys):
     def nothing_fits(*_):
         raise memory.MemoryLimitError("nothing fits")

@@ -38,6 +38,7 @@ GRIDS_AND_ROWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("grid_hw", "rows"), GRIDS_AND_ROWS)
 def test_chunks_of_a_blended_model_equal_the_whole(blended, grid_hw, rows):
     whole, chunked = whole_and_chunks(blended, grid_hw, rows)

@@ -160,6 +160,7 @@ def test_tiles_come_after_row_chunks_where_they_are_allowed(tiny, waves, monkeyp
         tiny.extract(waves, short_side_px="native", tiles="never")
 
 
+@pytest.mark.slow
 def test_a_file_never_holds_a_partly_filled_map(tiny, waves, monkeypatch, tmp_path):
     whole = tiny.extract(waves, short_side_px="native").features
     failing(monkeypatch, lambda strategy: strategy.name == "whole" or strategy.rows > 2, ERRORS[0])
