@@ -1,4 +1,7 @@
-"""Arrays and tensors that hold images: checked, and converted to RGB tensors (3, H, W), uint8 or float32 in [0, 1]."""
+"""Arrays and tensors that hold images: checked, and converted to RGB tensors (3, H, W), uint8 or float32 in [0, 1].
+
+And back, to bytes.
+"""
 
 from typing import Any
 
@@ -12,6 +15,12 @@ from brixel.utils.tensor_kinds import not_plain
 
 _ARRAY_DTYPES = ("uint8", "uint16", "float16", "float32", "float64")
 _TENSOR_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def to_bytes(rgb: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """An RGB tensor (3, H, W), uint8 or floats in [0, 1], as an array of bytes (H, W, 3); a view of uint8."""
+    pixels = (rgb * 255).round().byte() if rgb.is_floating_point() else rgb
+    return pixels.permute(1, 2, 0).numpy()
 
 
 def from_array(array: np.ndarray[Any, Any]) -> Tensor:

@@ -3,7 +3,6 @@
 Shapes: H x W an image, T the side of a crop, in pixels.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ from torch import Tensor
 
 from brixel.errors import BrixelError
 from brixel.evaluate.datasets.labelled import NONE, Sample, paired
+from brixel.images.from_arrays import to_bytes
 from brixel.images.load import load_image
 from brixel.images.target_files import check_aspect, read_numbers
+from brixel.utils.seeds import derived_seed
 
 Pixels = npt.NDArray[np.uint8]
 _MOST_OBJECTS = 3  # on a crop
@@ -42,6 +43,9 @@ class Cutouts:
     share: float
     seed: int = 0
 
+    def __str__(self) -> str:
+        return f"objects of {len(self.samples)} others on {self.share:.0%} of the crops"
+
     def paste(self, crop: Tensor, position: int) -> tuple[Tensor, tuple[str, ...]]:
         """Paste objects on a crop, or none.
 
@@ -52,11 +56,10 @@ class Cutouts:
         Returns:
             The composite, of the same shape and type; and files that could not be used, whose objects are left out.
         """
-        digest = hashlib.blake2b(f"composite {self.seed} {position}".encode(), digest_size=8).digest()
-        rng = np.random.default_rng(int.from_bytes(digest, "little"))
+        rng = np.random.default_rng(derived_seed("composite", self.seed, position, size_bytes=8))
         if rng.random() >= self.share:
             return crop, ()
-        canvas = crop.permute(1, 2, 0).mul(255).round().byte().numpy()  # T T 3
+        canvas = to_bytes(crop)  # T T 3
         unusable = []
         for _ in range(rng.integers(1, _MOST_OBJECTS + 1)):
             sample = self.samples[rng.integers(len(self.samples))]
@@ -78,15 +81,15 @@ def find_cutouts(folders: Sequence[str]) -> tuple[Sample, ...]:
 
 def _an_object(sample: Sample, rng: np.random.Generator) -> tuple[Pixels, npt.NDArray[np.bool_]]:
     """An image (H, W, 3), mirrored or not, and where one of its classes is: (H, W)."""
-    check_aspect(sample.image, sample.target, (mask := read_numbers(sample.target)).shape)
-    image = load_image(sample.image)
-    image = image if image.dtype == torch.uint8 else image.mul(255).round().byte()
-    size = (image.shape[2], image.shape[1])
+    mask = read_numbers(sample.target)
+    check_aspect(sample.image, sample.target, mask.shape)
+    pixels = to_bytes(load_image(sample.image))
+    size = (pixels.shape[1], pixels.shape[0])
     labels = np.asarray(Image.fromarray(mask.numpy().astype(np.int32)).resize(size, Image.Resampling.NEAREST))
     classes = np.unique(labels)
     objects = classes[(classes != 0) & (classes != NONE)]
     chosen: Any = rng.choice(objects) if len(objects) else NONE
-    pixels, inside = image.permute(1, 2, 0).numpy(), labels == chosen
+    inside = labels == chosen
     return (pixels[:, ::-1], inside[:, ::-1]) if rng.random() < 0.5 else (pixels, inside)
 
 

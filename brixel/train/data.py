@@ -7,7 +7,6 @@ Shapes: B batch, H x W an image, T the side of the teacher's crop, all in pixels
 """
 
 import functools
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from brixel.images.crops import CropSettings, normalised, student_view, teacher_
 from brixel.images.find_images import find_images
 from brixel.images.load import load_image
 from brixel.train.composites import Cutouts
+from brixel.utils.seeds import derived_seed
 
 
 def find_training_images(folders: Sequence[Path]) -> list[Path]:
@@ -122,8 +122,7 @@ def _epoch_order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 def _generator(purpose: str, seed: int, number: int) -> torch.Generator:
     """A fresh generator, independent of those of neighbouring seeds and numbers."""
-    digest = hashlib.blake2b(f"{purpose} {seed} {number}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.Generator().manual_seed(derived_seed(purpose, seed, number, size_bytes=4))
 
 
 class CropSources(Dataset[Any]):

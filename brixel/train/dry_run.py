@@ -53,7 +53,7 @@ def _plan(trainer: Trainer, config: TrainConfig, context: DistributedContext) ->
     shapes = " and ".join(str(size.map_shape) for size in sizes)
     return {
         "images": f"{images} to train on, {min(val_images, config.val_images)} to validate with"
-        + (f"; objects of {len(cutouts.samples)} others on {cutouts.share:.0%} of the crops" if cutouts else ""),
+        + (f"; {cutouts}" if cutouts else ""),
         "crops": describe_crops(config, vit.patch_px),
         "maps": f"{shapes}, from blocks {', '.join(map(str, trainer.model.blocks))}",
         "trained": f"{trained / 1e6:.2f} M parameters, loss {describe_loss(config)}",

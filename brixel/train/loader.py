@@ -95,7 +95,7 @@ class TrainingData:
             datasets = crop_datasets(config, config.images, backbone.vit, random=True)
             self.content = str(len(datasets[0]))
             if (cutouts := datasets[0].cutouts) is not None:
-                self.content += f", with objects of {len(cutouts.samples)} others on {cutouts.share:.0%} of the crops"
+                self.content += f", with {cutouts}"
             self.sources = self._cached_sources(datasets) if config.cache else datasets
         else:
             if len(crops) != config.size_count:

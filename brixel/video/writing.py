@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from brixel.errors import BrixelError
 from brixel.images.frame import Frame
+from brixel.images.from_arrays import to_bytes
 from brixel.images.load import ImageInput, load_image
 from brixel.inference.stream import several_images
 from brixel.utils.atomic_files import atomic_path, check_folder
@@ -44,9 +45,7 @@ def write_video(path: str | os.PathLike[str], images: Iterable[ImageInput], fps:
     check_video_path(target)
     with video_writer(target, fps) as writer:
         for position, image in enumerate(images):
-            rgb = load_image(image)
-            pixels = (rgb if not rgb.is_floating_point() else (rgb * 255).round().byte()).permute(1, 2, 0).numpy()
-            writer.add(pixels, image.time_s if isinstance(image, Frame) else position / fps)
+            writer.add(to_bytes(load_image(image)), image.time_s if isinstance(image, Frame) else position / fps)
 
 
 def check_video_path(path: Path, *, overwrite: bool = True) -> None:

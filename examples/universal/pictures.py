@@ -5,7 +5,6 @@ Every crop is a function of the seed and its number. Composites paste cut-outs, 
 """
 
 import functools
-import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -18,8 +17,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from torch import Tensor
 
+from brixel.images.from_arrays import to_bytes
 from brixel.images.load import load_image
 from brixel.train.composites import pasted
+from brixel.utils.seeds import derived_seed
 
 COMPOSITES, DRAWINGS = 0.25, 0.06  # shares of the crops
 ENLARGED = 1.6  # at most: a crop of 448 px shows at least 280 px of its image
@@ -41,8 +42,7 @@ class CropSource:
 
     def crop(self, name: str, number: int, side_px: int) -> Tensor:
         """Crop ``number`` of the set ``name``: uint8 (3, side_px, side_px)."""
-        digest = hashlib.blake2b(f"{name} {self.seed} {number}".encode(), digest_size=8).digest()
-        rng = np.random.default_rng(int.from_bytes(digest, "little"))
+        rng = np.random.default_rng(derived_seed(name, self.seed, number, size_bytes=8))
         kind = rng.random()
         if kind < DRAWINGS:
             image = drawing(rng, side_px)
@@ -62,9 +62,7 @@ class CropSource:
 def _read(path: Path) -> np.ndarray:
     if path.parent.name == "masks":
         return np.asarray(Image.open(path))
-    image = load_image(path)
-    image = (255 * image).round().byte() if image.is_floating_point() else image
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(to_bytes(load_image(path)))
 
 
 def random_region(image: np.ndarray, rng: np.random.Generator, side_px: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from brixel.errors import ImageError
+from brixel.images.from_arrays import to_bytes
 from brixel.images.load import load_image, open_image
 from brixel.images.patch_grid import MAX_PIXELS, plan_patch_grid
 from brixel.images.preprocess import resize_normalise_pad
@@ -684,3 +685,11 @@ def test_tall_images_are_converted_in_bands_of_rows(mode: str) -> None:
         image.putalpha(Image.fromarray(np.arange(700 * 9, dtype="uint8").reshape(700, 9)))
     rows = [load_image(image.crop((0, row, 9, row + 1))) for row in range(700)]
     assert torch.equal(load_image(image), torch.cat(rows, 1))
+
+
+def test_to_bytes_gives_back_the_pixels_of_bytes_and_of_floats():
+    array = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    rgb = torch.from_numpy(array).permute(2, 0, 1)
+    assert (to_bytes(rgb) == array).all()
+    assert (to_bytes(rgb.float() / 255) == array).all()
+    assert to_bytes(rgb.float() / 255).dtype == np.uint8

@@ -92,7 +92,8 @@ def test_a_prediction_takes_few_operations(tiny, strategy, monkeypatch):
     counted, genuine = [], prediction.run_on_meta
     monkeypatch.setattr(prediction, "run_on_meta", lambda func, *rest: counted.append(func) or genuine(func, *rest))
     predict_peak(tiny, strategy, Job(1, (49 * 16, 50 * 16)))
-    assert 100 < len(counted) < 7000
+    is_new = torch.torch_version.TorchVersion(torch.__version__) >= "2.13"  # earlier ones take more operations
+    assert 100 < len(counted) < (6000 if is_new else 7000)
 
 
 @pytest.mark.slow
